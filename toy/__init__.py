@@ -1,0 +1,30 @@
+"""toy: learn how a transformer is trained, then train one fast."""
+
+from toy import engines, recipes
+from toy.adamw import AdamW
+from toy.config import GPT2Config, LlamaConfig, RecipeOptions, TransformerConfig
+from toy.files.gguf import GGUF
+from toy.models import GPT2, Gradients, Llama, TransformerLM
+from toy.switch import BackendUnavailableError, backends, set_backend, set_num_threads, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GGUF",
+    "GPT2",
+    "AdamW",
+    "BackendUnavailableError",
+    "GPT2Config",
+    "Gradients",
+    "Llama",
+    "LlamaConfig",
+    "RecipeOptions",
+    "TransformerConfig",
+    "TransformerLM",
+    "backends",
+    "engines",
+    "recipes",
+    "set_backend",
+    "set_num_threads",
+    "use_backend",
+]
