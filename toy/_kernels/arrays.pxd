@@ -1,0 +1,32 @@
+# Checked access to numpy arrays: nothing takes a pointer without one of these.
+#
+# `form` is one line that says how the shapes of the op fit together, for the error message.
+
+cdef enum:
+    ANY = -1    # in place of a size: any size will do
+
+cdef struct Matrix:
+    float* data
+    Py_ssize_t rows
+    Py_ssize_t columns
+    Py_ssize_t stride    # elements from the start of a row to the start of the next
+
+# float32, 2-d, last axis contiguous, rows not overlapping (columns cut out of a wider matrix are fine), sizes < 2**31
+cdef int get_matrix(Matrix* out, object array, object name, Py_ssize_t rows, Py_ssize_t columns, object form) except -1
+# float32, C-contiguous: parameters
+cdef int get_weight(Matrix* out, object array, object name, Py_ssize_t rows, Py_ssize_t columns, object form) except -1
+cdef float* get_vector(object array, object name, Py_ssize_t size, object form) except? NULL
+# the same, and writable: gradients, which are added to in place
+cdef int get_weight_gradient(
+    Matrix* out, object array, object name, Py_ssize_t rows, Py_ssize_t columns, object form
+) except -1
+cdef float* get_vector_gradient(object array, object name, Py_ssize_t size, object form) except? NULL
+# float32, any number of axes, C-contiguous; `like` is an array whose shape it must have, or None; *size: its elements
+cdef float* get_flat(object array, object name, object like, bint writable, Py_ssize_t* size, object form) except? NULL
+# An int64 copy of a 1-d array of any integer dtype: a copy, because backwards index with it and the caller may reuse
+# the original. Every element is in low .. high-1, or a ValueError names the first that is not.
+cdef object get_integers(object array, object name, Py_ssize_t size, Py_ssize_t low, Py_ssize_t high, object form)
+cdef long long* integers_data(object array) noexcept
+
+cdef int check_cache(object cache, type expected, object op) except -1    # a backward must get its own forward's cache
+cdef object new_matrix(Matrix* out, Py_ssize_t rows, Py_ssize_t columns)    # a new array for a result, not initialised

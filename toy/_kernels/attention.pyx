@@ -1,0 +1,315 @@
+# cython: language_level=3, cdivision=True
+"""Multi-head attention: softmax(q k^T / sqrt(d_head)) v per head, forward and backward.
+
+The scores of one head are computed a block of query rows at a time in a scratch buffer that stays in cache, and only
+for the keys that the block may see: with a causal mask that is about half the work. The (T, T) probabilities are
+never stored; the forward keeps the largest score of every row, and the backward recomputes the probabilities (the
+idea of FlashAttention, Dao et al. 2022).
+"""
+
+cimport cython
+from libc.math cimport INFINITY, sqrt
+from libc.string cimport memset
+
+import numpy as np
+
+cimport numpy as cnp
+
+from toy._kernels cimport blas
+from toy._kernels.arrays cimport ANY, Matrix, check_cache, get_matrix, new_matrix
+from toy._kernels.memory cimport empty_matrix, empty_vector, matrix_view
+from toy._kernels.threads cimport run, slice_start, slices_for
+
+cnp.import_array()
+
+cdef extern from "simd_math.h" nogil:
+    float toy_row_max(const float* x, Py_ssize_t n)
+    float toy_row_dot(const float* x, const float* y, Py_ssize_t n)
+    float toy_row_exp(const float* x, float scale, float shift, float* y, Py_ssize_t n)
+
+cdef enum:
+    BLOCK = 64    # query rows a block: enough for sgemm to be fast, few enough for the scores to stay in cache
+
+
+cdef inline Py_ssize_t visible_keys(const Attention* a, Py_ssize_t query) noexcept nogil:
+    """How many keys the query row sees."""
+    return a.t_k - a.t_q + query + 1 if a.causal else a.t_k
+
+
+cdef inline Py_ssize_t hide_rest(float* row, Py_ssize_t seen) noexcept nogil:
+    """Give the scores after the visible ones no weight, up to the end of a vector; returns that end.
+
+    Whole vectors only: a loop over 33 scores would do two vectors and then one score on its own.
+    """
+    cdef Py_ssize_t end = (seen + 15) // 16 * 16, j
+    for j in range(seen, end):
+        row[j] = -INFINITY
+    return end
+
+
+cdef Py_ssize_t attention_scratch(const Attention* a) noexcept nogil:
+    return 2 * BLOCK * ((a.t_k + 15) // 16 * 16)
+
+
+cdef void attention_forward(void* args, int ith, int nth) noexcept nogil:
+    cdef Attention* a = <Attention*> args
+    cdef Py_ssize_t blocks = (a.t_q + BLOCK - 1) // BLOCK
+    cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
+    cdef Py_ssize_t units = a.batch * a.n_heads * blocks
+    cdef Py_ssize_t unit, b, h, first, rows, keys, width, i, j, seen, end
+    cdef float scale = <float> (1.0 / sqrt(<double> a.d_head))
+    cdef float largest, total, inverse, one = 1.0
+    cdef float* scores = a.scratch + ith * attention_scratch(a)
+    cdef float* row
+    cdef float* out
+    cdef const float* q
+    cdef const float* k
+    cdef const float* v
+    for unit in range(slice_start(units, 1, ith, nth), slice_start(units, 1, ith + 1, nth)):
+        first = unit % blocks * BLOCK
+        h = unit // blocks % a.n_heads
+        b = unit // blocks // a.n_heads
+        rows = min(a.t_q - first, BLOCK)
+        keys = visible_keys(a, first + rows - 1)
+        width = (keys + 15) // 16 * 16
+        q = a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head
+        k = a.k + b * a.t_k * a.k_stride + h // group * a.d_head
+        v = a.v + b * a.t_k * a.v_stride + h // group * a.d_head
+        out = a.out + (b * a.t_q + first) * a.out_stride + h * a.d_head
+        blas.multiply_nt(rows, keys, a.d_head, q, a.q_stride, k, a.k_stride, 0.0, scores, width)
+        for i in range(rows):
+            row = scores + i * width
+            seen = visible_keys(a, first + i)
+            end = hide_rest(row, seen)
+            largest = toy_row_max(row, end)
+            total = toy_row_exp(row, scale, largest, row, end)
+            a.largest[(b * a.n_heads + h) * a.t_q + first + i] = largest
+            inverse = one / total
+            for j in range(end):
+                row[j] *= inverse
+            memset(row + end, 0, (width - end) * sizeof(float))
+        blas.multiply_nn(rows, a.d_head, keys, scores, width, v, a.v_stride, 0.0, out, a.out_stride)
+
+
+cdef void attention_backward_(void* args, int ith, int nth) noexcept nogil:
+    cdef Attention* a = <Attention*> args
+    cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
+    cdef Py_ssize_t pairs = a.batch * a.n_kv_heads
+    cdef Py_ssize_t blocks = (a.t_q + BLOCK - 1) // BLOCK
+    cdef Py_ssize_t pair, b, kv_head, h, block, first, rows, keys, width, i, j, seen, end
+    cdef float scale = <float> (1.0 / sqrt(<double> a.d_head))
+    cdef float largest, expected, inverse, one = 1.0
+    cdef float* p = a.scratch + ith * attention_scratch(a)     # (rows, keys) probabilities
+    cdef float* d_p = p + BLOCK * ((a.t_k + 15) // 16 * 16)    # (rows, keys) their gradient, then that of the scores
+    cdef float* p_row
+    cdef float* d_p_row
+    cdef float* d_q
+    cdef float* d_k
+    cdef float* d_v
+    cdef const float* q
+    cdef const float* k
+    cdef const float* v
+    cdef const float* d_out
+    for pair in range(slice_start(pairs, 1, ith, nth), slice_start(pairs, 1, ith + 1, nth)):
+        b = pair // a.n_kv_heads
+        kv_head = pair % a.n_kv_heads
+        k = a.k + b * a.t_k * a.k_stride + kv_head * a.d_head
+        v = a.v + b * a.t_k * a.v_stride + kv_head * a.d_head
+        d_k = a.d_k + b * a.t_k * a.d_k_stride + kv_head * a.d_head
+        d_v = a.d_v + b * a.t_k * a.d_v_stride + kv_head * a.d_head
+        for i in range(a.t_k):
+            memset(d_k + i * a.d_k_stride, 0, a.d_head * sizeof(float))
+            memset(d_v + i * a.d_v_stride, 0, a.d_head * sizeof(float))
+        for h in range(kv_head * group, (kv_head + 1) * group):
+            for block in range(blocks):
+                first = block * BLOCK
+                rows = min(a.t_q - first, BLOCK)
+                keys = visible_keys(a, first + rows - 1)
+                width = (keys + 15) // 16 * 16
+                q = a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head
+                d_out = a.d_out + (b * a.t_q + first) * a.d_out_stride + h * a.d_head
+                d_q = a.d_q + (b * a.t_q + first) * a.d_q_stride + h * a.d_head
+                blas.multiply_nt(rows, keys, a.d_head, q, a.q_stride, k, a.k_stride, 0.0, p, width)
+                blas.multiply_nt(rows, keys, a.d_head, d_out, a.d_out_stride, v, a.v_stride, 0.0, d_p, width)
+                for i in range(rows):
+                    p_row, d_p_row = p + i * width, d_p + i * width
+                    seen = visible_keys(a, first + i)
+                    end = hide_rest(p_row, seen)
+                    largest = a.largest[(b * a.n_heads + h) * a.t_q + first + i]
+                    inverse = one / toy_row_exp(p_row, scale, largest, p_row, end)
+                    for j in range(end):
+                        p_row[j] *= inverse
+                    memset(p_row + end, 0, (width - end) * sizeof(float))
+                    memset(d_p_row + seen, 0, (width - seen) * sizeof(float))
+                    # d_scores = p (d_p - sum(d_p p)). That sum is also d_out . out, but rounded otherwise: a query that
+                    # looks at one key alone would then get a gradient from rounding instead of 0.
+                    expected = toy_row_dot(p_row, d_p_row, end)
+                    for j in range(end):
+                        d_p_row[j] = p_row[j] * (d_p_row[j] - expected) * scale
+                blas.multiply_nn(rows, a.d_head, keys, d_p, width, k, a.k_stride, 0.0, d_q, a.d_q_stride)
+                blas.multiply_tn(keys, a.d_head, rows, d_p, width, q, a.q_stride, 1.0, d_k, a.d_k_stride)
+                blas.multiply_tn(keys, a.d_head, rows, p, width, d_out, a.d_out_stride, 1.0, d_v, a.d_v_stride)
+
+
+FORM = "attention: q (B*Tq, n_heads*d_head), k and v (B*Tk, n_kv_heads*d_head), n_heads a multiple of n_kv_heads"
+FORM_BACKWARD = "attention_backward: d_out (B*Tq, n_heads*d_head), as q in the forward"
+
+
+@cython.final
+@cython.freelist(64)
+cdef class AttentionCache:
+    """q, k and v as the forward saw them, and the largest q.k of every query row, (B*n_heads, Tq)."""
+
+    cdef readonly object q, k, v, largest
+    cdef Attention args
+
+    @property
+    def probabilities(self):
+        """(B, n_kv_heads, group, Tq, Tk), computed anew at each access: for pictures; no kernel needs it."""
+        cdef Attention* a = &self.args
+        heads = (a.batch, a.t_q, a.n_kv_heads, a.n_heads // a.n_kv_heads, a.d_head)
+        q = np.reshape(self.q, heads).transpose(0, 2, 3, 1, 4)
+        k = np.reshape(self.k, (a.batch, a.t_k, a.n_kv_heads, 1, a.d_head)).transpose(0, 2, 3, 4, 1)
+        scores = (q @ k) * np.float32(a.d_head**-0.5)
+        if a.causal:
+            scores[..., np.triu(np.ones((a.t_q, a.t_k), bool), k=a.t_k - a.t_q + 1)] = -np.inf
+        p = np.exp(scores - scores.max(axis=4, keepdims=True))
+        return p / p.sum(axis=4, keepdims=True)
+
+
+cdef int check_heads(Py_ssize_t batch, Py_ssize_t n_heads, Py_ssize_t n_kv_heads) except -1:
+    if batch < 1 or n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
+        raise ValueError(
+            f"attention: batch={batch}, n_heads={n_heads}, n_kv_heads={n_kv_heads}; expected positive numbers "
+            "and n_heads a multiple of n_kv_heads"
+        )
+    return 0
+
+
+def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
+    """Multi-head attention.
+
+    q: (B*Tq, n_heads*d_head), k and v: (B*Tk, n_kv_heads*d_head) -> (B*Tq, n_heads*d_head), B = batch.
+    Tk may exceed Tq (a key/value cache): the queries are then the *last* Tq of the Tk positions, and with `causal`
+    query i sees keys 0 .. Tk-Tq+i. q, k, v may be columns of one matrix (`split`); nothing is copied.
+    """
+    cdef AttentionCache cache = AttentionCache.__new__(AttentionCache)
+    cdef Attention* a = &cache.args
+    cdef Matrix q_, k_, v_, out_
+    a.batch, a.n_heads, a.n_kv_heads = batch, n_heads, n_kv_heads or n_heads
+    check_heads(a.batch, a.n_heads, a.n_kv_heads)
+    a.causal = causal
+    get_matrix(&q_, q, "q", ANY, ANY, FORM)
+    if q_.columns % a.n_heads or q_.columns == 0 or q_.rows % a.batch:
+        raise ValueError(
+            f"q: has shape {q.shape}, expected rows that divide by batch={a.batch} "
+            f"and columns that divide by n_heads={a.n_heads}. {FORM}"
+        )
+    a.d_head = q_.columns // a.n_heads
+    get_matrix(&k_, k, "k", ANY, a.n_kv_heads * a.d_head, FORM)
+    get_matrix(&v_, v, "v", k_.rows, a.n_kv_heads * a.d_head, FORM)
+    a.t_q, a.t_k = q_.rows // a.batch, k_.rows // a.batch
+    if k_.rows % a.batch or (a.t_k < a.t_q and a.causal) or (a.t_k == 0 and a.t_q > 0):
+        raise ValueError(
+            f"k: has shape {k.shape}, expected rows that divide by batch={a.batch}, "
+            f"with Tk >= Tq={a.t_q} if causal, Tk >= 1 if not. {FORM}"
+        )
+    out = new_matrix(&out_, q_.rows, q_.columns)
+    cache.largest = empty_matrix(a.batch * a.n_heads, a.t_q)
+    cache.q, cache.k, cache.v = q, k, v
+    a.q, a.q_stride, a.k, a.k_stride = q_.data, q_.stride, k_.data, k_.stride
+    a.v, a.v_stride, a.out, a.out_stride = v_.data, v_.stride, out_.data, out_.stride
+    a.largest = <float*> cnp.PyArray_DATA(cache.largest)
+    cdef int slices = blas.product_slices(attention_flops(a, 4.0), True)
+    scratch = empty_vector(slices * attention_scratch(a))
+    a.scratch = <float*> cnp.PyArray_DATA(scratch)
+    blas.enter()
+    with nogil:
+        run(attention_forward, a, slices)
+    blas.leave()
+    return out, cache
+
+
+cdef double attention_flops(const Attention* a, double per_score):
+    """Rough work, counting a score's exponential and its bookkeeping as some 60 flops."""
+    return <double> a.batch * a.n_heads * a.t_q * a.t_k * (per_score * a.d_head + 60.0) * (0.6 if a.causal else 1.0)
+
+
+def attention_backward(d_out, cache):
+    """d_out: (B*Tq, n_heads*d_head) -> d_q, d_k, d_v in the shapes of q, k, v.
+
+    When Tk equals Tq the three are columns of one matrix, so that `concat([d_q, d_k, d_v])` has nothing to copy.
+    """
+    check_cache(cache, AttentionCache, "attention")
+    cdef AttentionCache saved = <AttentionCache> cache
+    cdef Attention a = saved.args
+    cdef Matrix d_out_, together, d_q_, d_k_, d_v_
+    cdef Py_ssize_t width = a.n_heads * a.d_head, kv_width = a.n_kv_heads * a.d_head
+    get_matrix(&d_out_, d_out, "d_out", a.batch * a.t_q, width, FORM_BACKWARD)
+    a.d_out, a.d_out_stride = d_out_.data, d_out_.stride
+    if a.t_q == a.t_k:
+        all_three = new_matrix(&together, a.batch * a.t_q, width + 2 * kv_width)
+        a.d_q, a.d_k, a.d_v = together.data, together.data + width, together.data + width + kv_width
+        a.d_q_stride = a.d_k_stride = a.d_v_stride = together.stride
+        d_q = matrix_view(all_three, a.d_q, together.rows, width, together.stride)
+        d_k = matrix_view(all_three, a.d_k, together.rows, kv_width, together.stride)
+        d_v = matrix_view(all_three, a.d_v, together.rows, kv_width, together.stride)
+    else:
+        d_q = new_matrix(&d_q_, a.batch * a.t_q, width)
+        d_k = new_matrix(&d_k_, a.batch * a.t_k, kv_width)
+        d_v = new_matrix(&d_v_, a.batch * a.t_k, kv_width)
+        a.d_q, a.d_q_stride, a.d_k, a.d_k_stride = d_q_.data, d_q_.stride, d_k_.data, d_k_.stride
+        a.d_v, a.d_v_stride = d_v_.data, d_v_.stride
+    cdef int slices = blas.product_slices(attention_flops(&a, 10.0), True)
+    scratch = empty_vector(slices * attention_scratch(&a))
+    a.scratch = <float*> cnp.PyArray_DATA(scratch)
+    blas.enter()
+    with nogil:
+        run(attention_backward_, &a, slices)
+    blas.leave()
+    return d_q, d_k, d_v
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# columns: how q, k and v come out of one fused product, and how their gradients go back into one
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def split(x, widths):
+    """Cut the columns of x (N, sum(widths)) into matrices (N, w) for w in widths (views, nothing is copied)."""
+    cdef Matrix m
+    cdef Py_ssize_t start = 0, width
+    get_matrix(&m, x, "x", ANY, ANY, "split: x (N, sum of widths)")
+    parts = []
+    for width in widths:
+        if width < 0 or start + width > m.columns:
+            break
+        parts.append(matrix_view(x, m.data + start, m.rows, width, m.stride))
+        start += width
+    if start != m.columns or len(parts) != len(widths):
+        raise ValueError(f"split: widths {list(widths)} do not add up to the {m.columns} columns of x, shape {x.shape}")
+    return tuple(parts)
+
+
+def concat(parts):
+    """Put matrices (N, w_i) side by side -> (N, sum w_i). The backward of `split`.
+
+    Matrices that already lie side by side in one matrix of just that width (the results of `attention_backward`) are
+    not copied: that matrix is returned.
+    """
+    cdef Matrix first, m, whole
+    cdef Py_ssize_t width = 0
+    cdef bint adjacent = True
+    if not len(parts):
+        raise ValueError("concat: parts is empty, expected at least one matrix")
+    get_matrix(&first, parts[0], "parts", ANY, ANY, "concat: matrices (N, w_i)")
+    base = parts[0].base
+    for part in parts:
+        get_matrix(&m, part, "parts", first.rows, ANY, "concat: matrices (N, w_i)")
+        adjacent = adjacent and part.base is base and m.stride == first.stride and m.data == first.data + width
+        width += m.columns
+    if adjacent and cnp.PyArray_Check(base) and base.dtype == np.float32 and base.shape == (first.rows, width):
+        get_matrix(&whole, base, "parts", first.rows, width, "concat: matrices (N, w_i)")
+        if whole.data == first.data and (whole.stride == first.stride or first.rows <= 1):
+            return base
+    return np.concatenate(parts, axis=1)
