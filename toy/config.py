@@ -1,0 +1,144 @@
+"""What a model looks like (one frozen dataclass a model) and how a recipe is built (`RecipeOptions`).
+
+Every value is checked when the object is made: a config that exists is one that can be realized.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+def check_positive_int(name, value):
+    """`value` as a Python int. Raises ValueError (naming `name`) unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value.__index__() < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value.__index__()
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The readable TransformerLM: RMSNorm, causal attention, GELU MLP, no biases, learned positions, tied embedding.
+
+    d_model: width of the residual stream; d_ff: hidden width of the MLP; context_length: longest sequence, in tokens.
+    Raises ValueError for a value below 1 and for heads that do not divide the width.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_heads: int
+    d_ff: int
+    n_layers: int
+    context_length: int
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "n_layers", "context_length"):
+            object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        _check_heads(self.d_model, self.n_heads)
+
+    @property
+    def d_head(self):
+        return self.d_model // self.n_heads
+
+
+@dataclass(frozen=True)
+class GPT2Config(TransformerConfig):
+    """GPT-2 (Radford et al. 2019): LayerNorm with bias, biases everywhere, GELU(tanh), learned positions, tied embedding.
+
+    The fields and errors are those of `TransformerConfig`.
+    """
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Llama (Touvron et al. 2023): RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases.
+
+    n_kv_heads: key/value heads, a divisor of n_heads (fewer than n_heads: grouped-query attention). head_dim: None =
+    d_model / n_heads. rope_base: of the rotation frequencies. rms_eps: added to the mean square. untied: an output matrix of
+    its own instead of the embedding. qkv_bias: biases on the query, key and value projections.
+    Raises ValueError for a value below 1, heads that do not divide, and an odd head_dim (RoPE turns pairs).
+    """
+
+    vocab_size: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_ff: int
+    n_layers: int
+    context_length: int
+    rope_base: float = 10000.0
+    rms_eps: float = 1e-5
+    head_dim: int | None = None
+    untied: bool = False
+    qkv_bias: bool = False
+
+    def __post_init__(self):
+        names = ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_layers", "context_length")
+        for name in names:
+            object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads must divide n_heads: {self.n_heads} / {self.n_kv_heads} is not whole")
+        if self.head_dim is None:
+            _check_heads(self.d_model, self.n_heads)
+            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
+        else:
+            object.__setattr__(self, "head_dim", check_positive_int("head_dim", self.head_dim))
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, because RoPE turns pairs: got {self.head_dim}")
+        for name in ("rope_base", "rms_eps"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
+
+    @property
+    def d_head(self):
+        return self.head_dim
+
+
+WEIGHT_DTYPES = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """How a recipe is realized, whatever the model.
+
+    t_seq: tokens in a training sequence (at most the model's context). t_batch: sequences in a step.
+    weight_dtype: "f32", or "f16" / "bf16" for compute copies rounded from the f32 masters after every update.
+    untied, qkv_bias: options of models that have them. seed: of the initialisation. init_scale: multiplies its
+    standard deviations. grad_clip: largest L2 norm of the whole gradient (longer ones are scaled down), None = off.
+    Raises ValueError for a value out of range.
+    """
+
+    t_seq: int
+    t_batch: int = 1
+    weight_dtype: str = "f32"
+    untied: bool = False
+    qkv_bias: bool = False
+    seed: int = 0
+    init_scale: float = 1.0
+    grad_clip: float | None = None
+
+    def __post_init__(self):
+        for name in ("t_seq", "t_batch"):
+            object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        if self.weight_dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {self.weight_dtype!r}")
+        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__") or self.seed.__index__() < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        object.__setattr__(self, "seed", self.seed.__index__())
+        if not (math.isfinite(self.init_scale) and self.init_scale > 0):
+            raise ValueError(f"init_scale must be a positive number, got {self.init_scale!r}")
+        if self.grad_clip is not None and not (math.isfinite(self.grad_clip) and self.grad_clip > 0):
+            raise ValueError(f"grad_clip must be a positive number or None, got {self.grad_clip!r}")
+
+
+def _check_heads(d_model, n_heads):
+    if d_model % n_heads:
+        raise ValueError(
+            f"n_heads must divide d_model: {d_model} / {n_heads} leaves {d_model % n_heads}; "
+            f"divisors near it are {_divisors_near(d_model, n_heads)}"
+        )
+
+
+def _divisors_near(number, wanted):
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:4]))

@@ -1,0 +1,126 @@
+"""What the language models share: how token ids become rows, how a loss starts the backward pass, the key/value cache."""
+
+import numpy as np
+
+from toy.models.parameters import GradientTree, ParameterTree, initialize
+from toy.switch import default_ops
+
+
+class LanguageModel:
+    """A config, a parameter tree and an op table. The forward and the backward are in the subclasses:
+
+    forward_rows(token_ids (N,), positions (N,), batch, kv_cache) -> logits (N, V), cache
+    backward_rows(d_logits (N, V), cache, grads)                   adds to grads
+    parameter_shapes(config), parameter_stds(config)               dicts by parameter name
+    """
+
+    arch = None  # the model's name on the command line
+    hp_mode = None  # the AdamW convention its graphs read
+
+    def __init__(self, config, seed=0, *, init_scale=1.0, ops=None, dtype=np.float32, parameters=None):
+        """ops: an op table (None: the one of the current backend). parameters: a ready tree; None: initialised from seed."""
+        self.config = config
+        self.ops = default_ops() if ops is None else ops
+        if parameters is None:
+            parameters = ParameterTree.zeros(self.parameter_shapes(config), dtype)
+            initialize(parameters, self.parameter_stds(config), seed, init_scale)
+        self.parameters = parameters
+
+    def new_gradients(self):
+        return GradientTree.like(self.parameters)
+
+    def forward(self, token_ids, positions=None, kv_cache=None):
+        """token_ids: int (B, T) or (T,) -> logits (B, T, V) or (T, V), and the cache that `backward` takes.
+
+        positions: int (T,), None: they go on from the key/value cache, or 0 .. T-1. With a `KeyValueCache` (batch 1) the
+        tokens are appended to it and see all earlier ones.
+        Raises ValueError for ids outside the vocabulary, sequences longer than the context, and a batch with a cache.
+        """
+        token_ids = np.asarray(token_ids)
+        if token_ids.ndim not in (1, 2) or token_ids.size == 0 or token_ids.dtype.kind not in "iu":
+            raise ValueError(f"token_ids must be integers (B, T) or (T,), got {token_ids.dtype} {token_ids.shape}")
+        batch = token_ids.shape[0] if token_ids.ndim == 2 else 1
+        t_seq = token_ids.shape[-1]
+        if kv_cache is not None and batch != 1:
+            raise ValueError(f"a key/value cache holds one sequence, got a batch of {batch}: make one cache a sequence")
+        n_past = kv_cache.length if kv_cache is not None else 0
+        if n_past + t_seq > self.config.context_length:
+            raise ValueError(
+                f"{n_past + t_seq} tokens do not fit the context of {self.config.context_length}: shorten the sequence"
+            )
+        check_range("token_ids", token_ids, 0, self.config.vocab_size)
+        positions = np.arange(n_past, n_past + t_seq) if positions is None else np.asarray(positions)
+        if positions.shape != (t_seq,):
+            raise ValueError(f"positions must have shape {(t_seq,)}, got {positions.shape}")
+        check_range("positions", positions, 0, self.config.context_length)
+        rows = np.ascontiguousarray(token_ids.reshape(-1), dtype=np.int64)
+        logits, cache = self.forward_rows(rows, np.tile(positions, batch).astype(np.int64), batch, kv_cache)
+        if kv_cache is not None:
+            kv_cache.length += t_seq
+        return logits.reshape(*token_ids.shape, -1), (logits, cache)
+
+    def backward(self, cache, labels, grads, release_cache=False):
+        """The mean cross-entropy of the forward that gave `cache`, as a float; its gradient is *added* to `grads`.
+
+        labels: int in the shape of token_ids (-1 = not counted) or float rows (B*T, V). release_cache: free each block's
+        activations as soon as they have served (a training step; the cache cannot be used again).
+        """
+        logits, cache = cache
+        labels = np.asarray(labels)
+        if labels.dtype.kind in "iu":
+            check_range("labels", labels, -1, self.config.vocab_size)
+            labels = np.ascontiguousarray(labels.reshape(-1), dtype=np.int64)
+        else:
+            labels = np.ascontiguousarray(labels, dtype=logits.dtype)
+        if labels.shape not in ((logits.shape[0],), logits.shape):
+            raise ValueError(
+                f"labels must be {(logits.shape[0],)} integers or float rows {logits.shape}, got {labels.shape}"
+            )
+        loss, loss_cache = self.ops.cross_entropy(logits, labels)
+        d_logits = self.ops.cross_entropy_backward(loss_cache)
+        del logits, loss_cache
+        self.backward_rows(d_logits, cache, grads, release_cache)
+        grads.loss += loss
+        return loss
+
+    def generate(self, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=None, seed=0):
+        """The next `n_tokens` ids after `prompt_ids`, as a list (see `toy.generation.generate`)."""
+        from toy.generation import generate
+
+        return list(generate(self, prompt_ids, n_tokens, temperature, top_k, top_p, seed))
+
+    def new_kv_cache(self):
+        return KeyValueCache(self.config.n_layers, self.config.context_length)
+
+
+class KeyValueCache:
+    """The keys and values of the tokens seen so far, per layer, for one sequence. `length`: tokens seen."""
+
+    def __init__(self, n_layers, context_length):
+        self.length = 0
+        self.context_length = context_length
+        self.layers = [None] * n_layers
+
+    def extend(self, layer, k, v):
+        """Append k, v (T, width) after the first `length` rows -> all keys and values so far (length + T, width)."""
+        if self.layers[layer] is None:
+            self.layers[layer] = tuple(np.empty((self.context_length, a.shape[1]), a.dtype) for a in (k, v))
+        end = self.length + len(k)
+        for store, new in zip(self.layers[layer], (k, v)):
+            store[self.length : end] = new
+        return tuple(store[:end] for store in self.layers[layer])
+
+
+def check_range(name, ids, low, high):
+    """Raise ValueError unless every id is in [low, high)."""
+    if ids.size and (ids.min() < low or ids.max() >= high):
+        wrong = ids[(ids < low) | (ids >= high)].flat[0]
+        raise ValueError(f"{name} must lie in [{low}, {high}), got {wrong}")
+
+
+def backward_order(blocks, cache_list, gradient_blocks, release_cache):
+    """(block, cache, gradients) from the last block to the first; with release_cache each cache is dropped after use."""
+    for i in reversed(range(len(cache_list))):
+        yield blocks[i], cache_list[i], gradient_blocks[i]
+        if release_cache:
+            cache_list[i] = None

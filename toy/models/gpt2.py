@@ -1,0 +1,146 @@
+"""GPT-2 (Radford et al. 2019): the forward pass and its backward, op by op.
+
+    x = E[token] + P[position]
+    per block:  x = x + W_output attention(LayerNorm(x)) + bias         (q, k, v from one matrix, attn_qkv)
+                x = x + W_down gelu(W_up LayerNorm(x) + bias) + bias
+    logits = LayerNorm(x) E^T                  (tied)
+
+The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = d_model, F = d_ff, V = vocab_size.
+"""
+
+from typing import NamedTuple
+
+from toy.adamw import AdamW
+from toy.config import GPT2Config
+from toy.models.base import LanguageModel, backward_order
+
+NORM_EPS = 1e-5
+
+
+class BlockCache(NamedTuple):
+    """What one block's backward needs: the cache of each op, in forward order."""
+
+    attn_norm: tuple
+    attn_qkv: tuple
+    attention: tuple
+    attn_output: tuple
+    ffn_norm: tuple
+    ffn_up: tuple
+    gelu: tuple
+    ffn_down: tuple
+
+
+class Cache(NamedTuple):
+    token: tuple
+    position: tuple
+    blocks: list
+    output_norm: tuple
+    unembed: tuple
+
+
+class GPT2(LanguageModel):
+    """GPT-2 of any size, made from a `GPT2Config`. The other arguments are those of `LanguageModel`."""
+
+    arch = "gpt2"
+    hp_mode = AdamW.MODE_LORA
+
+    @classmethod
+    def from_config(cls, config, seed=0, **options):
+        return cls(config, seed, **options)
+
+    @staticmethod
+    def parameter_shapes(c: GPT2Config):
+        """dict of parameter names to shapes; matrices are (out, in). attn_qkv holds the rows of q, then k, then v."""
+        d = c.d_model
+        shapes = {"token_embd.weight": (c.vocab_size, d), "position_embd.weight": (c.context_length, d)}
+        for i in range(c.n_layers):
+            for name, shape in (
+                ("attn_norm", (d,)),
+                ("attn_qkv", (3 * d, d)),
+                ("attn_output", (d, d)),
+                ("ffn_norm", (d,)),
+                ("ffn_up", (c.d_ff, d)),
+                ("ffn_down", (d, c.d_ff)),
+            ):
+                shapes[f"blk.{i}.{name}.weight"] = shape
+                shapes[f"blk.{i}.{name}.bias"] = shape[:1]
+        return shapes | {"output_norm.weight": (d,), "output_norm.bias": (d,)}
+
+    @staticmethod
+    def parameter_stds(config):
+        """As published: Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0."""
+        stds = {}
+        for name in GPT2.parameter_shapes(config):
+            if name.endswith("bias"):
+                stds[name] = "zeros"
+            elif name.endswith("norm.weight"):
+                stds[name] = "ones"
+            elif name.endswith(("attn_output.weight", "ffn_down.weight")):
+                stds[name] = 0.02 / (2 * config.n_layers) ** 0.5
+            else:
+                stds[name] = 0.02
+        return stds
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward_rows(self, token_ids, positions, batch, kv_cache=None):
+        """token_ids, positions: int (N,) -> logits (N, V), cache."""
+        ops, p = self.ops, self.parameters
+        token, token_cache = ops.embedding(token_ids, p.token_embd.weight)  # (N, D)
+        position, position_cache = ops.embedding(positions, p.position_embd.weight)  # (N, D)
+        x = ops.add(token, position)  # (N, D)
+        block_caches = []
+        for layer, block in enumerate(p.blk):
+            x, cache = self.block_forward(layer, block, x, batch, kv_cache)
+            block_caches.append(cache)
+        x, norm_cache = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
+        logits, unembed_cache = ops.linear(x, p.token_embd.weight)  # (N, V)
+        return logits, Cache(token_cache, position_cache, block_caches, norm_cache, unembed_cache)
+
+    def block_forward(self, layer, block, x, batch, kv_cache=None):
+        """x: (N, D) -> x (N, D), cache."""
+        ops, d = self.ops, self.config.d_model
+        h, attn_norm = ops.layer_norm(x, block.attn_norm.weight, block.attn_norm.bias, NORM_EPS)  # (N, D)
+        qkv, attn_qkv = ops.linear(h, block.attn_qkv.weight, block.attn_qkv.bias)  # (N, 3D)
+        q, k, v = ops.split(qkv, (d, d, d))  # (N, D) each
+        if kv_cache is not None:
+            k, v = kv_cache.extend(layer, k, v)  # (T_past + T, D)
+        a, attention = ops.attention(q, k, v, batch, self.config.n_heads, causal=True)  # (N, D)
+        a, attn_output = ops.linear(a, block.attn_output.weight, block.attn_output.bias)  # (N, D)
+        x = ops.add(x, a)  # (N, D)
+
+        h, ffn_norm = ops.layer_norm(x, block.ffn_norm.weight, block.ffn_norm.bias, NORM_EPS)  # (N, D)
+        f, ffn_up = ops.linear(h, block.ffn_up.weight, block.ffn_up.bias)  # (N, F)
+        f, gelu = ops.gelu(f)  # (N, F)
+        f, ffn_down = ops.linear(f, block.ffn_down.weight, block.ffn_down.bias)  # (N, D)
+        x = ops.add(x, f)  # (N, D)
+        return x, BlockCache(attn_norm, attn_qkv, attention, attn_output, ffn_norm, ffn_up, gelu, ffn_down)
+
+    # -- backward -----------------------------------------------------------------------------------------------------
+
+    def backward_rows(self, d_logits, cache, grads, release_cache=False):
+        """d_logits: (N, V). Adds the gradient of every parameter to `grads`."""
+        ops = self.ops
+        d_x = ops.linear_backward(d_logits, cache.unembed, grads.token_embd.weight)  # (N, D), first use of E
+        d_x = ops.layer_norm_backward(d_x, cache.output_norm, grads.output_norm.weight, grads.output_norm.bias)
+        for _, block_cache, block_grads in backward_order(self.parameters.blk, cache.blocks, grads.blk, release_cache):
+            d_x = self.block_backward(d_x, block_cache, block_grads)
+        ops.embedding_backward(d_x, cache.position, grads.position_embd.weight)
+        ops.embedding_backward(
+            d_x, cache.token, grads.token_embd.weight
+        )  # second use of E: the same gradient collects both
+
+    def block_backward(self, d_x, cache, grads):
+        """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
+        ops = self.ops
+        d_f = ops.linear_backward(d_x, cache.ffn_down, grads.ffn_down.weight, grads.ffn_down.bias)  # (N, F)
+        d_f = ops.gelu_backward(d_f, cache.gelu)  # (N, F)
+        d_h = ops.linear_backward(d_f, cache.ffn_up, grads.ffn_up.weight, grads.ffn_up.bias)  # (N, D)
+        d_h = ops.layer_norm_backward(d_h, cache.ffn_norm, grads.ffn_norm.weight, grads.ffn_norm.bias)  # (N, D)
+        d_x = ops.add(d_x, d_h)  # the residual stream and the branch
+
+        d_a = ops.linear_backward(d_x, cache.attn_output, grads.attn_output.weight, grads.attn_output.bias)  # (N, D)
+        d_qkv = ops.concat(ops.attention_backward(d_a, cache.attention))  # (N, 3D)
+        d_h = ops.linear_backward(d_qkv, cache.attn_qkv, grads.attn_qkv.weight, grads.attn_qkv.bias)  # (N, D)
+        d_h = ops.layer_norm_backward(d_h, cache.attn_norm, grads.attn_norm.weight, grads.attn_norm.bias)  # (N, D)
+        return ops.add(d_x, d_h)

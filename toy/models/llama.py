@@ -1,0 +1,169 @@
+"""Llama (Touvron et al. 2023): the forward pass and its backward, op by op.
+
+    x = E[token]
+    per block:  x = x + W_output attention(rope(W_q h), rope(W_k h), W_v h),   h = RMSNorm(x)
+                x = x + W_down (silu(W_gate h) * W_up h),                      h = RMSNorm(x)
+    logits = RMSNorm(x) W_out^T                (W_out = E when tied)
+
+The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = d_model, F = d_ff, V = vocab_size,
+H = n_heads * d_head, K = n_kv_heads * d_head. Every matrix goes through `project`, where LoRA adapters may join it.
+"""
+
+from typing import NamedTuple
+
+from toy.adamw import AdamW
+from toy.config import LlamaConfig
+from toy.models.base import LanguageModel, backward_order
+from toy.models.lora import project, project_backward
+
+
+class BlockCache(NamedTuple):
+    """What one block's backward needs: the cache of each op, in forward order."""
+
+    attn_norm: tuple
+    attn_q: tuple
+    attn_k: tuple
+    attn_v: tuple
+    rope_q: tuple
+    rope_k: tuple
+    attention: tuple
+    attn_output: tuple
+    ffn_norm: tuple
+    ffn_gate: tuple
+    ffn_up: tuple
+    swiglu: tuple
+    ffn_down: tuple
+
+
+class Cache(NamedTuple):
+    token: tuple
+    blocks: list
+    output_norm: tuple
+    unembed: tuple
+
+
+class Llama(LanguageModel):
+    """Llama of any size, made from a `LlamaConfig`. lora_scale: alpha / rank of the adapters, if the tree has any. The
+    other arguments are those of `LanguageModel`."""
+
+    arch = "llama"
+    hp_mode = AdamW.MODE_FROM_SCRATCH
+
+    def __init__(self, config, seed=0, *, lora_scale=1.0, **options):
+        super().__init__(config, seed, **options)
+        self.lora_scale = lora_scale
+
+    @classmethod
+    def from_config(cls, config, seed=0, **options):
+        return cls(config, seed, **options)
+
+    @staticmethod
+    def parameter_shapes(c: LlamaConfig):
+        """dict of parameter names to shapes; matrices are (out, in)."""
+        d, h, k = c.d_model, c.n_heads * c.d_head, c.n_kv_heads * c.d_head
+        shapes = {"token_embd.weight": (c.vocab_size, d)}
+        for i in range(c.n_layers):
+            shapes |= {
+                f"blk.{i}.attn_norm.weight": (d,),
+                f"blk.{i}.attn_q.weight": (h, d),
+                f"blk.{i}.attn_k.weight": (k, d),
+                f"blk.{i}.attn_v.weight": (k, d),
+                f"blk.{i}.attn_output.weight": (d, h),
+                f"blk.{i}.ffn_norm.weight": (d,),
+                f"blk.{i}.ffn_gate.weight": (c.d_ff, d),
+                f"blk.{i}.ffn_up.weight": (c.d_ff, d),
+                f"blk.{i}.ffn_down.weight": (d, c.d_ff),
+            }
+            if c.qkv_bias:
+                shapes |= {f"blk.{i}.attn_{n}.bias": (h if n == "q" else k,) for n in "qkv"}
+        shapes["output_norm.weight"] = (d,)
+        if c.untied:
+            shapes["output.weight"] = (c.vocab_size, d)
+        return shapes
+
+    @staticmethod
+    def parameter_stds(config):
+        """Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0 (as in `gpt2.py`)."""
+        stds = {}
+        for name in Llama.parameter_shapes(config):
+            if name.endswith("bias"):
+                stds[name] = "zeros"
+            elif name.endswith("norm.weight"):
+                stds[name] = "ones"
+            elif name.endswith(("attn_output.weight", "ffn_down.weight")):
+                stds[name] = 0.02 / (2 * config.n_layers) ** 0.5
+            else:
+                stds[name] = 0.02
+        return stds
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward_rows(self, token_ids, positions, batch, kv_cache=None):
+        """token_ids, positions: int (N,) -> logits (N, V), cache."""
+        ops, p, c = self.ops, self.parameters, self.config
+        x, token_cache = ops.embedding(token_ids, p.token_embd.weight)  # (N, D)
+        block_caches = []
+        for layer, block in enumerate(p.blk):
+            x, cache = self.block_forward(layer, block, x, positions, batch, kv_cache)
+            block_caches.append(cache)
+        x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
+        logits, unembed_cache = ops.linear(x, p.output.weight if c.untied else p.token_embd.weight)  # (N, V)
+        return logits, Cache(token_cache, block_caches, norm_cache, unembed_cache)
+
+    def block_forward(self, layer, block, x, positions, batch, kv_cache=None):
+        """x: (N, D) -> x (N, D), cache."""
+        ops, c, scale = self.ops, self.config, self.lora_scale
+        h, attn_norm = ops.rms_norm(x, block.attn_norm.weight, c.rms_eps)  # (N, D)
+        q, attn_q = project(ops, h, block.attn_q, scale)  # (N, H)
+        k, attn_k = project(ops, h, block.attn_k, scale)  # (N, K)
+        v, attn_v = project(ops, h, block.attn_v, scale)  # (N, K)
+        q, rope_q = ops.rope(q, positions, c.n_heads, c.rope_base)  # (N, H)
+        k, rope_k = ops.rope(k, positions, c.n_kv_heads, c.rope_base)  # (N, K)
+        if kv_cache is not None:
+            k, v = kv_cache.extend(layer, k, v)  # (T_past + T, K)
+        a, attention = ops.attention(q, k, v, batch, c.n_heads, c.n_kv_heads, causal=True)  # (N, H)
+        a, attn_output = project(ops, a, block.attn_output, scale)  # (N, D)
+        x = ops.add(x, a)  # (N, D)
+
+        h, ffn_norm = ops.rms_norm(x, block.ffn_norm.weight, c.rms_eps)  # (N, D)
+        gate, ffn_gate = project(ops, h, block.ffn_gate, scale)  # (N, F)
+        up, ffn_up = project(ops, h, block.ffn_up, scale)  # (N, F)
+        f, swiglu = ops.swiglu(gate, up)  # (N, F)
+        f, ffn_down = project(ops, f, block.ffn_down, scale)  # (N, D)
+        x = ops.add(x, f)  # (N, D)
+        return x, BlockCache(
+            attn_norm, attn_q, attn_k, attn_v, rope_q, rope_k, attention, attn_output,
+            ffn_norm, ffn_gate, ffn_up, swiglu, ffn_down,
+        )  # fmt: skip
+
+    # -- backward -----------------------------------------------------------------------------------------------------
+
+    def backward_rows(self, d_logits, cache, grads, release_cache=False):
+        """d_logits: (N, V). Adds the gradient of every parameter to `grads` (None there: frozen)."""
+        ops, blocks = self.ops, self.parameters.blk
+        head = grads.output if self.config.untied else grads.token_embd
+        d_x = ops.linear_backward(d_logits, cache.unembed, head.weight)  # (N, D)
+        d_x = ops.rms_norm_backward(d_x, cache.output_norm, grads.output_norm.weight)  # (N, D)
+        for _, block_cache, block_grads in backward_order(blocks, cache.blocks, grads.blk, release_cache):
+            d_x = self.block_backward(d_x, block_cache, block_grads)
+        ops.embedding_backward(d_x, cache.token, grads.token_embd.weight)  # tied: the second contribution
+
+    def block_backward(self, d_x, cache, grads):
+        """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
+        ops, scale = self.ops, self.lora_scale
+        d_f = project_backward(ops, d_x, cache.ffn_down, grads.ffn_down, scale)  # (N, F)
+        d_gate, d_up = ops.swiglu_backward(d_f, cache.swiglu)  # (N, F) each
+        d_h = project_backward(ops, d_gate, cache.ffn_gate, grads.ffn_gate, scale)  # (N, D)
+        d_h = ops.add(d_h, project_backward(ops, d_up, cache.ffn_up, grads.ffn_up, scale))  # h was read twice
+        d_h = ops.rms_norm_backward(d_h, cache.ffn_norm, grads.ffn_norm.weight)  # (N, D)
+        d_x = ops.add(d_x, d_h)  # the residual stream and the branch
+
+        d_a = project_backward(ops, d_x, cache.attn_output, grads.attn_output, scale)  # (N, H)
+        d_q, d_k, d_v = ops.attention_backward(d_a, cache.attention)  # (N, H), (N, K), (N, K)
+        d_q = ops.rope_backward(d_q, cache.rope_q)  # (N, H)
+        d_k = ops.rope_backward(d_k, cache.rope_k)  # (N, K)
+        d_h = project_backward(ops, d_q, cache.attn_q, grads.attn_q, scale)  # (N, D)
+        d_h = ops.add(d_h, project_backward(ops, d_k, cache.attn_k, grads.attn_k, scale))  # h was read three times
+        d_h = ops.add(d_h, project_backward(ops, d_v, cache.attn_v, grads.attn_v, scale))
+        d_h = ops.rms_norm_backward(d_h, cache.attn_norm, grads.attn_norm.weight)  # (N, D)
+        return ops.add(d_x, d_h)

@@ -1,0 +1,202 @@
+"""Named parameter trees: a flat mapping of names to arrays, also reachable as attributes.
+
+    tree["blocks.0.w_q"]  is  tree.blocks[0].w_q
+
+All arrays of a tree are views of ONE flat buffer (`tree.flat`), so that zeroing, AdamW, the gradient norm and checkpoints
+are one pass over one array. A tree whose leaves are something else (the nodes of a graph) has `flat = None`.
+"""
+
+import zlib
+
+import numpy as np
+
+
+class Namespace:
+    """Attributes made from the dotted part of names; assigning to a leaf copies into its array."""
+
+    def __setattr__(self, name, value):
+        current = self.__dict__.get(name)
+        if current is value:
+            return  # the second half of `tree.w += x`: the array was changed in place
+        if not isinstance(current, np.ndarray):
+            raise AttributeError(f"{name!r} is not an array of this parameter tree and cannot be assigned")
+        if np.shape(value) != current.shape:
+            raise ValueError(f"{name} has shape {current.shape}, cannot assign an array of shape {np.shape(value)}")
+        current[...] = value
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(self.__dict__)})"
+
+
+class Block(Namespace):
+    """The parameters (or gradients) of one transformer block."""
+
+
+class ParameterTree(Namespace):
+    """leaves: dict of dotted names to arrays (or graph nodes), in order. A numeric part indexes a list of blocks.
+
+    A leaf of None can be reached as an attribute but is not an item of the tree (a frozen parameter in a gradient tree).
+    """
+
+    def __init__(self, leaves, flat=None):
+        self.__dict__.update(_leaves={name: leaf for name, leaf in leaves.items() if leaf is not None}, flat=flat)
+        for name, leaf in leaves.items():
+            *path, last = name.split(".")
+            node = self.__dict__
+            for part, following in zip(path, [*path[1:], last]):
+                if part.isdigit():
+                    while len(node) <= int(part):
+                        node.append(Block())
+                    node = node[int(part)].__dict__
+                else:
+                    node = node.setdefault(part, [] if following.isdigit() else Namespace())
+                    node = node if isinstance(node, list) else node.__dict__
+            node[last] = leaf
+
+    @classmethod
+    def zeros(cls, shapes, dtype=np.float32):
+        """A tree of zeros. shapes: dict of names to shapes."""
+        tree = cls.__new__(cls)
+        ParameterTree.__init__(tree, *_allocate(shapes, dtype))
+        return tree
+
+    def __getitem__(self, name):
+        return self._leaves[name]
+
+    def __iter__(self):
+        return iter(self._leaves)
+
+    def __len__(self):
+        return len(self._leaves)
+
+    def items(self):
+        return self._leaves.items()
+
+    @property
+    def shapes(self):
+        return {name: leaf.shape for name, leaf in self.items()}
+
+    @property
+    def dtype(self):
+        return self.flat.dtype
+
+    @property
+    def n_parameters(self):
+        return sum(int(np.prod(leaf.shape)) for leaf in self._leaves.values())
+
+    def copies(self):
+        """dict of names to float32 copies of the arrays."""
+        return {name: np.array(leaf, dtype=np.float32) for name, leaf in self.items()}
+
+    def load(self, mapping, what="parameters"):
+        """Copy arrays in, all or nothing.
+
+        Raises ValueError for a missing or unknown name, another shape, or a number that is not finite (in this tree's
+        dtype); nothing is changed then.
+        """
+        self.check(mapping, what)
+        for name, leaf in self.items():
+            leaf[...] = mapping[name]
+
+    def check(self, mapping, what="parameters"):
+        """Raise the errors of `load` without changing anything."""
+        check_arrays(self.shapes, mapping, what)
+
+
+def check_arrays(shapes, mapping, what="parameters"):
+    """Raise ValueError unless `mapping` has exactly the names and shapes of `shapes`, with finite float32 numbers."""
+    missing = [name for name in shapes if name not in mapping]
+    unknown = [name for name in mapping if name not in shapes]
+    if missing or unknown:
+        raise ValueError(
+            f"{what}: the names do not match this model"
+            + (f"; missing: {_some(missing)}" if missing else "")
+            + (f"; unknown: {_some(unknown)}" if unknown else "")
+        )
+    for name, shape in shapes.items():
+        array = np.asarray(mapping[name])
+        if array.shape != tuple(shape):
+            raise ValueError(f"{what}: {name} has shape {array.shape}, this model expects {tuple(shape)}")
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{what}: {name} has dtype {array.dtype}, expected real numbers")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(array.astype(np.float32, copy=False)).all():
+                raise ValueError(f"{what}: {name} holds numbers that are not finite in float32")
+
+
+class GradientTree(ParameterTree):
+    """The mirror of a parameter tree: the same names and shapes, plus `loss`. All zeros when made.
+
+    Backward passes add to every array and to `loss`; `fill_zero()` starts anew.
+    """
+
+    def __setattr__(self, name, value):
+        if name == "loss":
+            self.__dict__["loss"] = value
+        else:
+            super().__setattr__(name, value)
+
+    @classmethod
+    def like(cls, tree, trainable=None):
+        """The mirror of `tree`; trainable: names of the parameters that have a gradient (None: all), the others get None."""
+        names = set(tree if trainable is None else trainable)
+        leaves, flat = _allocate({name: shape for name, shape in tree.shapes.items() if name in names}, tree.dtype)
+        gradients = cls.__new__(cls)
+        ParameterTree.__init__(gradients, {name: leaves.get(name) for name in tree}, flat)
+        gradients.loss = 0.0
+        return gradients
+
+    def fill_zero(self):
+        self.flat.fill(0)
+        self.loss = 0.0
+
+
+def initialize(tree, init_stds, seed, init_scale=1.0):
+    """Fill `tree` with its initial weights.
+
+    init_stds: dict of names to the standard deviation of a zero-mean normal distribution, or to "ones" / "zeros" (gains
+    and biases). Every tensor has its own random stream, made from (seed, name): the weights do not depend on the order of
+    the tensors, on their number or on the backend.
+    """
+    for name, leaf in tree.items():
+        std = init_stds[name]
+        if std == "ones":
+            leaf.fill(1.0)
+        elif std == "zeros":
+            leaf.fill(0.0)
+        else:
+            generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            leaf[...] = init_scale * std * generator.standard_normal(leaf.shape)
+
+
+def round_weights(weights, dtype):
+    """float32 -> float32 rounded to the nearest "f16" or "bf16" number, ties to even ("f32": as it is)."""
+    if dtype == "f16":
+        with np.errstate(over="ignore"):
+            return weights.astype(np.float16).astype(np.float32)
+    if dtype == "bf16":  # the upper 16 bits of a float32
+        bits = weights.view(np.uint32)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return np.where(np.isnan(weights), weights, (rounded & np.uint32(0xFFFF0000)).view(np.float32))
+    return weights
+
+
+_ALIGNMENT = 64  # bytes: a cache line, and the widest SIMD register
+
+
+def _allocate(shapes, dtype):
+    dtype = np.dtype(dtype)
+    step = _ALIGNMENT // dtype.itemsize
+    offsets, total = {}, 0
+    for name, shape in shapes.items():
+        offsets[name] = total
+        total += -(-int(np.prod(shape)) // step) * step  # the gaps stay zero under AdamW: their gradient is zero
+    memory = np.zeros(total + step, dtype)
+    start = (-memory.ctypes.data % _ALIGNMENT) // dtype.itemsize
+    flat = memory[start : start + total]
+    leaves = {name: flat[offsets[name] :][: int(np.prod(shape))].reshape(shape) for name, shape in shapes.items()}
+    return leaves, flat
+
+
+def _some(names, most=5):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

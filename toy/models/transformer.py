@@ -1,0 +1,203 @@
+"""TransformerLM, the readable model: the forward pass and its backward, op by op.
+
+    x = E[token] + P[position]
+    per block:  x = x + W_o attention(RMSNorm(x))
+                x = x + W_ff2 gelu(W_ff1 RMSNorm(x))
+    logits = RMSNorm(x) E^T                    (the embedding E is used twice: "tied")
+
+Letters in the shapes: N = B*T rows (one per token), D = d_model, F = d_ff, V = vocab_size, H = n_heads * d_head.
+The ops are in `toy/ops/reference.py`, each with its own backward. The backward below calls them in reverse order: read it
+from the bottom of `forward_rows` upwards. Where two paths of the forward meet (`add`), their gradients part; where one value
+was used twice, the gradients of its uses are summed.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from toy.adamw import AdamW
+from toy.config import TransformerConfig
+from toy.models.base import LanguageModel, backward_order
+from toy.models.parameters import GradientTree
+
+NORM_EPS = 1e-5
+
+
+class BlockCache(NamedTuple):
+    """What one block's backward needs: the cache of each op, in forward order."""
+
+    norm1: tuple
+    q: tuple
+    k: tuple
+    v: tuple
+    attention: tuple
+    w_o: tuple
+    norm2: tuple
+    ff1: tuple
+    gelu: tuple
+    ff2: tuple
+
+
+class Cache(NamedTuple):
+    token: tuple
+    position: tuple
+    blocks: list
+    norm_final: tuple
+    unembed: tuple
+
+
+class TransformerLM(LanguageModel):
+    """A decoder-only transformer language model.
+
+    seed, init_scale: of the initialisation. ops: an op table (None: the current backend's). dtype: float32, or float64 with
+    the reference table. parameters: a ready tree to use instead. Raises ValueError as `TransformerConfig` does.
+    """
+
+    arch = "transformer"
+    hp_mode = AdamW.MODE_FROM_SCRATCH
+
+    def __init__(self, vocab_size, d_model, d_ff, n_heads, n_layers, context_length, seed=0, **options):
+        config = TransformerConfig(vocab_size, d_model, n_heads, d_ff, n_layers, context_length)
+        super().__init__(config, seed, **options)
+
+    @classmethod
+    def from_config(cls, c, seed=0, **options):
+        return cls(c.vocab_size, c.d_model, c.d_ff, c.n_heads, c.n_layers, c.context_length, seed, **options)
+
+    @staticmethod
+    def parameter_shapes(c):
+        return parameter_shapes(c.vocab_size, c.d_model, c.d_ff, c.n_heads, c.d_head, c.n_layers, c.context_length)
+
+    @staticmethod
+    def parameter_stds(config):
+        """Normal(0, 0.02) for matrices; the two that write into the residual stream are scaled by 1/sqrt(2 n_layers), so
+        that its variance does not grow with depth (Radford et al. 2019, section 2.3)."""
+        stds = {}
+        for name in TransformerLM.parameter_shapes(config):
+            if name.endswith("gamma"):
+                stds[name] = "ones"
+            elif name.endswith(("w_o", "w_ff2")):
+                stds[name] = 0.02 / (2 * config.n_layers) ** 0.5
+            else:
+                stds[name] = 0.02
+        return stds
+
+    @property
+    def token_embed(self):
+        return self.parameters.token_embed
+
+    @property
+    def pos_embed(self):
+        return self.parameters.pos_embed
+
+    @property
+    def norm_final_gamma(self):
+        return self.parameters.norm_final_gamma
+
+    @property
+    def blocks(self):
+        return self.parameters.blocks
+
+    def new_gradients(self):
+        c = self.config
+        return Gradients(
+            c.vocab_size, c.d_model, c.d_ff, c.n_heads, c.d_head, c.n_layers, c.context_length, self.token_embed.dtype
+        )
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward_rows(self, token_ids, positions, batch, kv_cache=None):
+        """token_ids, positions: int (N,) -> logits (N, V), cache."""
+        ops, p = self.ops, self.parameters
+        token, token_cache = ops.embedding(token_ids, p.token_embed)  # (N, D)
+        position, position_cache = ops.embedding(positions, p.pos_embed)  # (N, D)
+        x = ops.add(token, position)  # (N, D)
+        block_caches = []
+        for layer, block in enumerate(p.blocks):
+            x, cache = self.block_forward(layer, block, x, batch, kv_cache)
+            block_caches.append(cache)
+        x, norm_cache = ops.rms_norm(x, p.norm_final_gamma, NORM_EPS)  # (N, D)
+        logits, unembed_cache = ops.linear(x, p.token_embed)  # (N, V)
+        return logits, Cache(token_cache, position_cache, block_caches, norm_cache, unembed_cache)
+
+    def block_forward(self, layer, block, x, batch, kv_cache=None):
+        """x: (N, D) -> x (N, D), cache."""
+        ops, heads = self.ops, self.config.n_heads
+        h, norm1 = ops.rms_norm(x, block.norm1_gamma, NORM_EPS)  # (N, D)
+        q, q_cache = ops.linear(h, block.w_q)  # (N, H)
+        k, k_cache = ops.linear(h, block.w_k)  # (N, H)
+        v, v_cache = ops.linear(h, block.w_v)  # (N, H)
+        if kv_cache is not None:
+            k, v = kv_cache.extend(layer, k, v)  # (T_past + T, H)
+        a, attention = ops.attention(q, k, v, batch, heads, causal=True)  # (N, H)
+        a, o_cache = ops.linear(a, block.w_o)  # (N, D)
+        x = ops.add(x, a)  # (N, D)
+
+        h, norm2 = ops.rms_norm(x, block.norm2_gamma, NORM_EPS)  # (N, D)
+        f, ff1 = ops.linear(h, block.w_ff1)  # (N, F)
+        f, gelu = ops.gelu(f)  # (N, F)
+        f, ff2 = ops.linear(f, block.w_ff2)  # (N, D)
+        x = ops.add(x, f)  # (N, D)
+        return x, BlockCache(norm1, q_cache, k_cache, v_cache, attention, o_cache, norm2, ff1, gelu, ff2)
+
+    # -- backward -----------------------------------------------------------------------------------------------------
+
+    def backward_rows(self, d_logits, cache, grads, release_cache=False):
+        """d_logits: (N, V). Adds the gradient of every parameter to `grads`."""
+        ops = self.ops
+        d_x = ops.linear_backward(d_logits, cache.unembed, grads.token_embed)  # (N, D), first use of E
+        d_x = ops.rms_norm_backward(d_x, cache.norm_final, grads.norm_final_gamma)  # (N, D)
+        for _, block_cache, block_grads in backward_order(self.blocks, cache.blocks, grads.blocks, release_cache):
+            d_x = self.block_backward(d_x, block_cache, block_grads)
+        ops.embedding_backward(d_x, cache.position, grads.pos_embed)
+        ops.embedding_backward(d_x, cache.token, grads.token_embed)  # second use of E: the same gradient collects both
+
+    def block_backward(self, d_x, cache, grads):
+        """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
+        ops = self.ops
+        d_f = ops.linear_backward(d_x, cache.ff2, grads.w_ff2)  # (N, F)
+        d_f = ops.gelu_backward(d_f, cache.gelu)  # (N, F)
+        d_h = ops.linear_backward(d_f, cache.ff1, grads.w_ff1)  # (N, D)
+        d_h = ops.rms_norm_backward(d_h, cache.norm2, grads.norm2_gamma)  # (N, D)
+        d_x = ops.add(d_x, d_h)  # the residual stream and the branch
+
+        d_a = ops.linear_backward(d_x, cache.w_o, grads.w_o)  # (N, H)
+        d_q, d_k, d_v = ops.attention_backward(d_a, cache.attention)  # (N, H) each
+        d_h = ops.linear_backward(d_q, cache.q, grads.w_q)  # (N, D)
+        d_h = ops.add(d_h, ops.linear_backward(d_k, cache.k, grads.w_k))  # h was read three times
+        d_h = ops.add(d_h, ops.linear_backward(d_v, cache.v, grads.w_v))
+        d_h = ops.rms_norm_backward(d_h, cache.norm1, grads.norm1_gamma)  # (N, D)
+        return ops.add(d_x, d_h)
+
+
+def parameter_shapes(vocab_size, d_model, d_ff, n_heads, d_head, n_layers, context_length):
+    """dict of parameter names to shapes; matrices are (out, in)."""
+    h = n_heads * d_head
+    shapes = {
+        "token_embed": (vocab_size, d_model),
+        "pos_embed": (context_length, d_model),
+        "norm_final_gamma": (d_model,),
+    }
+    for i in range(n_layers):
+        shapes |= {
+            f"blocks.{i}.norm1_gamma": (d_model,),
+            f"blocks.{i}.norm2_gamma": (d_model,),
+            f"blocks.{i}.w_q": (h, d_model),
+            f"blocks.{i}.w_k": (h, d_model),
+            f"blocks.{i}.w_v": (h, d_model),
+            f"blocks.{i}.w_o": (d_model, h),
+            f"blocks.{i}.w_ff1": (d_ff, d_model),
+            f"blocks.{i}.w_ff2": (d_model, d_ff),
+        }
+    return shapes
+
+
+class Gradients(GradientTree):
+    """The gradients of a TransformerLM, a mirror of its parameters: `token_embed`, `pos_embed`, `norm_final_gamma`,
+    `blocks` (each with norm1_gamma, norm2_gamma, w_q, w_k, w_v, w_o, w_ff1, w_ff2), and `loss`. All zeros when made."""
+
+    def __init__(self, vocab_size, d_model, d_ff, n_heads, d_head, n_layers, context_length, dtype=np.float32):
+        shapes = parameter_shapes(vocab_size, d_model, d_ff, n_heads, d_head, n_layers, context_length)
+        zeros = GradientTree.zeros(shapes, dtype)
+        super().__init__(dict(zeros.items()), zeros.flat)
+        self.loss = 0.0

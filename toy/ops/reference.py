@@ -1,0 +1,394 @@
+"""The textbook op table: every op of the models in numpy, its backward right below it.
+
+Conventions, the same in every op table:
+
+* Activations are matrices of shape (N, D): N = B*T rows (batch b, position t -> row b*T + t), one row per token.
+* Weight matrices are (out, in), so y = x @ W.T.
+* A forward returns `(out, cache)`; the cache is whatever its backward needs and is opaque to the models.
+* `d_<name>` is the gradient of the loss with respect to `<name>`. A backward *returns* the gradients of the
+  activations and *adds* (+=) the gradients of the parameters into the arrays it is given. Passing None for a
+  parameter gradient means that parameter is frozen.
+* The arithmetic is done in the dtype of the inputs: float32 for training, float64 for checking derivatives.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+name = "reference"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# embedding: out[n] = table[token_ids[n]]
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingCache(NamedTuple):
+    token_ids: np.ndarray  # (N,)
+
+
+def embedding(token_ids, table):
+    """Look up one row per id. token_ids: int (N,), table: (V, D) -> (N, D)."""
+    return table[token_ids], EmbeddingCache(token_ids)
+
+
+def embedding_backward(d_out, cache, d_table):
+    """d_out: (N, D). Adds into d_table (V, D); an id that occurs k times collects k rows."""
+    if d_table is not None:
+        np.add.at(d_table, cache.token_ids, d_out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# linear: y = x W^T + b
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LinearCache(NamedTuple):
+    x: np.ndarray  # (N, in)
+    weight: np.ndarray  # (out, in)
+
+
+def linear(x, weight, bias=None):
+    """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out)."""
+    y = x @ weight.T
+    if bias is not None:
+        y += bias
+    return y, LinearCache(x, weight)
+
+
+def linear_backward(d_y, cache, d_weight, d_bias=None):
+    """d_y: (N, out) -> d_x (N, in). Adds into d_weight (out, in) and d_bias (out,)."""
+    if d_weight is not None:
+        d_weight += d_y.T @ cache.x  # (out, N) @ (N, in)
+    if d_bias is not None:
+        d_bias += d_y.sum(axis=0)
+    return d_y @ cache.weight  # (N, out) @ (out, in)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# residual stream and column plumbing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def add(a, b):
+    """a + b, both (N, D). Its backward needs no op: the gradient goes unchanged to both summands."""
+    return a + b
+
+
+def scale(x, factor):
+    """factor * x for a plain number. Its backward is the same op on the gradient."""
+    return x * x.dtype.type(factor)
+
+
+def split(x, widths):
+    """Cut the columns of x (N, sum(widths)) into matrices (N, w) for w in widths (views, nothing is copied)."""
+    return tuple(np.split(x, np.cumsum(widths)[:-1], axis=1))
+
+
+def concat(parts):
+    """Put matrices (N, w_i) side by side -> (N, sum w_i). The backward of `split`."""
+    return np.concatenate(parts, axis=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RMSNorm (Zhang & Sennrich 2019, eq. 4): y = x / rms(x) * gamma,  rms(x) = sqrt(mean(x^2) + eps)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNormCache(NamedTuple):
+    x: np.ndarray  # (N, D)
+    rstd: np.ndarray  # (N, 1)  1 / rms(x)
+    gamma: np.ndarray  # (D,)
+
+
+def rms_norm(x, gamma, eps=1e-5):
+    """x: (N, D), gamma: (D,) -> (N, D)."""
+    rstd = 1.0 / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + x.dtype.type(eps))  # (N, 1)
+    return x * rstd * gamma, RMSNormCache(x, rstd, gamma)
+
+
+def rms_norm_backward(d_y, cache, d_gamma):
+    """d_y: (N, D) -> d_x (N, D). Adds into d_gamma (D,)."""
+    x, rstd, gamma = cache
+    x_hat = x * rstd  # (N, D)
+    if d_gamma is not None:
+        d_gamma += (d_y * x_hat).sum(axis=0)
+    d_x_hat = d_y * gamma  # (N, D)
+    # rstd depends on every element of the row, hence the projection that is subtracted
+    return rstd * (d_x_hat - x_hat * np.mean(d_x_hat * x_hat, axis=1, keepdims=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LayerNorm (Ba, Kiros & Hinton 2016, eq. 4): y = (x - mean(x)) / std(x) * gamma + beta
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LayerNormCache(NamedTuple):
+    x: np.ndarray  # (N, D)
+    mean: np.ndarray  # (N, 1)
+    rstd: np.ndarray  # (N, 1)  1 / sqrt(var(x) + eps)
+    gamma: np.ndarray  # (D,)
+
+
+def layer_norm(x, gamma, beta, eps=1e-5):
+    """x: (N, D), gamma and beta: (D,) -> (N, D). The variance is the biased one (divided by D)."""
+    mean = x.mean(axis=1, keepdims=True)  # (N, 1)
+    centred = x - mean
+    rstd = 1.0 / np.sqrt(np.mean(centred * centred, axis=1, keepdims=True) + x.dtype.type(eps))  # (N, 1)
+    return centred * rstd * gamma + beta, LayerNormCache(x, mean, rstd, gamma)
+
+
+def layer_norm_backward(d_y, cache, d_gamma, d_beta):
+    """d_y: (N, D) -> d_x (N, D). Adds into d_gamma and d_beta (D,)."""
+    x, mean, rstd, gamma = cache
+    x_hat = (x - mean) * rstd  # (N, D)
+    if d_gamma is not None:
+        d_gamma += (d_y * x_hat).sum(axis=0)
+    if d_beta is not None:
+        d_beta += d_y.sum(axis=0)
+    d_x_hat = d_y * gamma  # (N, D)
+    # the mean and the std both depend on every element of the row: one projection for each
+    return rstd * (
+        d_x_hat - d_x_hat.mean(axis=1, keepdims=True) - x_hat * np.mean(d_x_hat * x_hat, axis=1, keepdims=True)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GELU, tanh form (Hendrycks & Gimpel 2016, section 2): y = x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+# ----------------------------------------------------------------------------------------------------------------------
+
+_GELU_SCALE = 0.7978845608028654  # sqrt(2/pi)
+_GELU_CUBIC = 0.044715
+
+
+class GELUCache(NamedTuple):
+    x: np.ndarray  # (N, F)
+
+
+def gelu(x):
+    """x: (N, F) -> (N, F)."""
+    tanh = np.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x * x * x))
+    return 0.5 * x * (1.0 + tanh), GELUCache(x)
+
+
+def gelu_backward(d_y, cache):
+    """d_y: (N, F) -> d_x (N, F)."""
+    x = cache.x
+    tanh = np.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x * x * x))
+    d_inner = _GELU_SCALE * (1.0 + 3.0 * _GELU_CUBIC * x * x)
+    return d_y * (0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * d_inner)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SiLU: y = x sigmoid(x), and SwiGLU (Shazeer 2020, eq. 6): y = silu(gate) * up
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SiLUCache(NamedTuple):
+    x: np.ndarray  # (N, F)
+
+
+class SwiGLUCache(NamedTuple):
+    gate: np.ndarray  # (N, F)
+    up: np.ndarray  # (N, F)
+
+
+def _sigmoid(x):
+    # exp of a non-positive number only, so that no x overflows
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+def silu(x):
+    """x: (N, F) -> (N, F)."""
+    return x * _sigmoid(x), SiLUCache(x)
+
+
+def silu_backward(d_y, cache):
+    """d_y: (N, F) -> d_x (N, F)."""
+    sigmoid = _sigmoid(cache.x)
+    return d_y * sigmoid * (1.0 + cache.x * (1.0 - sigmoid))
+
+
+def swiglu(gate, up):
+    """gate, up: (N, F) -> (N, F)."""
+    return gate * _sigmoid(gate) * up, SwiGLUCache(gate, up)
+
+
+def swiglu_backward(d_y, cache):
+    """d_y: (N, F) -> d_gate, d_up, both (N, F)."""
+    gate, up = cache
+    sigmoid = _sigmoid(gate)
+    d_gate = d_y * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    return d_gate, d_y * gate * sigmoid
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RoPE (Su et al. 2021, eq. 34), interleaved pairs as in GGUF "llama" files:
+# the pair (x[2i], x[2i+1]) of every head is turned by the angle position * base^(-2i/d_head)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RopeCache(NamedTuple):
+    cos: np.ndarray  # (N, 1, d_head/2)
+    sin: np.ndarray  # (N, 1, d_head/2)
+
+
+def rope(x, positions, n_heads, base=10000.0):
+    """x: (N, n_heads*d_head), positions: int (N,) -> (N, n_heads*d_head). d_head must be even."""
+    d_head = x.shape[1] // n_heads
+    frequencies = float(base) ** (-np.arange(0, d_head, 2) / d_head)  # (d_head/2,) float64
+    angles = np.asarray(positions)[:, None] * frequencies  # (N, d_head/2)
+    cos = np.cos(angles)[:, None, :].astype(x.dtype)
+    sin = np.sin(angles)[:, None, :].astype(x.dtype)
+    return _rotate_pairs(x, cos, sin), RopeCache(cos, sin)
+
+
+def rope_backward(d_y, cache):
+    """d_y: (N, n_heads*d_head) -> d_x. A rotation is orthogonal: its transpose turns back by the same angle."""
+    return _rotate_pairs(d_y, cache.cos, -cache.sin)
+
+
+def _rotate_pairs(x, cos, sin):
+    n, half = x.shape[0], cos.shape[2]
+    pairs = x.reshape(n, x.shape[1] // (2 * half), half, 2)  # (N, heads, d_head/2, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention (Vaswani et al. 2017, eq. 1): softmax(q k^T / sqrt(d_head)) v, per head
+# grouped-query (Ainslie et al. 2023): query head h reads key/value head h // (n_heads / n_kv_heads)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class AttentionCache(NamedTuple):
+    q: np.ndarray  # (B, n_kv_heads, group, Tq, d_head)
+    k: np.ndarray  # (B, n_kv_heads, 1, Tk, d_head)
+    v: np.ndarray  # (B, n_kv_heads, 1, Tk, d_head)
+    probabilities: np.ndarray  # (B, n_kv_heads, group, Tq, Tk); reshape to (B, n_heads, Tq, Tk) for a picture
+
+
+def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
+    """Multi-head attention.
+
+    q: (B*Tq, n_heads*d_head), k and v: (B*Tk, n_kv_heads*d_head) -> (B*Tq, n_heads*d_head), B = batch.
+    Tk may exceed Tq (a key/value cache): the queries are then the *last* Tq of the Tk positions, and with `causal`
+    query i sees keys 0 .. Tk-Tq+i.
+    """
+    n_kv_heads = n_kv_heads or n_heads
+    q, k, v = (
+        _to_heads(q, batch, n_kv_heads, n_heads // n_kv_heads),
+        *(_to_heads(a, batch, n_kv_heads, 1) for a in (k, v)),
+    )
+    t_q, t_k, d_head = q.shape[3], k.shape[3], q.shape[4]
+    scores = (q @ k.swapaxes(3, 4)) * q.dtype.type(d_head**-0.5)  # (B, kv, group, Tq, Tk)
+    if causal:
+        future = np.triu(np.ones((t_q, t_k), bool), k=t_k - t_q + 1)
+        scores = np.where(future, -np.inf, scores).astype(q.dtype)
+    scores = np.exp(scores - scores.max(axis=4, keepdims=True))
+    probabilities = scores / scores.sum(axis=4, keepdims=True)
+    return _from_heads(probabilities @ v), AttentionCache(q, k, v, probabilities)
+
+
+def attention_backward(d_out, cache):
+    """d_out: (B*Tq, n_heads*d_head) -> d_q, d_k, d_v in the shapes of q, k, v."""
+    q, k, v, probabilities = cache
+    batch, n_kv_heads, group, _, d_head = q.shape
+    d_out = _to_heads(d_out, batch, n_kv_heads, group)  # (B, kv, group, Tq, d_head)
+    d_probabilities = d_out @ v.swapaxes(3, 4)  # (B, kv, group, Tq, Tk)
+    d_v = probabilities.swapaxes(3, 4) @ d_out  # (B, kv, group, Tk, d_head)
+    # softmax: d_s = p * (d_p - sum(d_p * p)); a masked score has p = 0 and so gets no gradient
+    d_scores = probabilities * (d_probabilities - (d_probabilities * probabilities).sum(axis=4, keepdims=True))
+    d_scores *= q.dtype.type(d_head**-0.5)
+    d_q = d_scores @ k  # (B, kv, group, Tq, d_head)
+    d_k = d_scores.swapaxes(3, 4) @ q  # (B, kv, group, Tk, d_head)
+    # the query heads of a group share one key/value head: its gradient is their sum
+    return _from_heads(d_q), _from_heads(d_k.sum(axis=2, keepdims=True)), _from_heads(d_v.sum(axis=2, keepdims=True))
+
+
+def _to_heads(x, batch, n_kv_heads, group):
+    """(B*T, n_kv_heads*group*d_head) -> (B, n_kv_heads, group, T, d_head)."""
+    rows, width = x.shape
+    heads = x.reshape(batch, rows // batch, n_kv_heads, group, width // (n_kv_heads * group))
+    return heads.transpose(0, 2, 3, 1, 4)
+
+
+def _from_heads(x):
+    """(B, n_kv_heads, group, T, d_head) -> (B*T, n_kv_heads*group*d_head)."""
+    batch, n_kv_heads, group, t, d_head = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch * t, n_kv_heads * group * d_head)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# softmax cross-entropy, mean over the rows that count
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class CrossEntropyCache(NamedTuple):
+    probabilities: np.ndarray  # (N, V)
+    labels: np.ndarray  # int (N,) or float (N, V)
+    n_counted: int
+
+
+def cross_entropy(logits, labels):
+    """Mean of -log softmax(logits)[label].
+
+    logits: (N, V). labels: int (N,) with -1 = this row is not counted, or float rows (N, V) (a distribution per row;
+    a row of zeros is not counted). Returns (loss as a Python float, cache); the loss of no counted row is 0.
+    """
+    shifted = logits - logits.max(axis=1, keepdims=True)  # (N, V)
+    exponentials = np.exp(shifted)
+    total = exponentials.sum(axis=1, keepdims=True)  # (N, 1)
+    log_total = np.log(total)
+    if labels.ndim == 1:
+        counted = np.flatnonzero(labels >= 0)
+        losses = log_total[counted, 0] - shifted[counted, labels[counted]]
+        n_counted = len(counted)
+    else:
+        losses = (labels * (log_total - shifted)).sum(axis=1)
+        n_counted = int(np.any(labels != 0, axis=1).sum())
+    loss = float(losses.sum(dtype=np.float64)) / max(n_counted, 1)
+    return loss, CrossEntropyCache(exponentials / total, labels, n_counted)
+
+
+def cross_entropy_backward(cache):
+    """-> d_logits (N, V): softmax - one_hot(label), divided by the number of counted rows; 0 in rows not counted."""
+    probabilities, labels, n_counted = cache
+    if labels.ndim == 1:
+        d_logits = probabilities * (labels >= 0)[:, None].astype(probabilities.dtype)
+        counted = np.flatnonzero(labels >= 0)
+        d_logits[counted, labels[counted]] -= 1.0
+    else:
+        # sum over the row first: labels need not sum to 1
+        d_logits = probabilities * labels.sum(axis=1, keepdims=True) - labels
+    return d_logits / probabilities.dtype.type(max(n_counted, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the optimizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def adamw_step(weight, gradient, m, v, hp):
+    """One AdamW update (Loshchilov & Hutter 2019, algorithm 2), in place on weight, m and v; all of one shape.
+
+    hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,).
+    """
+    lr, beta1, beta2, eps, weight_decay, s5, s6 = (weight.dtype.type(number) for number in np.ravel(hp))
+    m *= beta1
+    m += (1 - beta1) * gradient
+    v *= beta2
+    v += (1 - beta2) * gradient * gradient
+    weight *= 1 - lr * weight_decay
+    weight -= lr * (m * s5) / (np.sqrt(v * s6) + eps)
+
+
+def sum_of_squares(x):
+    """Sum of x^2 over all elements of x (any shape), added up in double precision -> float. For the gradient norm."""
+    return float(np.sum(np.square(x, dtype=np.float64)))
+
+
+def scale_(x, factor):
+    """x *= factor, in place; x of any shape. For gradient clipping."""
+    x *= x.dtype.type(factor)
