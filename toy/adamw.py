@@ -1,0 +1,141 @@
+"""AdamW as one row of seven numbers that every backend reads in the same way.
+
+    hp = [lr, beta1, beta2, eps, weight_decay, s5, s6]
+
+    m = beta1*m + (1-beta1)*g
+    v = beta2*v + (1-beta2)*g*g
+    w = w*(1 - lr*weight_decay) - lr * (m*s5) / (sqrt(v*s6) + eps)
+
+Slots 5 and 6 multiply the moments, and the *mode* says what fills them:
+
+* lora: 1/(1-beta1^t) and 1/(1-beta2^t), the bias correction of Kingma & Ba 2015 (algorithm 1), so that the update is
+  exactly AdamW (Loshchilov & Hutter 2019, algorithm 2);
+* from_scratch: the constants beta1 and beta2. Nothing is corrected: the moments start at zero, so the first steps are
+  small by themselves, like a warm-up, and from then on the step is scaled by beta1/sqrt(beta2).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+
+class HyperParameterRow(np.ndarray):
+    """The (1, 7) float32 row, which remembers the mode it was made for (`mode`: one of the AdamW.MODE_ constants)."""
+
+    mode = 0
+
+    def __array_finalize__(self, source):
+        self.mode = getattr(source, "mode", 0)
+
+
+@dataclass
+class AdamW:
+    """The optimizer's settings; `hp_for_step(k)` gives the row for step k.
+
+    Make one with `AdamW.for_from_scratch()`, `AdamW.for_lora()` or, best, with `recipe.adamw()`, which knows the mode
+    that the recipe's model reads.
+    """
+
+    MODE_UNSET: ClassVar[int] = 0
+    MODE_FROM_SCRATCH: ClassVar[int] = 1
+    MODE_LORA: ClassVar[int] = 2
+
+    lr: float = 0.001
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    bias_correct: bool = False
+    mode: int = MODE_UNSET
+
+    @classmethod
+    def for_from_scratch(cls, lr=0.001, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0):
+        """The convention of the from-scratch, warm-start and vit graphs: slots 5 and 6 are beta1 and beta2."""
+        return cls(lr, beta1, beta2, eps, weight_decay, bias_correct=False, mode=cls.MODE_FROM_SCRATCH)
+
+    @classmethod
+    def for_lora(cls, lr=0.001, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
+        """The convention of the lora, gpt2 and full-finetune graphs: slots 5 and 6 are the bias corrections."""
+        return cls(lr, beta1, beta2, eps, weight_decay, bias_correct=True, mode=cls.MODE_LORA)
+
+    def hp(self, step=None, lr=None):
+        """The row for one step, shape (1, 7), float32 (computed in float64).
+
+        step: counted from 1; needed in lora mode, ignored in from_scratch mode. lr: overrides the field (schedules).
+        Raises ValueError when the mode is unset, when mode and bias_correct contradict each other, when a number is out
+        of range, and for a step below 1 in lora mode.
+        """
+        if self.mode == self.MODE_FROM_SCRATCH:
+            if self.bias_correct:
+                raise ValueError(
+                    "mode is from_scratch but bias_correct is True: from_scratch graphs read constants in slots 5 and 6; "
+                    "use AdamW.for_from_scratch(), or AdamW.for_lora() for bias correction"
+                )
+        elif self.mode == self.MODE_LORA:
+            if not self.bias_correct:
+                raise ValueError(
+                    "mode is lora but bias_correct is False: lora graphs read the bias corrections in slots 5 and 6; "
+                    "use AdamW.for_lora(), or AdamW.for_from_scratch() for constants"
+                )
+        else:
+            raise ValueError(
+                f"AdamW mode is unset (mode={self.mode!r}): make it with AdamW.for_from_scratch() or AdamW.for_lora(), "
+                "or let recipe.adamw() choose"
+            )
+        lr = self.lr if lr is None else lr
+        self._check_numbers(lr)
+        s5, s6 = self.beta1, self.beta2
+        if self.mode == self.MODE_LORA:
+            if step is None or step < 1:
+                raise ValueError(
+                    f"step must be at least 1 in lora mode, got {step}: hp() counts from 1 because the bias correction "
+                    "divides by 1 - beta^step; hp_for_step() takes a loop's step counted from 0"
+                )
+            s5 = 1.0 / (1.0 - self.beta1**step)
+            s6 = 1.0 / (1.0 - self.beta2**step)
+        row = np.array([[lr, self.beta1, self.beta2, self.eps, self.weight_decay, s5, s6]], dtype=np.float64)
+        row = row.astype(np.float32).view(HyperParameterRow)
+        row.mode = self.mode
+        return row
+
+    def hp_for_step(self, k, lr=None):
+        """The row for step k of the caller's loop, counted from 0. lr overrides the field (learning-rate schedules)."""
+        if k < 0:
+            raise ValueError(f"hp_for_step takes a loop's step counted from 0, got {k}")
+        return self.hp(k + 1, lr=lr)
+
+    def _check_numbers(self, lr):
+        for name, value, low, high in (
+            ("lr", lr, 0.0, math.inf),
+            ("beta1", self.beta1, 0.0, 1.0),
+            ("beta2", self.beta2, 0.0, 1.0),
+            ("eps", self.eps, 0.0, math.inf),
+            ("weight_decay", self.weight_decay, 0.0, math.inf),
+        ):
+            if not (math.isfinite(value) and low <= value < high):
+                raise ValueError(f"AdamW {name} must be in [{low:g}, {high:g}), got {value!r}")
+
+
+MODE_NAMES = {AdamW.MODE_UNSET: "unset", AdamW.MODE_FROM_SCRATCH: "from_scratch", AdamW.MODE_LORA: "lora"}
+
+
+def check_row(hp, wanted_mode):
+    """`hp` as a checked float32 array of shape (1, 7).
+
+    Raises ValueError for another shape, a number that is not finite, and a `HyperParameterRow` of another mode than
+    `wanted_mode`. A plain array carries no mode and is taken as it is.
+    """
+    mode = getattr(hp, "mode", AdamW.MODE_UNSET)
+    row = np.asarray(hp, dtype=np.float32)
+    if row.shape not in ((1, 7), (7,)):
+        raise ValueError(f"hp must be the (1, 7) row of AdamW.hp(), got shape {row.shape}")
+    if not np.isfinite(row).all():
+        raise ValueError(f"hp must be seven finite numbers, got {row.ravel().tolist()}")
+    if mode not in (AdamW.MODE_UNSET, wanted_mode):
+        raise ValueError(
+            f"hp was made by AdamW.for_{MODE_NAMES[mode]}() but this model reads the {MODE_NAMES[wanted_mode]} "
+            f"convention in slots 5 and 6: use AdamW.for_{MODE_NAMES[wanted_mode]}() or recipe.adamw()"
+        )
+    return row.reshape(1, 7)

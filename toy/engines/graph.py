@@ -1,0 +1,242 @@
+"""The engine of the ggml graphs: the model's forward and backward are recorded once; a step is one compute."""
+
+import math
+
+import numpy as np
+
+from toy.engines.base import Engine
+from toy.models.parameters import GradientTree, ParameterTree, check_arrays, initialize, round_weights
+from toy.ops.graph import CpuGraphOps, NativeGraphOps, Slot
+from toy.switch import num_threads
+
+NATIVE_ON_CPU = "cpu-native"  # the device name for ggml's own operations on the CPU
+
+# ggml's threads meet after every node, spinning; below this many operations in a step one thread is faster than two
+WORTH_TWO_THREADS = 3e7
+
+
+class GraphEngine(Engine):
+    """See `Engine`. Weights and moments live in the device's memory; graphs over them are recorded when first needed: the
+    training step for integer labels when the engine is made, dense labels, evaluation and logits later.
+
+    keep_gradients: keep every gradient until the end of the step, for `gradients()`. Without it (and without clipping) each
+    weight is updated as soon as its gradient is complete, and the gradients share memory.
+    """
+
+    def __init__(self, config, options, choice, keep_gradients=False):
+        super().__init__(config, options, choice)
+        import ggml_bridge
+
+        native = self.device != "cpu"
+        self.ops_class = NativeGraphOps if native else CpuGraphOps
+        self.keep_gradients = keep_gradients
+        shapes = self.model_class.parameter_shapes(self.config)
+        operations = 6 * sum(map(math.prod, shapes.values())) * options.t_batch * options.t_seq
+        threads = (
+            1 if operations < WORTH_TWO_THREADS else num_threads()
+        )  # None: TOY_NUM_THREADS, or the processors there are
+        self.bridge = ggml_bridge.Backend("cpu" if self.device == NATIVE_ON_CPU else self.device, threads)
+        tensor = self.bridge.persistent
+        self.masters = {name: tensor(shape, name=name) for name, shape in shapes.items()}
+        self.m = {name: tensor(shape, name=f"{name} m") for name, shape in shapes.items()}
+        self.v = {name: tensor(shape, name=f"{name} v") for name, shape in shapes.items()}
+        self.weights = self.masters  # what the model computes with
+        if options.weight_dtype != "f32":
+            self.weights = {
+                name: tensor(shape, name=f"{name} {options.weight_dtype}") for name, shape in shapes.items()
+            }
+        self.bridge.allocate()
+        self._graphs = {}
+        self._training("integers")
+        self._initialize(shapes)
+
+    @property
+    def n_parameters(self):
+        return sum(math.prod(tensor.shape) for tensor in self.masters.values())
+
+    def explain(self, kind="integers"):
+        """The nodes of the training graph with their devices, the number of splits, and the bytes; str() is a table.
+
+        kind: "integers" or "dense", the labels of the graph.
+        """
+        return self._training(kind).graph.explain()
+
+    def close(self):
+        """Free the device's memory. Nothing can be called after it."""
+        self.bridge.close()
+
+    def parameters(self):
+        """dict of names to float32 copies of the (master) weights."""
+        return _download(self.masters)
+
+    def load_parameters(self, mapping):
+        """Copy weights in. Raises ValueError for wrong names, shapes or numbers; nothing is changed then."""
+        check_arrays(self._shapes(), mapping)
+        self._upload(mapping)
+
+    def gradients(self):
+        """dict of names to copies of the last step's gradients, before clipping. Needs keep_gradients=True at realize."""
+        if not self.keep_gradients:
+            raise RuntimeError("the gradients are not kept: realize with keep_gradients=True")
+        recorded = self._graphs.get(self._last_kind)
+        if recorded is None or not recorded.computed:
+            return {name: np.zeros(shape, np.float32) for name, shape in self._shapes().items()}
+        return _download(recorded.gradients)
+
+    def optimizer_state(self):
+        """{"m": {name: array}, "v": {name: array}}: copies of the AdamW moments."""
+        return {"m": _download(self.m), "v": _download(self.v)}
+
+    def load_optimizer_state(self, state):
+        """Copy moments in, all or nothing; errors as `load_parameters`."""
+        for slot in "mv":
+            check_arrays(self._shapes(), state[slot], f"optimizer state {slot}")
+        for slot in "mv":
+            for name, tensor in getattr(self, slot).items():
+                tensor.upload(np.asarray(state[slot][name], np.float32))
+
+    # -- the hooks of Engine ------------------------------------------------------------------------------------------
+
+    def _train(self, token_ids, positions, labels, hp, is_first):
+        if is_first:
+            for moments in (self.m, self.v):
+                for tensor in moments.values():
+                    tensor.zero()
+        recorded = self._training("integers" if labels.ndim == 1 else "dense")
+        recorded.run(token_ids=token_ids, positions=positions, labels=labels, hp=hp)
+        self._last_kind = recorded.kind
+        self.grad_norm = float(recorded.norm.download()[0])
+        return recorded.loss()
+
+    def _evaluate(self, token_ids, positions, labels):
+        recorded = self._forward("integers" if labels.ndim == 1 else "dense")
+        recorded.run(token_ids=token_ids, positions=positions, labels=labels)
+        return recorded.loss()
+
+    def _logits(self, token_ids, positions):
+        recorded = self._forward(None)
+        recorded.run(token_ids=token_ids, positions=positions)
+        return recorded.logits.download()
+
+    # -- recording ----------------------------------------------------------------------------------------------------
+
+    _last_kind = "integers"
+
+    def _training(self, kind):
+        if kind not in self._graphs:
+            self._graphs[kind] = _TrainingGraph(self, kind)
+        return self._graphs[kind]
+
+    def _forward(self, kind):
+        key = ("forward", kind)
+        if key not in self._graphs:
+            self._graphs[key] = _ForwardGraph(self, kind)
+        return self._graphs[key]
+
+    def _initialize(self, shapes):
+        tree = ParameterTree.zeros(shapes)
+        initialize(tree, self.model_class.parameter_stds(self.config), self.options.seed, self.options.init_scale)
+        self._upload(dict(tree.items()))
+
+    def _upload(self, mapping):
+        for name, tensor in self.masters.items():
+            array = np.asarray(mapping[name], np.float32)
+            tensor.upload(array)
+            if self.weights is not self.masters:
+                self.weights[name].upload(round_weights(array, self.options.weight_dtype))
+
+    def _shapes(self):
+        return {name: tensor.shape for name, tensor in self.masters.items()}
+
+
+class _Recorded:
+    """A graph, the tensors to fill before each run, and what comes out."""
+
+    def __init__(self, engine, kind, slots=None, finished=None):
+        config, options = engine.config, engine.options
+        self.kind, self.computed = kind, False
+        self.graph = engine.bridge.graph()
+        self.ops = ops = engine.ops_class(self.graph, slots, finished)
+        n = options.t_batch * options.t_seq
+        self.token_ids = ops.integers("token_ids", n, config.vocab_size)
+        self.positions = ops.integers("positions", n, config.context_length)
+        if kind == "integers":
+            self.labels = ops.integers("labels", n, config.vocab_size)
+        elif kind == "dense":
+            self.labels = ops.feed((n, config.vocab_size), "f32", lambda arrays: arrays["labels"])
+        self.model = engine.model_class.from_config(config, ops=ops, parameters=ParameterTree(engine.weights))
+
+    def allocate(self):
+        self.graph.allocate()
+        for tensor, value in self.ops.feeds:
+            if not callable(value):
+                tensor.upload(value)
+        self.feeds = [(tensor, function) for tensor, function in self.ops.feeds if callable(function)]
+
+    def run(self, **arrays):
+        for tensor, function in self.feeds:
+            tensor.upload(function(arrays))
+        self.ops.compute()
+        self.computed = True
+
+    def loss(self):
+        return self.ops.loss_value(self.loss_tensor)
+
+
+class _ForwardGraph(_Recorded):
+    """Logits, and the mean loss when there are labels."""
+
+    def __init__(self, engine, kind):
+        super().__init__(engine, kind)
+        logits, _ = self.model.forward_rows(self.token_ids, self.positions, engine.options.t_batch)
+        self.logits = self.graph.output(logits)
+        if kind is not None:
+            loss, _ = self.ops.cross_entropy(logits, self.labels)
+            self.loss_tensor = self.graph.output(loss)
+        self.allocate()
+
+
+class _TrainingGraph(_Recorded):
+    """Forward, loss, backward, clipping, AdamW."""
+
+    def __init__(self, engine, kind):
+        self.engine = engine
+        slots = {name: Slot(name, engine.weights[name]) for name in engine.weights}
+        super().__init__(engine, kind, {id(slot.parameter): slot for slot in slots.values()}, self._finished)
+        options, graph, ops = engine.options, self.graph, self.ops
+        self.later = engine.keep_gradients or options.grad_clip is not None  # every update at the end
+        self.squares = []
+        self.hp = ops.feed((1, 7), "f32", lambda arrays: arrays["hp"])
+        logits, cache = self.model.forward_rows(self.token_ids, self.positions, options.t_batch)
+        loss, loss_cache = ops.cross_entropy(logits, self.labels)
+        self.loss_tensor = graph.output(loss)
+        d_logits = ops.cross_entropy_backward(loss_cache)
+        self.model.backward_rows(d_logits, cache, GradientTree(slots))
+        self.norm = graph.output(ops.norm_and_factor(self.squares, options.grad_clip))
+        if self.later:
+            for slot in slots.values():
+                gradient = slot.tensor
+                if engine.keep_gradients:
+                    graph.output(gradient)
+                if options.grad_clip is not None:
+                    gradient = ops.scaled(gradient, self.norm)
+                self._update(slot, gradient)
+        self.gradients = {name: slot.tensor for name, slot in slots.items()}
+        self.allocate()
+
+    def _finished(self, slot):
+        slot.tensor = self.ops.finish_gradient(slot.tensor)
+        self.squares.append(self.ops.squares(slot))
+        if not self.later:
+            self._update(slot, slot.tensor)
+
+    def _update(self, slot, gradient):
+        engine, name = self.engine, slot.name
+        self.ops.adamw_step(engine.masters[name], gradient, engine.m[name], engine.v[name], self.hp)
+        if engine.weights is not engine.masters:
+            rounded = self.graph.cast(engine.masters[name], engine.options.weight_dtype)
+            self.graph.cpy(self.graph.cast(rounded, "f32"), engine.weights[name])
+
+
+def _download(tensors):
+    return {name: tensor.download() for name, tensor in tensors.items()}

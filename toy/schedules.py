@@ -1,0 +1,52 @@
+"""Learning-rate schedules: pure functions of the step, counted from 0.
+
+Both warm up linearly over the first `warmup` steps and reach the full rate at step `warmup`.
+"""
+
+import math
+
+NAMES = ("constant", "cosine")
+
+
+def constant(step, lr, warmup=0):
+    """`lr` after the warm-up."""
+    return lr * _warmup_factor(step, warmup)
+
+
+def cosine(step, lr, steps, warmup=0, floor=0.1):
+    """Half a cosine from `lr` at step `warmup` down to floor*lr at step `steps - 1`, and floor*lr after it.
+
+    The cosine is from Loshchilov & Hutter 2017 (SGDR, eq. 5, one cycle). Going down to a tenth of the peak, over as many
+    steps as the run has, is what GPT-3 (Brown et al. 2020, appendix B) and Chinchilla (Hoffmann et al. 2022) do.
+    """
+    if step < warmup:
+        return lr * _warmup_factor(step, warmup)
+    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    return lr * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def make_schedule(name, lr, steps, warmup=0, floor=0.1):
+    """The schedule `name` ("constant" or "cosine") as a function of the step.
+
+    Raises ValueError for an unknown name, a rate that is not a positive number, a negative warm-up, a warm-up that leaves
+    no step for the cosine, and a floor outside [0, 1].
+    """
+    if name not in NAMES:
+        raise ValueError(f"schedule must be one of {', '.join(NAMES)}, got {name!r}")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr must be a positive number, got {lr}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0 steps, got {warmup}")
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"floor must lie in [0, 1], a fraction of lr, got {floor}")
+    if name == "constant":
+        return lambda step: constant(step, lr, warmup)
+    if warmup >= steps:
+        raise ValueError(f"a warmup of {warmup} steps leaves none of {steps} steps for the cosine: shorten the warmup")
+    return lambda step: cosine(step, lr, steps, warmup, floor)
+
+
+def _warmup_factor(step, warmup):
+    return min(1.0, (step + 1) / (warmup + 1))

@@ -1,0 +1,228 @@
+"""The one switch: which backend runs the models, what is available here, and why not.
+
+A backend is chosen, in this order, by the argument (`FromScratch(backend="numpy")`), by `with use_backend(name):`, by
+`set_backend(name)`, by the variable TOY_BACKEND, and otherwise ("auto") it is the fastest one that is there.
+"""
+
+import contextlib
+import contextvars
+import importlib
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from toy.config import check_positive_int
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend or device was asked for that is not there; the message says how to get it."""
+
+
+class Backend(NamedTuple):
+    """One row of `toy.backends()`. reason: why it is not available, empty when it is. threads: None where unknown."""
+
+    name: str
+    available: bool
+    reason: str
+    threads: int | None
+    version: str
+    description: str
+
+
+class Choice(NamedTuple):
+    """A resolved backend. reason: why this one, in words fit for a log line."""
+
+    backend: str
+    device: str
+    reason: str
+
+
+_TABLES = {"numpy": "toy.ops.reference", "cython": "toy.ops.accelerated"}  # the eager op tables
+_FASTEST_FIRST = ("ggml", "cython", "numpy")
+BACKEND_NAMES = ("auto", "numpy", "cython", "ggml")
+_DESCRIPTIONS = {
+    "numpy": "the textbook: readable numpy",
+    "cython": "numpy arrays, compiled kernels",
+    "ggml": "one ggml graph per step: the same kernels on the CPU, ggml's own operations on other devices",
+}
+
+_global_choice = "auto"
+_n_threads = None
+_local_choice = contextvars.ContextVar("toy_backend", default=None)
+
+
+def set_backend(name):
+    """Choose the backend of everything made from now on. Raises ValueError / BackendUnavailableError like `resolve`."""
+    global _global_choice
+    _check_available(name)
+    _global_choice = name
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Choose the backend of everything made inside the `with` block (in this thread or task only)."""
+    _check_available(name)
+    token = _local_choice.set(name)
+    try:
+        yield
+    finally:
+        _local_choice.reset(token)
+
+
+def backends():
+    """A `Backend` row for every backend, the fastest first: available or not, and why not."""
+    return [_describe(name) for name in _FASTEST_FIRST]
+
+
+def resolve(backend="auto", device="auto"):
+    """The backend and device to use -> `Choice`.
+
+    Raises ValueError for an unknown name or a device the backend does not have, and BackendUnavailableError for a backend
+    that is not there.
+    """
+    _follow_environment_threads()
+    chosen, origin = backend, "as asked for"
+    if chosen == "auto":
+        chosen, origin = _ambient_choice()
+    _check_available(chosen, origin)
+    if chosen == "auto":
+        rows = backends()
+        chosen = next(row.name for row in rows if row.available)
+        missing = [f"{row.name}: {row.reason}" for row in rows[: [row.name for row in rows].index(chosen)]]
+        origin = "auto: the fastest available" + (f" ({'; '.join(missing)})" if missing else "")
+    if chosen == "ggml":
+        return Choice(chosen, _ggml_device(device), origin)
+    if device not in ("auto", "cpu"):
+        raise ValueError(
+            f"device {device!r} is not a device of backend {chosen!r}, which runs on 'cpu' only: backend='ggml' has others"
+        )
+    return Choice(chosen, "cpu", origin)
+
+
+def set_num_threads(n):
+    """Use n threads on every backend: numpy's BLAS and the compiled kernels at once, ggml graphs realized from now on.
+
+    Raises ValueError unless n is a whole number of at least 1. Without this call it is TOY_NUM_THREADS or the processors
+    there are.
+    """
+    global _n_threads
+    n = check_positive_int("the number of threads", n)
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(n, user_api="blas")
+    with contextlib.suppress(ImportError):
+        ops_for("cython")
+        from toy._kernels import threads
+
+        threads.set_num_threads(n)
+    _n_threads = n
+
+
+def _follow_environment_threads():
+    """TOY_NUM_THREADS, which the kernels and ggml read themselves, holds for numpy's BLAS as well."""
+    setting = os.environ.get("TOY_NUM_THREADS", "").strip()
+    if setting and _n_threads is None:
+        if not setting.isdigit():
+            raise ValueError(f"TOY_NUM_THREADS must be a whole number of at least 1, got {setting!r}")
+        set_num_threads(int(setting))
+
+
+def num_threads():
+    """What `set_num_threads` was told, None before it was."""
+    return _n_threads
+
+
+def ops_for(backend):
+    """The op table of an eager backend name ("numpy", "cython")."""
+    return importlib.import_module(_TABLES[backend])
+
+
+def eager_ops(backend="auto"):
+    """The op table for models that run op by op: the chosen backend's, or the fastest eager one where ggml is chosen."""
+    chosen = resolve(backend).backend
+    if chosen not in _TABLES:
+        chosen = next(row.name for row in backends() if row.available and row.name in _TABLES)
+    return ops_for(chosen)
+
+
+def default_ops():
+    """The eager op table of the backend that is chosen right now."""
+    return eager_ops()
+
+
+def _ambient_choice():
+    local = _local_choice.get()
+    if local not in (None, "auto"):
+        return local, "chosen by use_backend()"
+    if local is None and _global_choice != "auto":
+        return _global_choice, "chosen by set_backend()"
+    variable = os.environ.get("TOY_BACKEND", "")
+    if local is None and variable not in ("", "auto"):
+        return variable, "chosen by TOY_BACKEND"
+    return "auto", ""
+
+
+def _check_available(name, origin=""):
+    if name not in BACKEND_NAMES:
+        by = f" ({origin})" if origin.startswith("chosen") else ""
+        raise ValueError(f"unknown backend {name!r}{by}: choose one of {', '.join(BACKEND_NAMES)}")
+    if name != "auto":
+        row = _describe(name)
+        if not row.available:
+            raise BackendUnavailableError(f"backend {name!r} is not available: {row.reason}")
+
+
+def _describe(name):
+    facts = {"numpy": _numpy_facts, "cython": _cython_facts, "ggml": _ggml_facts}[name]
+    try:
+        threads, version = facts()
+    except (ImportError, BackendUnavailableError) as error:
+        return Backend(name, False, str(error), None, "", _DESCRIPTIONS[name])
+    return Backend(name, True, "", threads, version, _DESCRIPTIONS[name])
+
+
+def _numpy_facts():
+    return _blas_threads(), f"numpy {np.__version__}"
+
+
+def _cython_facts():
+    ops_for("cython")
+    from toy import _kernels
+
+    facts = _kernels.build_info()
+    blas = " ".join(str(facts["blas"].get("name", "BLAS")).split()[:2])
+    return facts["threads"], f"{blas}, {facts['simd_bits']}-bit SIMD"
+
+
+def _ggml_facts():
+    import ggml_bridge
+
+    available, reason = ggml_bridge.available()
+    if not available:
+        raise BackendUnavailableError(reason)
+    threads, _ = _cython_facts()  # its CPU spelling runs the compiled kernels
+    import ggml_bridge.kernels
+
+    return threads, f"ggml {ggml_bridge.version()}"
+
+
+def _ggml_device(device):
+    """The device name that the engine takes. Raises BackendUnavailableError, with the devices found, for one not there."""
+    if device in ("auto", "cpu", "cpu-native"):
+        return "cpu" if device == "auto" else device
+    import ggml_bridge
+
+    try:
+        return ggml_bridge.find_device(device).name
+    except (ValueError, RuntimeError) as error:
+        raise BackendUnavailableError(str(error)) from error
+
+
+def _blas_threads():
+    from threadpoolctl import threadpool_info
+
+    counts = [
+        pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas" and "numpy" in pool["filepath"]
+    ]
+    return max(counts, default=None)
