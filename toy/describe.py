@@ -1,0 +1,251 @@
+"""A card of a GGUF file: what it holds, how large it is, and what it computes, with this model's own numbers.
+
+The algorithm is written in the manner of Phuong & Hutter, "Formal Algorithms for Transformers" (2022): every step of the
+forward pass, with the shape of everything that is made.
+"""
+
+import math
+from pathlib import Path
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from toy.config import GPT2Config
+from toy.data.gguf_tokenizer import GGUFTokenizer, load_tokenizer
+from toy.files import gguf_models
+from toy.files.gguf import GGUF
+from toy.models.gpt2 import NORM_EPS
+
+
+def describe(path):
+    """The card of a GGUF file (a model, a LoRA adapter, or a vocabulary alone) as a rich renderable.
+
+    A model that this library cannot run is described as far as the file goes. Raises BadFileError for a damaged file and
+    FileNotFoundError for a path where nothing is.
+    """
+    with GGUF.open(path) as gguf:
+        config, problem = None, None
+        try:
+            config = gguf.config()
+        except gguf_models.UnsupportedModelError as error:
+            problem = str(error).removeprefix(f"{gguf.path} ")
+        sections = [_heading(gguf), _facts(gguf, config, problem)]
+        if gguf.tensors:
+            sections += [_title("Tensors by type"), _types_table(gguf)]
+    if config is not None:
+        sections += [
+            _title("Parameters by part"),
+            _parts_table(config),
+            _title("What it computes"),
+            Text(algorithm(config)),
+        ]
+    return Group(*sections)
+
+
+def algorithm(config):
+    """The forward pass of a GPT-2 or Llama as pseudocode, with the numbers of `config` -> str, the shapes in a column."""
+    lines = _gpt2_lines(config) if isinstance(config, GPT2Config) else _llama_lines(config)
+    widest = max(len(line) for line, shape in lines if shape)
+    return "\n".join(f"{line:<{widest}}   {shape}".rstrip() for line, shape in lines)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _heading(gguf):
+    kind = "LoRA adapter for " if _is_adapter(gguf) else ""
+    name = gguf.metadata.get("general.name")
+    name = name if isinstance(name, str) and name else Path(gguf.path).name
+    return Text.assemble((_plain(name), "bold"), f"  ({kind}{_plain(gguf.architecture)})")
+
+
+def _title(text):
+    return Text(f"\n{text}", style="bold")
+
+
+def _facts(gguf, config, problem):
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in _fact_rows(gguf, config, problem):
+        table.add_row(name, Text(_plain(value)))
+    return table
+
+
+def _fact_rows(gguf, config, problem):
+    yield "file", f"{gguf.path} ({_bytes(gguf.path.stat().st_size)})"
+    if gguf.tensors:
+        bits = 8 * gguf.n_bytes / gguf.n_parameters
+        yield "parameters", f"{gguf.n_parameters:,} in {len(gguf.tensors)} tensors, {bits:.2f} bits each on average"
+    if config is not None:
+        yield from _model_rows(gguf, config)
+    elif _is_adapter(gguf):
+        yield from _adapter_rows(gguf)
+    else:
+        yield "model", problem
+    if not _is_adapter(gguf):
+        yield "tokenizer", _tokenizer(gguf)
+    for key in ("license", "organization", "author"):
+        if isinstance(value := gguf.metadata.get(f"general.{key}"), str):
+            yield key, value
+
+
+def _adapter_rows(gguf):
+    downs = [name for name in gguf.tensors if name.endswith(".weight.lora_a")]
+    yield "rank", ", ".join(map(str, sorted({gguf.tensors[name].shape[0] for name in downs})))
+    yield "alpha", f"{gguf.metadata.get('adapter.lora.alpha')}"
+    yield "on", ", ".join(sorted({name.removesuffix(".weight.lora_a").split(".")[-1] for name in downs}))
+
+
+def _model_rows(gguf, config):
+    n_kv_heads = getattr(config, "n_kv_heads", config.n_heads)
+    groups = f", {n_kv_heads} for keys and values" if n_kv_heads != config.n_heads else ""
+    yield "layers", f"{config.n_layers}"
+    yield "width", f"{config.d_model}, MLP {config.d_ff}"
+    yield "heads", f"{config.n_heads} of {config.d_head}{groups}"
+    yield "vocabulary", f"{config.vocab_size:,} tokens, output matrix {'of its own' if _untied(config) else 'tied'}"
+    yield "context", f"{config.context_length:,} tokens"
+    kv_bytes = 2 * config.n_layers * n_kv_heads * config.d_head * 4
+    yield (
+        "memory",
+        f"{_bytes(gguf.n_bytes)} as stored, {_bytes(4 * gguf.n_parameters)} in float32; training all of it with AdamW "
+        f"{_bytes(16 * gguf.n_parameters)} and activations; key/value cache {_bytes(kv_bytes)} a token, "
+        f"{_bytes(kv_bytes * config.context_length)} for the whole context",
+    )
+
+
+def _types_table(gguf):
+    counts = {}
+    for record in gguf.tensors.values():
+        tensors, numbers, n_bytes = counts.get(record.type, (0, 0, 0))
+        counts[record.type] = (tensors + 1, numbers + math.prod(record.shape), n_bytes + record.n_bytes)
+    table = _table("type", "tensors", "parameters", "bytes", "bits each")
+    for name, (tensors, numbers, n_bytes) in sorted(counts.items(), key=lambda item: -item[1][2]):
+        table.add_row(name, f"{tensors}", f"{numbers:,}", _bytes(n_bytes), f"{8 * n_bytes / numbers:.2f}")
+    return table
+
+
+def _parts_table(config):
+    """One row for each tensor of a layer, one for each outside of the layers."""
+    shapes = gguf_models.parameter_shapes(config)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    table = _table("tensor", "shape (out, in)", "times", "parameters", "share")
+    for name, shape in shapes.items():
+        layer = name.split(".")[1] if name.startswith("blk.") else None
+        if layer in (None, "0"):
+            times = 1 if layer is None else config.n_layers
+            numbers = times * math.prod(shape)
+            label = name if layer is None else name.replace("blk.0.", "blk.*.", 1)
+            share = f"{100 * numbers / total:.1f} %"
+            table.add_row(label, " x ".join(map(str, shape)), f"{times}", f"{numbers:,}", share)
+    return table
+
+
+def _table(*columns):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _tokenizer(gguf):
+    if "tokenizer.ggml.model" not in gguf.metadata:
+        return "none"
+    try:
+        tokenizer = load_tokenizer(gguf)
+    except (ValueError, RuntimeError) as error:
+        return str(error).removeprefix(f"{gguf.path}: ")
+    if not isinstance(tokenizer, GGUFTokenizer):
+        return f"{'bytes' if tokenizer.kind == 'bytes' else 'characters'}, {tokenizer.vocab_size} ids"
+    kind = f"byte-level BPE ({tokenizer.pre})" if tokenizer.model == "gpt2" else "SentencePiece BPE"
+    stops = ", ".join(tokenizer.tokens[i] for i in sorted(tokenizer.stop_ids)) or "nothing"
+    chat = ", with a chat template" if tokenizer.chat_template else ""
+    return f"{kind}, {tokenizer.vocab_size:,} tokens, an answer ends with {stops}{chat}"
+
+
+def _is_adapter(gguf):
+    return gguf.metadata.get("general.type") == "adapter"
+
+
+def _plain(text):
+    """Text out of a file, fit for a terminal: no escape sequences, not too long."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return text if len(text) <= 500 else text[:500] + "..."
+
+
+def _bytes(n):
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.3g} {unit}" if n < 1000 else f"{n:,.0f} {unit}"
+        n /= 1000
+
+
+# -- the algorithm -----------------------------------------------------------------------------------------------------
+
+
+def _untied(config):
+    return getattr(config, "untied", False)
+
+
+def _first_lines(config):
+    return [
+        (f"Input: token ids x[1 .. T], each in 0 .. {config.vocab_size - 1}, T ≤ {config.context_length}", ""),
+        ("Output: P[1 .. T], where P[t] is the distribution of the token after x[1 .. t]", ""),
+    ]
+
+
+def _attention_lines(config, n_kv_heads):
+    d, heads, shared = config.d_head, config.n_heads, config.n_heads // n_kv_heads
+    group = "h" if shared == 1 else f"⌈h / {shared}⌉"
+    return [
+        (
+            f"        for each head h = 1 .. {heads}:",
+            "" if shared == 1 else f"g = {group}: {shared} heads share K and V",
+        ),
+        (f"            S ← Q_h K_{'h' if shared == 1 else 'g'}ᵀ / √{d};  S[t, u] ← -∞ for u > t", "T x T"),
+        (f"            O_h ← softmax(S) V_{'h' if shared == 1 else 'g'}", f"T x {d}"),
+    ]
+
+
+def _llama_lines(c):
+    v, d, f = c.vocab_size, c.d_model, c.d_ff
+    q, k = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
+    bias = " + b" if c.qkv_bias else ""
+    return [
+        *_first_lines(c),
+        ("    X ← rows x of E", f"T x {d}; E is {v} x {d}"),
+        (f"    for each layer l = 1 .. {c.n_layers}:", ""),
+        ("        H ← RMSNorm(X, g_attn)", f"T x {d}"),
+        (f"        Q ← RoPE(H W_qᵀ{bias})", f"T x {q}"),
+        (f"        K ← RoPE(H W_kᵀ{bias});  V ← H W_vᵀ{bias}", f"T x {k}"),
+        *_attention_lines(c, c.n_kv_heads),
+        (f"        X ← X + [O_1 .. O_{c.n_heads}] W_oᵀ", f"T x {d}"),
+        ("        H ← RMSNorm(X, g_ffn)", f"T x {d}"),
+        ("        U ← SiLU(H W_gateᵀ) ⊙ (H W_upᵀ)", f"T x {f}"),
+        ("        X ← X + U W_downᵀ", f"T x {d}"),
+        (f"    P ← softmax(RMSNorm(X, g) {'W_out' if c.untied else 'E'}ᵀ)", f"T x {v}"),
+        (f"RMSNorm(x, g) = g ⊙ x / √(mean(x²) + {c.rms_eps:g})", ""),
+        ("SiLU(a) = a / (1 + exp(-a))", ""),
+        (f"RoPE: turn the pair (2i, 2i+1) of each head at position t by t · {c.rope_base:g}^(-2i/{c.d_head})", ""),
+    ]
+
+
+def _gpt2_lines(c):
+    v, d, f = c.vocab_size, c.d_model, c.d_ff
+    return [
+        *_first_lines(c),
+        ("    X ← rows x of E + rows 1 .. T of W_p", f"T x {d}; E is {v} x {d}, W_p is {c.context_length} x {d}"),
+        (f"    for each layer l = 1 .. {c.n_layers}:", ""),
+        ("        H ← LayerNorm(X, g_attn, b_attn)", f"T x {d}"),
+        ("        [Q, K, V] ← H W_qkvᵀ + b_qkv", f"T x {d} each"),
+        *_attention_lines(c, c.n_heads),
+        (f"        X ← X + [O_1 .. O_{c.n_heads}] W_oᵀ + b_o", f"T x {d}"),
+        ("        H ← LayerNorm(X, g_ffn, b_ffn)", f"T x {d}"),
+        ("        U ← GELU(H W_upᵀ + b_up)", f"T x {f}"),
+        ("        X ← X + U W_downᵀ + b_down", f"T x {d}"),
+        ("    P ← softmax(LayerNorm(X, g, b) Eᵀ)", f"T x {v}"),
+        (f"LayerNorm(x, g, b) = g ⊙ (x - mean(x)) / √(var(x) + {NORM_EPS:g}) + b", ""),
+        ("GELU(a) = a/2 · (1 + tanh(√(2/π) (a + 0.044715 a³)))", ""),
+    ]

@@ -1,0 +1,385 @@
+"""Reading GGUF, the model files of llama.cpp: memory-mapped, and with nothing believed before it has been checked.
+
+A file is a header (magic, version, counts), metadata (typed keys and values), one description per tensor (name, sizes, type,
+offset), and the tensor data, each tensor at a multiple of the alignment. Files from strangers are an old way into programs
+that read them, so every count, length, size, offset and type is compared with what is left of the file, and with the bounds
+below, before it is used or any memory is taken for it.
+
+Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import contextlib
+import math
+import mmap
+import os
+import stat
+import struct
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from toy.files import gguf_models
+from toy.files.errors import BadFileError
+from toy.files.gguf_types import BY_CODE, dequantize
+
+# bounds of what is kept in memory: the largest vocabularies in use take two thirds of them, and a file at all of these bounds
+# is opened in less than a second and 200 MB
+MAX_HEADER = 24 * 2**20  # bytes before the tensor data
+MAX_STRING = 4 * 2**20  # bytes
+MAX_STRINGS = 2**20  # in all arrays of strings together
+MAX_KEYS = 2**14
+MAX_TENSORS = 2**16
+MAX_NAME = 63  # bytes, as in ggml
+MAX_DIMENSIONS = 4
+MAX_ALIGNMENT = 2**16
+
+STRING, ARRAY, BOOL = 8, 9, 7
+SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}  # struct and numpy
+
+
+class TensorRecord(NamedTuple):
+    """One tensor of a file. shape: numpy order, a matrix is (out, in). offset: of its first byte, from the file's start."""
+
+    name: str
+    shape: tuple
+    type: str
+    n_bytes: int
+    offset: int
+
+
+class GGUF:
+    """An open GGUF file: `GGUF.open(path)`, then `close()`, or a `with` block.
+
+    metadata: read-only mapping of keys to int, float, bool, str, list of str, or 1-D array. tensors: read-only mapping of
+    names to `TensorRecord`. architecture: `general.architecture`.
+    The file is mapped, not read: opening takes the memory of the metadata alone. It must not be changed while it is open.
+    """
+
+    def __init__(self, path, mapped, metadata, tensors):
+        """Use `GGUF.open`."""
+        self.path = Path(path)
+        self.metadata = MappingProxyType(metadata)
+        self.tensors = MappingProxyType(tensors)
+        self._mapped = mapped
+        self._bytes = np.frombuffer(mapped, np.uint8)  # read-only, as the mapping is
+
+    @classmethod
+    def open(cls, path):
+        """Map the file at `path` and read its header.
+
+        Raises BadFileError for a file that is not whole, sound GGUF (version 2 or 3, little-endian), and FileNotFoundError
+        for a path where nothing is.
+        """
+        path = Path(path)
+        mapped = _map(path)
+        try:
+            metadata, tensors = _Header(path, mapped).read()
+        except BaseException:
+            mapped.close()
+            raise
+        return cls(path, mapped, metadata, tensors)
+
+    @property
+    def architecture(self):
+        return self.metadata["general.architecture"]
+
+    @property
+    def n_parameters(self):
+        return sum(math.prod(record.shape) for record in self.tensors.values())
+
+    @property
+    def n_bytes(self):
+        """Bytes of all tensors, as stored."""
+        return sum(record.n_bytes for record in self.tensors.values())
+
+    def raw(self, name):
+        """The bytes of a tensor in the file, not copied: read-only uint8, one row per row of the tensor.
+
+        Shape: that of the tensor, the last axis in bytes. Raises ValueError for an unknown name and for a closed file.
+        """
+        record = self._record(name)
+        data = self._bytes[record.offset : record.offset + record.n_bytes]
+        return data.reshape(*record.shape[:-1], -1)
+
+    def dequantize(self, name, rows=None, out=None):
+        """A tensor, or some rows of it, as float32; the bytes of the other rows are not touched.
+
+        rows: a slice, or whole numbers (a sequence or array, in any order) that index the first axis; None: everything.
+        out: a C-contiguous float32 array of the right shape to fill, None: a new one.
+        Raises ValueError for an unknown name, rows out of range, a wrong `out`, and types that hold no weights.
+        """
+        record = self._record(name)
+        data = self.raw(name)
+        if rows is not None:
+            data = data[_checked_rows(rows, record)]
+        shape = (*data.shape[:-1], record.shape[-1])
+        if out is None:
+            out = np.empty(shape, np.float32)
+        elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(f"out must be a C-contiguous float32 array {shape}, got {out.dtype} {out.shape}")
+        if out.size:
+            try:
+                dequantize(data.reshape(-1, data.shape[-1]), record.type, out.reshape(-1, shape[-1]))
+            except ValueError as error:
+                raise gguf_models.UnsupportedModelError(f"{self.path}: tensor {name!r}: {error}") from error
+        return out
+
+    def config(self):
+        """The `toy.LlamaConfig` or `toy.GPT2Config` of the model in the file.
+
+        Raises BadFileError when the file contradicts itself, ValueError when it is sound but holds something else
+        (another architecture, an adapter, scaled RoPE, experts, ...).
+        """
+        return gguf_models.config_of(self)
+
+    def parameters(self, out=None):
+        """dict of this library's parameter names to float32 arrays: every weight of the model, dequantised.
+
+        out: a mapping of the same names to arrays to fill, such as a ParameterTree, None: new ones.
+        Raises the errors of `config()`, and BadFileError for numbers that are not finite.
+        """
+        parameters = {}
+        for name in gguf_models.parameter_shapes(self.config()):
+            parameters[name] = array = self.dequantize(name, out=None if out is None else out[name])
+            if not np.isfinite(array).all():
+                raise BadFileError(self.path, f"tensor {name!r} holds numbers that are not finite")
+        return parameters
+
+    def close(self):
+        """Let go of the file. Arrays that `raw` gave out keep their part of it mapped until they go too."""
+        self._bytes = None
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            with contextlib.suppress(
+                BufferError
+            ):  # such arrays are still there: the mapping ends with the last of them
+                mapped.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def __repr__(self):
+        return f"GGUF({str(self.path)!r}, {self.architecture}, {len(self.tensors)} tensors)"
+
+    def _record(self, name):
+        if self._bytes is None:
+            raise ValueError(f"{self.path} is closed: open it again with GGUF.open")
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise ValueError(f"{self.path} has no tensor {name!r}") from None
+
+
+def _checked_rows(rows, record):
+    """What indexes the first axis: a slice inside it, or an array of row numbers."""
+    n_rows = record.shape[0]
+    if len(record.shape) < 2:
+        raise ValueError(f"{record.name} is a vector: it has no rows to choose from")
+    if isinstance(rows, slice):
+        start, stop = rows.start or 0, n_rows if rows.stop is None else rows.stop
+        if rows.step not in (None, 1) or not 0 <= start <= stop <= n_rows:
+            raise ValueError(f"rows of {record.name} must be a slice inside 0:{n_rows} with step 1, got {rows}")
+        return slice(start, stop)
+    index = np.asarray(rows)
+    if index.ndim != 1 or index.dtype.kind not in "iu":
+        raise ValueError(f"rows of {record.name} must be a slice or a list of whole numbers, got {rows!r}")
+    if index.size and (index.min() < 0 or index.max() >= n_rows):
+        raise ValueError(f"rows of {record.name} must lie in [0, {n_rows}), got {index.min()} to {index.max()}")
+    return index
+
+
+def _map(path):
+    """The whole file as a read-only mapping. Only a regular file: opening a pipe would wait for its other end."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadFileError(path, "is not a regular file")
+        if status.st_size < 24:
+            raise BadFileError(path, f"is too short for a GGUF file ({status.st_size} bytes)")
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadFileError):
+            raise
+        raise BadFileError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+class _Header:
+    """A cursor over the part of the file before the tensor data. Every step is checked against `end`."""
+
+    def __init__(self, path, mapped):
+        self.path, self.data, self.size = path, mapped, len(mapped)
+        self.position, self.end = 0, min(self.size, MAX_HEADER)
+        self.strings_left = MAX_STRINGS
+
+    def read(self):
+        """-> metadata, tensors."""
+        if self.take(4, "the magic") != b"GGUF":
+            raise self.bad("is not a GGUF file (it does not begin with GGUF)")
+        version = self.number("<I", "the version")
+        if version not in (2, 3):
+            if version & 0xFFFF == 0:
+                raise self.bad("is a big-endian GGUF file, which this library does not read")
+            raise self.bad(f"has GGUF version {version}; versions 2 and 3 can be read")
+        n_tensors = self.count("<Q", "tensors", MAX_TENSORS, 24)
+        n_keys = self.count("<Q", "metadata keys", MAX_KEYS, 13)
+        metadata = {}
+        for _ in range(n_keys):
+            key = self.string("a metadata key")
+            if not key or key in metadata:
+                raise self.bad(f"has the metadata key {key!r} twice" if key else "has an empty metadata key")
+            metadata[key] = self.value(self.number("<I", f"the type of {key!r}"), key)
+        architecture = metadata.get("general.architecture")
+        if not isinstance(architecture, str) or not 0 < len(architecture) <= MAX_NAME:
+            raise self.bad("names no architecture (general.architecture)")
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise self.bad(f"has the alignment {alignment!r}, expected a power of two from 8 to {MAX_ALIGNMENT}")
+        return metadata, self.tensors(n_tensors, alignment)
+
+    def tensors(self, n_tensors, alignment):
+        """The tensor descriptions. Like ggml, this asks for the data in the order of the descriptions, without holes: so
+        nothing overlaps, and a changed size or offset does not go unnoticed."""
+        described, offset = [], 0
+        for _ in range(n_tensors):
+            name = self.string("a tensor name", MAX_NAME)
+            n_dimensions = self.number("<I", f"the dimensions of {name!r}")
+            if not 1 <= n_dimensions <= MAX_DIMENSIONS:
+                raise self.bad(f"tensor {name!r} has {n_dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
+            sizes = [self.number("<Q", f"the sizes of {name!r}") for _ in range(n_dimensions)]
+            code, given = self.number("<I", f"the type of {name!r}"), self.number("<Q", f"the offset of {name!r}")
+            kind = BY_CODE.get(code)
+            if kind is None:
+                raise self.bad(f"tensor {name!r} has the unknown type {code}")
+            numbers = math.prod(sizes)
+            if not 0 < numbers <= self.size * kind.block:
+                raise self.bad(
+                    f"tensor {name!r} has the sizes {_some(sizes)}, which do not fit a file of {self.size} bytes"
+                )
+            if sizes[0] % kind.block:
+                raise self.bad(
+                    f"tensor {name!r} has rows of {sizes[0]} numbers, no multiple of {kind.name}'s {kind.block}"
+                )
+            if given != offset:
+                raise self.bad(f"tensor {name!r} is at offset {given}, expected {offset}")
+            n_bytes = numbers // kind.block * kind.n_bytes
+            described.append((name, tuple(reversed(sizes)), kind.name, n_bytes, offset))
+            offset += -(-n_bytes // alignment) * alignment
+        start = -(-self.position // alignment) * alignment
+        records = {}
+        for name, shape, kind, n_bytes, offset in described:
+            if start + offset + n_bytes > self.size:
+                raise self.bad(f"is cut off: tensor {name!r} ends at byte {start + offset + n_bytes} of {self.size}")
+            if name in records:
+                raise self.bad(f"has the tensor {name!r} twice")
+            records[name] = TensorRecord(name, shape, kind, n_bytes, start + offset)
+        last = max((record.offset + record.n_bytes for record in records.values()), default=self.position)
+        if self.size - last >= alignment:
+            raise self.bad(f"goes on for {self.size - last} bytes after its last tensor")
+        return records
+
+    def value(self, kind, key):
+        if kind in SCALARS:
+            return self.number(SCALARS[kind], key)
+        if kind == BOOL:
+            return self.boolean(key)
+        if kind == STRING:
+            return self.string(repr(key))
+        if kind == ARRAY:
+            return self.array(self.number("<I", key), key)
+        raise self.bad(f"metadata {key!r} has the unknown type {kind}")
+
+    def array(self, kind, key):
+        if kind == STRING:
+            n = self.count("<Q", f"strings in {key!r}", self.strings_left, 8)
+            self.strings_left -= n
+            return self.strings(n, key)
+        if kind not in SCALARS and kind != BOOL:
+            raise self.bad(f"metadata {key!r} is an array of type {kind}, which is unknown or nested")
+        dtype = np.dtype(SCALARS.get(kind, "<B"))
+        n = self.count("<Q", f"numbers in {key!r}", MAX_HEADER, dtype.itemsize)
+        numbers = np.frombuffer(self.take(n * dtype.itemsize, key), dtype)
+        if kind != BOOL:
+            return numbers
+        if (numbers > 1).any():
+            raise self.bad(f"metadata {key!r} has a truth value that is neither 0 nor 1")
+        return numbers.astype(bool)
+
+    def strings(self, n, key):
+        """The tight loop of the reader: vocabularies have hundreds of thousands of tokens."""
+        data, position, end = self.data, self.position, self.end
+        unpack, strings = struct.Struct("<Q").unpack_from, []
+        for _ in range(n):
+            start = position + 8
+            if start > end:
+                raise self.short(key)
+            length = unpack(data, position)[0]
+            position = start + length
+            if position > end or length > MAX_STRING:
+                raise self.bad(f"claims a string of {length} bytes in {key!r}: too long")
+            try:
+                strings.append(data[start:position].decode())
+            except UnicodeDecodeError as error:
+                raise self.bad(f"metadata {key!r} holds text that is not UTF-8 ({error.reason})") from error
+        self.position = position
+        return strings
+
+    def string(self, what, longest=MAX_STRING):
+        length = self.count("<Q", f"bytes in {what}", longest, 1)
+        try:
+            return self.take(length, what).decode()
+        except UnicodeDecodeError as error:
+            raise self.bad(f"{what} is not UTF-8 text ({error.reason})") from error
+
+    def boolean(self, what):
+        value = self.number("<B", what)
+        if value > 1:
+            raise self.bad(f"metadata {what} has the truth value {value}, expected 0 or 1")
+        return bool(value)
+
+    def count(self, form, what, most, least_bytes):
+        """A number of things that take at least `least_bytes` each: no more than `most`, and no more than still fit."""
+        n = self.number(form, f"the number of {what}")
+        if n > most or n * least_bytes > self.end - self.position:
+            raise self.bad(f"claims {n} {what}: too many for a file of {self.size} bytes")
+        return n
+
+    def number(self, form, what):
+        return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
+
+    def take(self, n_bytes, what):
+        start, stop = self.position, self.position + n_bytes
+        if stop > self.end:
+            raise self.short(what)
+        self.position = stop
+        return self.data[start:stop]
+
+    def short(self, what):
+        if self.end < self.size:
+            return self.bad(f"its metadata do not end within {MAX_HEADER} bytes")
+        return self.bad(f"is cut off: it ends within {what}")
+
+    def bad(self, problem):
+        return BadFileError(self.path, problem if len(problem) <= 300 else f"{problem[:300]}...")
+
+
+def _some(sizes):
+    return " x ".join(str(size) for size in sizes)

@@ -1,0 +1,247 @@
+"""Writing GGUF files that llama.cpp loads: whole models, and LoRA adapters."""
+
+import hashlib
+import os
+import re
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+from toy.files import gguf_models
+from toy.files.atomic import replacing
+from toy.files.errors import BadFileError
+from toy.files.gguf import ARRAY, BOOL, GGUF, SCALARS, STRING
+from toy.files.gguf_types import TYPES, quantize
+from toy.files.gguf_vocabulary import tokenizer_metadata
+from toy.models.parameters import check_arrays
+
+WEIGHT_TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7)}  # tensor type, general.file_type
+LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}  # Q8_0: a float16 scale times a byte
+ALIGNMENT = 32
+_ROWS = 2**20  # numbers converted at a time
+_TYPE_CODES = {np.dtype(form): code for code, form in SCALARS.items()}
+
+
+def write_gguf(path, config, parameters, tokenizer=None, type="f32", metadata=None):
+    """Write a model as a GGUF file for llama.cpp and `toy.GGUF`; atomically, so that `path` is never half a file.
+
+    config: LlamaConfig or GPT2Config. parameters: mapping of this library's names to arrays (adapters merged in).
+    tokenizer: one of `toy.data`, or None (llama.cpp then takes token ids alone); what llama.cpp cannot be told about it is
+    in `toy.files.gguf_vocabulary.tokenizer_metadata`. type: of the matrices, "f32", "f16" or "q8_0" (f16 for a matrix whose
+    rows are no multiple of 32); vectors and GPT-2's positions stay F32, as llama.cpp wants them. metadata: further keys,
+    such as general.name; general.* or of your own prefix.
+    Raises ValueError for a config without a GGUF architecture (TransformerLM), parameters or a tokenizer that do not fit it,
+    and numbers beyond the range of f16; OSError when the file cannot be written.
+    """
+    if type not in WEIGHT_TYPES:
+        raise ValueError(f"type must be one of {', '.join(WEIGHT_TYPES)}, got {type!r}")
+    shapes = gguf_models.parameter_shapes(config)
+    check_arrays(shapes, parameters)
+    if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    matrix_type, file_type = WEIGHT_TYPES[type]
+    architecture = gguf_models.architecture_of(config)
+    entries = {
+        "general.type": "model",
+        "general.name": f"toy {architecture}",
+        **gguf_models.metadata_of(config),
+        "general.file_type": file_type,
+        "general.quantization_version": 2,
+        **tokenizer_metadata(tokenizer),
+    }
+    _add_own(entries, metadata, "general.name")
+    tensors = [
+        (name, np.asarray(parameters[name]), _type_of(name, shape, matrix_type)) for name, shape in shapes.items()
+    ]
+    _write(path, entries, tensors)
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter. parameters: dict of `blk.0.attn_q.lora_a` (rank, in) and `...lora_b` (out, rank), float32, to be
+    put into the parameter tree beside the base's. alpha: scale = alpha / rank. metadata: all keys of the file."""
+
+    architecture: str
+    rank: int
+    alpha: float
+    parameters: dict
+    metadata: dict
+
+
+def write_adapter(path, config, adapters, alpha, base=None, metadata=None):
+    """Write LoRA adapters as the GGUF file that llama.cpp takes with --lora, in F32; atomically.
+
+    config: of the base model. adapters: mapping of `blk.0.attn_q.lora_a` (rank, in) and `blk.0.attn_q.lora_b` (out, rank),
+    as in the parameter tree. base: the base model (a `GGUF`, or its parameters), whose fingerprint is recorded so that
+    `read_adapter` knows it again. metadata: as `write_gguf`.
+    Raises ValueError for adapters that do not fit the model or are of different ranks; OSError as `write_gguf`.
+    """
+    parameters = {name: np.asarray(array) for name, array in dict(adapters).items()}
+    _check_adapter(parameters, config)
+    if not (np.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be a positive number, got {alpha!r}")
+    entries = {
+        "general.type": "adapter",
+        "general.architecture": gguf_models.architecture_of(config),
+        "general.name": "toy LoRA adapter",
+        "general.file_type": 0,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }
+    if base is not None:
+        entries["toy.base.fingerprint"] = fingerprint(base)
+    _add_own(entries, metadata, "general.name")
+    names = {name: re.sub(r"\.(lora_[ab])$", r".weight.\1", name) for name in parameters}
+    _write(path, entries, [(names[name], array, "F32") for name, array in parameters.items()])
+
+
+def read_adapter(path, config=None, base=None):
+    """The LoRA adapter in a GGUF file -> `Adapter`.
+
+    config: of the model it is for; base: that model (a `GGUF`, or its parameters), compared with the fingerprint in the file
+    if there is one. Raises BadFileError for a damaged file, ValueError for one that is no LoRA adapter or is for another
+    base.
+    """
+    with GGUF.open(path) as gguf:
+        entries = dict(gguf.metadata)
+        if entries.get("general.type") != "adapter" or entries.get("adapter.type") != "lora":
+            raise ValueError(
+                f"{path} is not a LoRA adapter (general.type is {gguf_models.short(entries.get('general.type'))})"
+            )
+        alpha = entries.get("adapter.lora.alpha")
+        if type(alpha) is not float or not (np.isfinite(alpha) and alpha > 0):
+            raise BadFileError(path, f"has adapter.lora.alpha = {gguf_models.short(alpha)}, expected a positive number")
+        parameters = {}
+        for name in gguf.tensors:
+            match = re.fullmatch(r"(.+)\.weight\.(lora_[ab])", name)
+            if match is None:
+                raise ValueError(
+                    f"{path} has the tensor {name!r}, which is no part of an adapter that toy.Llama can use"
+                )
+            parameters[f"{match[1]}.{match[2]}"] = array = gguf.dequantize(name)
+            if not np.isfinite(array).all():
+                raise BadFileError(path, f"tensor {name!r} holds numbers that are not finite")
+    try:
+        if config is not None and gguf.architecture != gguf_models.architecture_of(config):
+            raise ValueError(f"it is for a {gguf.architecture} model, not {gguf_models.architecture_of(config)}")
+        rank = _check_adapter(parameters, config)
+    except ValueError as error:
+        raise ValueError(f"{path} is an adapter for another base: {error}") from error
+    recorded = entries.get("toy.base.fingerprint")
+    if base is not None and recorded is not None and recorded != fingerprint(base):
+        raise ValueError(f"{path} is an adapter for another base: the weights of its model are not these")
+    return Adapter(gguf.architecture, rank, alpha, parameters, entries)
+
+
+def fingerprint(base):
+    """What tells a base model from others of the same shape, and is the same in every tensor type: a digest of its norm
+    gains, which stay F32 whatever the matrices become. base: a `GGUF` or a mapping of parameters.
+
+    Models that were never trained have gains of 1 and cannot be told apart."""
+    read = base.dequantize if isinstance(base, GGUF) else base.__getitem__
+    names = base.tensors if isinstance(base, GGUF) else base
+    digest = hashlib.sha256()
+    for name in sorted(name for name in names if name.endswith("norm.weight")):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(read(name), "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _check_adapter(parameters, config):
+    """-> the rank. Raises ValueError unless there are pairs of one rank that fit the matrices of `config` (None: any)."""
+    shapes = None if config is None else gguf_models.parameter_shapes(config)
+    if not parameters:
+        raise ValueError("it has no adapters")
+    ranks = set()
+    for name, array in parameters.items():
+        stem, _, kind = name.rpartition(".")
+        other = f"{stem}.{'lora_b' if kind == 'lora_a' else 'lora_a'}"
+        if kind not in ("lora_a", "lora_b") or other not in parameters:
+            raise ValueError(f"{name} is not one of a pair lora_a, lora_b")
+        if array.ndim != 2 or 0 in array.shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected a matrix")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+        ranks.add(array.shape[0 if kind == "lora_a" else 1])
+        if shapes is not None:
+            weight = shapes.get(f"{stem}.weight")
+            if weight is None or len(weight) != 2:
+                raise ValueError(f"the model has no matrix {stem}.weight")
+            have, want = (array.shape[1], weight[1]) if kind == "lora_a" else (array.shape[0], weight[0])
+            if have != want:
+                raise ValueError(f"{name} has shape {array.shape} and {stem}.weight {weight}")
+    if len(ranks) != 1:
+        raise ValueError(f"its adapters have different ranks: {', '.join(map(str, sorted(ranks)))}")
+    return ranks.pop()
+
+
+def _type_of(name, shape, matrix_type):
+    if len(shape) < 2 or name == "position_embd.weight":
+        return "F32"
+    return "F16" if shape[-1] % TYPES[matrix_type].block else matrix_type
+
+
+def _add_own(entries, metadata, *replaceable):
+    for key, value in (metadata or {}).items():
+        taken = key in entries and key not in replaceable
+        if taken or key == "general.alignment" or key.startswith(("tokenizer.", "llama.", "gpt2.", "adapter.")):
+            raise ValueError(f"the metadata key {key!r} is written from the model and cannot be chosen")
+        entries[key] = value
+
+
+def _write(path, entries, tensors):
+    """tensors: list of (name, array, type name). Matrices are converted some rows at a time."""
+    header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)))
+    for key, value in entries.items():
+        header += _string(key) + _value(key, value)
+    offset = 0
+    for name, array, kind in tensors:
+        header += _string(name) + struct.pack("<I", array.ndim)
+        header += struct.pack(f"<{array.ndim}Q", *reversed(array.shape))
+        header += struct.pack("<IQ", TYPES[kind].code, offset)
+        offset += _padded(array.size // TYPES[kind].block * TYPES[kind].n_bytes)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        file.write(bytes(_padded(len(header)) - len(header)))
+        for name, array, kind in tensors:
+            start = file.tell()
+            rows = array.reshape(-1, array.shape[-1])
+            step = max(1, _ROWS // rows.shape[1])
+            for first in range(0, len(rows), step):
+                part = np.ascontiguousarray(rows[first : first + step], np.float32)
+                if max(part.max(), -part.min()) > LARGEST.get(kind, np.inf):
+                    raise ValueError(f"{name} has numbers beyond the range of {kind}: write the model as f32")
+                file.write(quantize(part, kind))
+            file.write(bytes(_padded(file.tell() - start) - (file.tell() - start)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _padded(n_bytes):
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _string(text):
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(key, value):
+    """The type code and the bytes of a metadata value. Whole numbers are written as uint32, as llama.cpp reads them."""
+    if isinstance(value, (bool, np.bool_)):
+        return struct.pack("<IB", BOOL, value)
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _string(value)
+    if isinstance(value, (int, np.integer)):
+        kind = 4 if 0 <= value < 2**32 else 11
+        return struct.pack("<I", kind) + struct.pack(SCALARS[kind], value)
+    if isinstance(value, (float, np.floating)):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
+    array = np.asarray(value)
+    if array.ndim == 1 and array.dtype == bool:
+        return struct.pack("<IIQ", ARRAY, BOOL, len(array)) + array.tobytes()
+    if array.ndim == 1 and array.dtype in _TYPE_CODES:
+        return struct.pack("<IIQ", ARRAY, _TYPE_CODES[array.dtype], len(array)) + array.tobytes()
+    raise ValueError(f"the metadata key {key!r} has a value that GGUF cannot hold: {str(value)[:60]}")

@@ -1,0 +1,216 @@
+"""The directory of a run: config.json, events.jsonl, samples.txt, loss.png, weights/step_<N>.safetensors, weights/latest."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import time
+from pathlib import Path
+
+from toy.files import checkpoints, events
+from toy.files.atomic import remove_leftovers, write_text
+from toy.files.errors import BadFileError
+
+FORMAT = "toy-run-1"
+_CHECKPOINT_NAME = re.compile(r"step_(\d{1,15})\.safetensors")
+
+
+class Run:
+    """The files of one run. `Run.create` makes the directory, `Run.open` takes one that is there."""
+
+    def __init__(self, folder, config):
+        self.folder = Path(folder)
+        self.config = config
+
+    @classmethod
+    def create(cls, folder, config):
+        """Make the directory and write its config.json. Raises ValueError as `check_new_folder` does, and OSError."""
+        check_new_folder(folder)
+        run = cls(folder, {"format": FORMAT, **config})
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot make directory {run.folder}: {error.strerror or error}") from error
+        try:
+            run.write_config()  # the first file: from here on the run can be resumed
+        except OSError:
+            run.folder.rmdir()
+            raise
+        run.weights.mkdir()
+        return run
+
+    @classmethod
+    def open(cls, folder):
+        """Raises BadFileError when the directory or its config.json is not that of a run."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise BadFileError(folder, "there is no such run directory")
+        path = folder / "config.json"
+        try:
+            config = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise BadFileError(folder, "is not a run directory: it has no config.json") from None
+        except OSError as error:
+            raise BadFileError(path, f"cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadFileError(path, f"is not JSON ({error})") from error
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise BadFileError(path, f"is not the config of a run (format {FORMAT!r} expected)")
+        return cls(folder, config)
+
+    @property
+    def config_path(self):
+        return self.folder / "config.json"
+
+    @property
+    def events_path(self):
+        return self.folder / "events.jsonl"
+
+    @property
+    def samples_path(self):
+        return self.folder / "samples.txt"
+
+    @property
+    def picture_path(self):
+        return self.folder / "loss.png"
+
+    @property
+    def weights(self):
+        return self.folder / "weights"
+
+    def write_config(self):
+        write_text(self.config_path, json.dumps(self.config, indent=2) + "\n")
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def latest_checkpoint(self):
+        """The path that weights/latest names, None before the first checkpoint. Raises BadFileError for a strange name.
+
+        Without weights/latest (killed before it was first written) it is the newest one there is.
+        """
+        latest = self.weights / "latest"
+        try:
+            name = latest.read_bytes()[:100].decode("ascii", errors="replace").strip()
+        except FileNotFoundError:
+            return max(self._checkpoints(), default=(0, None))[1]
+        except OSError as error:
+            raise BadFileError(latest, f"cannot be read: {error.strerror or error}") from error
+        if not _CHECKPOINT_NAME.fullmatch(name):
+            raise BadFileError(latest, f"names {name!r}, expected step_<N>.safetensors{self._others(None)}")
+        return self.weights / name
+
+    def read_checkpoint(self):
+        """The newest `Checkpoint`, or None before the first one.
+
+        Raises BadFileError when it is damaged or gone (the message names the others there are), or is not of this run.
+        """
+        path = self.latest_checkpoint()
+        if path is None:
+            return None
+        try:
+            checkpoint = checkpoints.read_checkpoint(path)
+        except FileNotFoundError:
+            raise BadFileError(path, f"is missing, but weights/latest names it{self._others(path)}") from None
+        except BadFileError as error:
+            raise BadFileError(path, f"{error.problem}{self._others(path)}") from error
+        for name in ("arch", "model", "tokenizer"):
+            if checkpoint.config.get(name) != self.config.get(name):
+                raise BadFileError(path, f"is not of this run: its {name} is not the one in config.json")
+        return checkpoint
+
+    def write_checkpoint(self, checkpoint, keep):
+        """Write the checkpoint, then let weights/latest name it, then delete all but the newest `keep`.
+
+        In this order a kill at any moment leaves `latest` naming a whole file.
+        """
+        path = self.weights / f"step_{checkpoint.step}.safetensors"
+        checkpoints.write_checkpoint(path, checkpoint)
+        write_text(self.weights / "latest", path.name + "\n")
+        for step, old in sorted(self._checkpoints(), reverse=True)[keep:]:
+            if step < checkpoint.step:
+                old.unlink(missing_ok=True)
+        return path
+
+    def _checkpoints(self):
+        found = ((_CHECKPOINT_NAME.fullmatch(path.name), path) for path in self.weights.glob("step_*.safetensors"))
+        return [(int(match[1]), path) for match, path in found if match]
+
+    def _others(self, path):
+        names = [other.name for _, other in sorted(self._checkpoints()) if other != path]
+        return f"; to go on from {' or '.join(names)} write that name into {self.weights / 'latest'}" if names else ""
+
+    # -- going on -----------------------------------------------------------------------------------------------------
+
+    def rewind(self, step):
+        """Make the directory what it was when the checkpoint of `step` was written (0: before the first step).
+
+        Later events, samples and checkpoints go, and so do leftovers of a killed process. Returns the events kept.
+        """
+        for folder in (self.folder, self.weights):
+            remove_leftovers(folder)
+        self.weights.mkdir(exist_ok=True)
+        for later, path in self._checkpoints():
+            if later > step:
+                path.unlink()
+        kept = events.keep_until(self.events_path, step if step > 0 else -1) if self.events_path.exists() else []
+        write_text(self.samples_path, "".join(sample_text(e["step"], e["text"]) for e in kept if e["kind"] == "sample"))
+        return kept
+
+    def append_sample(self, step, text):
+        try:
+            with open(self.samples_path, "a", encoding="utf-8") as file:
+                file.write(sample_text(step, text))
+        except OSError as error:
+            raise OSError(f"cannot write {self.samples_path}: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def lock(self):
+        """Keep a second process from training in this directory. Raises BlockingIOError when one already does.
+
+        The lock ends with the process, however that ends. Windows has none.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(f"another process is training in {self.folder}: wait for it or stop it") from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(handle)
+
+
+def check_new_folder(folder):
+    """Raise ValueError unless a run can be started in `folder`: it is not there yet or empty, and can be made."""
+    folder = Path(folder)
+    try:
+        if folder.is_dir():
+            if any(folder.iterdir()):
+                raise ValueError(f"output directory {str(folder)!r} exists and is not empty: choose another one")
+        elif folder.exists() or folder.is_symlink():
+            raise ValueError(f"output directory {str(folder)!r} exists and is not a directory: choose another one")
+        parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except OSError as error:
+        raise ValueError(f"output directory {str(folder)!r} cannot be used: {error.strerror or error}") from error
+    if not parent.is_dir():
+        raise ValueError(f"output directory {str(folder)!r} cannot be made: {str(parent)!r} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"output directory {str(folder)!r} cannot be made: no permission to write in {str(parent)!r}")
+
+
+def new_folder(name, parent="runs"):
+    """A path for a new run: runs/<date>-<time>-<name>-<four random digits>, so that two never meet."""
+    return Path(parent) / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}"
+
+
+def sample_text(step, text):
+    """One entry of samples.txt."""
+    return f"--- step {step} ---\n{text}\n\n"
