@@ -1,0 +1,65 @@
+"""Sampling: one token at a time from a model with a key/value cache."""
+
+import math
+
+import numpy as np
+
+
+def generate(model, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=None, seed=0):
+    """Yield `n_tokens` token ids that continue `prompt_ids`, one by one.
+
+    The prompt is read in one batch; every further token costs one row. When the context is full the window moves: the last
+    half of it is read again and generation goes on from there (learned positions cannot slide).
+
+    temperature: divides the logits, 0 = always the most likely token. top_k: keep the k most likely. top_p: keep the
+    smallest set whose probability reaches p (Holtzman et al. 2020). seed: of the draws.
+    Raises ValueError for an empty prompt, ids outside the vocabulary, and settings out of range.
+    """
+    ids = [int(i) for i in prompt_ids]
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one token")
+    if n_tokens < 0:
+        raise ValueError(f"n_tokens must be at least 0, got {n_tokens}")
+    check_sampling(temperature, top_k, top_p)
+    return _generate(model, ids, n_tokens, temperature, top_k, top_p, np.random.default_rng(seed))
+
+
+def _generate(model, ids, n_tokens, temperature, top_k, top_p, rng):
+    context = model.config.context_length
+    cache, unread = model.new_kv_cache(), ids[-context:]
+    for _ in range(n_tokens):
+        if cache.length + len(unread) > context:
+            cache, unread = model.new_kv_cache(), ids[-max(context // 2, 1) :]
+        logits, _ = model.forward(np.array(unread), kv_cache=cache)
+        token = sample(logits[-1], rng, temperature, top_k, top_p)
+        ids.append(token)
+        unread = [token]
+        yield token
+
+
+def sample(logits, rng, temperature=1.0, top_k=None, top_p=None):
+    """One token id drawn from logits (V,). The settings are those of `generate`."""
+    logits = np.asarray(logits, np.float64)
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if top_k is not None and top_k < len(logits):
+        logits = np.where(logits >= np.partition(logits, -top_k)[-top_k], logits, -np.inf)
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    if top_p is not None and top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        reached_before = np.cumsum(probabilities[order]) - probabilities[order]
+        probabilities[order[reached_before >= top_p]] = 0  # the most likely token always stays
+        probabilities /= probabilities.sum()
+    return int(rng.choice(len(probabilities), p=probabilities))
+
+
+def check_sampling(temperature, top_k, top_p):
+    """Raise ValueError for sampling settings out of range."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be a number of at least 0 (0 = greedy), got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")

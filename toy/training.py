@@ -1,0 +1,560 @@
+"""The training loop: batches, schedule, evaluation, samples, events, checkpoints and resume. It knows no backend.
+
+    training = Training(TrainingOptions(steps=500), out="runs/first")
+    for event in training.run():
+        ...                       # RunStart, Step, Evaluation, Sample, RunEnd: draw them, print them, or do nothing
+
+Everything random is a function of (seed, step), so a run that was stopped and resumed is the run that was not stopped.
+"""
+
+import contextlib
+import dataclasses
+import math
+import platform
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from toy import schedules, switch
+from toy.config import RecipeOptions, check_positive_int
+from toy.data import load_corpus, make_tokenizer, split, tokenizer_from_json, training_batch, validation_batches
+from toy.engines import model_from
+from toy.files import BadFileError, Checkpoint, Run, read_checkpoint, read_events
+from toy.files.events import Evaluation, EventLog, RunEnd, RunStart, Sample, Step
+from toy.files.runs import check_new_folder
+from toy.generation import generate
+from toy.models import MODELS
+from toy.models.parameters import check_arrays
+from toy.recipes import FromScratch
+
+CONFIGS = {model.arch: config for config, model in MODELS.items()}  # "transformer", "gpt2", ...
+SAMPLE_TEMPERATURE = 0.8
+# what may differ when a run goes on
+RESUMABLE = ("steps", "corpus", "eval_every", "sample_every", "save_every", "keep", "backend", "device", "threads")
+
+
+class DivergedError(RuntimeError):
+    """The loss, a gradient or a weight is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Everything a run from scratch can be told. None: chosen by `resolved`. Raises ValueError for a value out of range.
+
+    kv_heads: key/value heads of a llama, None = as many as heads. lr_floor: where the cosine ends, as a fraction of lr.
+    clip: largest gradient norm, 0 = off. eval_every, sample_every, save_every: in steps. keep: how many checkpoints stay.
+    val_fraction: the part of the text, at its end, that is never trained on. threads: of BLAS and the kernels, None = their
+    own choice.
+    """
+
+    arch: str = "transformer"
+    corpus: str | None = None
+    tokenizer: str = "char"
+    steps: int = 1000
+    batch: int = 12
+    context: int = 64
+    d_model: int = 128
+    d_ff: int | None = None
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None
+    lr: float = 1e-3
+    schedule: str = "constant"
+    warmup: int | None = None
+    lr_floor: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    eval_every: int | None = None
+    eval_batches: int = 16
+    sample_every: int | None = None
+    sample_tokens: int = 200
+    save_every: int | None = None
+    keep: int = 2
+    val_fraction: float = 0.1
+    seed: int = 0
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self):
+        if self.arch not in CONFIGS:
+            raise ValueError(f"arch must be one of {', '.join(CONFIGS)}, got {self.arch!r}")
+        sizes = ("steps", "batch", "context", "d_model", "layers", "heads", "eval_batches", "sample_tokens", "keep")
+        optional = ("d_ff", "kv_heads", "eval_every", "sample_every", "save_every", "threads")
+        for name in (*sizes, *(name for name in optional if getattr(self, name) is not None)):
+            object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        for name in ("weight_decay", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {self.val_fraction}")
+        self.make_schedule()
+
+    def resolved(self):
+        """The same options with every None that depends on others filled in."""
+        tenth = max(1, self.steps // 10)
+        eval_every = self.eval_every or min(tenth, 500)
+        return dataclasses.replace(
+            self,
+            d_ff=self.d_ff or 4 * self.d_model,
+            warmup=self._default_warmup(),
+            eval_every=eval_every,
+            sample_every=self.sample_every or min(max(1, self.steps // 4), 2000),
+            save_every=self.save_every or eval_every,
+        )
+
+    def make_schedule(self):
+        """The learning rate as a function of the step, counted from 0."""
+        return schedules.make_schedule(self.schedule, self.lr, self.steps, self._default_warmup(), self.lr_floor)
+
+    def model_config(self, vocab_size):
+        """The config of the model these options describe. Raises ValueError for sizes that do not fit each other."""
+        sizes = dict(
+            vocab_size=vocab_size,
+            d_model=self.d_model,
+            n_heads=self.heads,
+            d_ff=self.d_ff or 4 * self.d_model,
+            n_layers=self.layers,
+            context_length=self.context,
+        )
+        if self.arch == "llama":
+            sizes["n_kv_heads"] = self.kv_heads or self.heads
+        elif self.kv_heads is not None:
+            raise ValueError(f"kv_heads belongs to arch llama: {self.arch} has as many key/value heads as heads")
+        return CONFIGS[self.arch](**sizes)
+
+    def _default_warmup(self):
+        if self.warmup is not None:
+            return self.warmup
+        # a fixed number, not a share of the steps: a longer run then begins like a shorter one
+        return 20 if self.schedule == "constant" else min(20, self.steps // 10)
+
+
+class Choice(NamedTuple):
+    """One line of what is printed at the start. reason: why this value, "" when it was simply asked for."""
+
+    name: str
+    value: str
+    reason: str = ""
+
+
+class Training:
+    """A run that is ready to go. Making it reads and checks everything and writes nothing.
+
+    options: TrainingOptions. out: the run directory to make (None: nothing is written, the events are all there is).
+    Raises ValueError (CorpusError, ...) for anything that cannot be trained on, BackendUnavailableError for a backend
+    that is not there.
+
+    Attributes: options, config (of the model), corpus, tokenizer, split, recipe, schedule, step (updates done),
+    stopped_by (the signal that ended `run`, None without one).
+    """
+
+    def __init__(self, options, out=None):
+        if out is not None:
+            check_new_folder(out)
+        self.out = None if out is None else Path(out)
+        self._prepare(options)
+        self._run = None
+
+    @classmethod
+    def resume(cls, folder, **changes):
+        """The run in `folder` (a path), ready to go on from its newest checkpoint: weights, moments and step.
+
+        changes: TrainingOptions by name. Those of RESUMABLE may differ: steps (the total, more than are done), corpus (a new
+        place of the same text), what does not change the numbers, and backend, device and threads, which round a
+        little differently.
+        Raises BadFileError for a damaged run, ValueError for a change that is not possible.
+        """
+        run = Run.open(folder)
+        options, as_it_ran, text = _read_config(run)
+        for name, value in changes.items():
+            if name not in RESUMABLE and value != getattr(options, name):
+                raise ValueError(
+                    f"the run in {folder} was begun with {name} {getattr(options, name)} and cannot go on with {value}: "
+                    "leave the option out, or start a new run"
+                )
+        if run.events_path.exists():
+            read_events(run.events_path)  # damage is told now, not when the log is gone on with
+        checkpoint = run.read_checkpoint()
+        done, steps = checkpoint.step if checkpoint else 0, changes.get("steps", options.steps)
+        if steps < options.steps:
+            raise ValueError(
+                f"the run in {folder} was begun with {options.steps} steps, it cannot go on to only {steps}"
+            )
+        if done >= steps:
+            raise ValueError(f"the run in {folder} has done its {done} steps: give it more steps to go on")
+        training = cls.__new__(cls)
+        training.out = run.folder
+        training._prepare(dataclasses.replace(options, **{**as_it_ran, **changes}))
+        training._run = run
+        training._unchanged = as_it_ran.keys() - changes.keys()
+        training._check_same(run, text)
+        if checkpoint is not None:
+            training._load(checkpoint, run.latest_checkpoint())
+        return training
+
+    def _prepare(self, options):
+        options = options.resolved()
+        options.model_config(vocab_size=1)  # sizes that do not fit are told before a long text is read
+        self.schedule = options.make_schedule()
+        self.recipe = FromScratch(backend=options.backend, device=options.device)
+        self.corpus = load_corpus(options.corpus)
+        self.options = dataclasses.replace(options, corpus=self.corpus.path)
+        self.tokenizer = make_tokenizer(options.tokenizer, self.corpus.text)
+        self.split = split(self.tokenizer.encode(self.corpus.text), options.val_fraction, options.context)
+        self.config = options.model_config(self.tokenizer.vocab_size)
+        if options.threads is not None:
+            switch.set_num_threads(options.threads)
+        try:
+            self.recipe.realize(
+                self.config,
+                RecipeOptions(
+                    t_seq=options.context, t_batch=options.batch, seed=options.seed, grad_clip=options.clip or None
+                ),
+            )
+        except MemoryError as error:
+            raise ValueError(f"there is not enough memory for a model of this size ({error})") from error
+        self._adamw = self.recipe.adamw(lr=options.lr, weight_decay=options.weight_decay)
+        self._validation = validation_batches(
+            self.split.validation, options.batch, options.context, options.eval_batches, options.seed
+        )
+        self.step, self.stopped_by = 0, None
+        self._loss = None  # of the last step
+        self._log = None
+        self._evaluated, self._sampled = set(), set()  # the steps that have it already
+        self._saved = None  # the step of the newest checkpoint
+        self._unchanged = set()  # the options that a resumed run takes from before
+
+    # -- what the run is ----------------------------------------------------------------------------------------------
+
+    @property
+    def tokens_per_step(self):
+        return self.options.batch * self.options.context
+
+    def has_checkpoint(self):
+        """Whether there is a checkpoint on the disk to go on from."""
+        return self._run is not None and self._run.latest_checkpoint() is not None
+
+    def model(self):
+        """A readable model object with a copy of the present weights."""
+        return model_from(self.config, self.recipe.parameters(), backend=self.recipe.backend)
+
+    def choices(self):
+        """What was chosen and why, as a list of `Choice`."""
+        o, c, r = self.options, self.config, self.recipe
+        before = dict.fromkeys(self._unchanged, "as before")
+        threads = "as asked for" if o.threads else "the backend's own choice"
+        vocabulary = "distinct characters of the text" if o.tokenizer == "char" else "every byte"
+        decay = "" if o.schedule == "constant" else f" down to {o.lr * o.lr_floor:g} at step {o.steps}"
+        return [
+            *([Choice("resumed", f"after step {self.step}")] if self._run is not None else []),
+            Choice("backend", r.backend, before.get("backend", r.backend_reason)),
+            Choice("device", r.device),
+            Choice("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
+            Choice("corpus", self.corpus.source, "" if o.corpus else "the default; --corpus FILE names another"),
+            Choice("tokens", f"{len(self.split.train):,} to train on, {len(self.split.validation):,} to validate"),
+            Choice("vocabulary", f"{c.vocab_size}", vocabulary),
+            Choice("model", f"{o.arch}: {o.layers} layers, {o.heads} heads, {o.d_model} wide, context {o.context}"),
+            Choice("parameters", f"{r.n_parameters:,}"),
+            Choice("steps", f"{o.steps:,} of {o.batch} x {o.context} tokens", f"{self._epochs():.2g} times the text"),
+            Choice("learning rate", f"{o.lr:g}", f"{o.schedule}{decay}, {o.warmup} steps of warm-up"),
+            Choice("ln(V)", f"{math.log(c.vocab_size):.3f}", "nats per token, the loss of a uniform guess"),
+            Choice("directory", "none, nothing is written" if self.out is None else str(self.out)),
+        ]
+
+    def _threads(self):
+        return next(row.threads for row in switch.backends() if row.name == self.recipe.backend)
+
+    def _epochs(self):
+        return self.options.steps * self.tokens_per_step / len(self.split.train)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self, on_stop=None):
+        """Train, as a generator of events; the same events go to events.jsonl.
+
+        Ctrl-C (or SIGTERM) ends it after the step that is being computed, with a checkpoint and RunEnd("interrupted"); so
+        does leaving the loop. on_stop() is then called from the signal handler, at once. A second Ctrl-C raises
+        KeyboardInterrupt without a checkpoint. Call `run` again to go on.
+        Raises DivergedError when a number is no longer finite (the last checkpoint stays), OSError when a file cannot be
+        written.
+        """
+        resumed = self._run is not None
+        with contextlib.ExitStack() as stack:
+            self._log = self._open_files(stack)
+            stop = stack.enter_context(_StopSignals(on_stop))
+            try:
+                yield self._emit(self._run_start(resumed))
+                yield from self._steps(stop)
+                self._save()
+            except GeneratorExit:
+                self._save()
+                self._emit(self._run_end("interrupted"))
+                raise
+            except DivergedError:
+                yield self._emit(self._run_end("diverged"))
+                self._draw()
+                raise
+            self.stopped_by = stop.requested
+            end = self._emit(self._run_end("completed" if self.step == self.options.steps else "interrupted"))
+            self._draw()
+            yield end
+
+    def _steps(self, stop):
+        """Train up to the last step. What is due after a step is done before the next one, by a resumed run if need be."""
+        o = self.options
+        while self.step == o.steps or not stop.requested:
+            if self._due(o.eval_every, self._evaluated):
+                yield self._emit(self._evaluate())
+            if self._due(o.sample_every, self._sampled) and self.step > 0:
+                yield self._emit(self._sample())
+            if self.step == o.steps:
+                return
+            if self.step % o.save_every == 0 and self.step > 0:
+                self._save()
+            if not stop.requested:
+                yield self._emit(self._train_step())
+
+    def _train_step(self):
+        o, k = self.options, self.step
+        lr = self.schedule(k)
+        started = time.perf_counter()
+        batch = training_batch(self.split.train, o.batch, o.context, o.seed, k)
+        hp = self._adamw.hp_for_step(k, lr=lr)
+        with np.errstate(all="ignore"):  # the next lines say it in words
+            loss = float(self.recipe.step(batch.token_ids, None, batch.labels, hp, is_first=k == 0))
+        wall_us = round((time.perf_counter() - started) * 1e6)
+        grad_norm = float(self.recipe.grad_norm)
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                raise self._diverged(f"the {name} became {value} at step {k + 1}")
+        self.step, self._loss = k + 1, loss
+        return Step(
+            step=k + 1, loss=loss, lr=lr, grad_norm=grad_norm, tokens=self.tokens_per_step, wall_us=max(1, wall_us)
+        )
+
+    def _evaluate(self):
+        with np.errstate(all="ignore"):
+            losses = [self.recipe.evaluate(batch.token_ids, batch.labels) for batch in self._validation]
+        loss = float(np.mean(losses))
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss became {loss} at step {self.step}")
+        self._evaluated.add(self.step)
+        return Evaluation(step=self.step, loss=loss)
+
+    def _sample(self):
+        prompt = first_prompt(self.tokenizer, self.split.train)
+        n_tokens, seed = self.options.sample_tokens, [self.options.seed, self.step]
+        ids = generate(self.model(), prompt, n_tokens, temperature=SAMPLE_TEMPERATURE, seed=seed)
+        text = self.tokenizer.decode(ids)
+        self._sampled.add(self.step)
+        if self._run is not None:
+            self._run.append_sample(self.step, text)
+        return Sample(step=self.step, text=text)
+
+    def _due(self, every, done):
+        return self.step not in done and (self.step % every == 0 or self.step == self.options.steps)
+
+    def _diverged(self, what):
+        return DivergedError(f"{what}: the training diverged; try an lr below {self.options.lr:g} or a smaller clip")
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _open_files(self, stack):
+        """The event log (None when nothing is written), with the run directory made or rewound to this step."""
+        if self.out is None:
+            return None
+        if self._run is None:
+            self._run = Run.create(self.out, self._describe())
+            stack.enter_context(self._run.lock())
+        else:
+            stack.enter_context(self._run.lock())
+            kept = self._run.rewind(self.step)
+            self._evaluated = {event["step"] for event in kept if event["kind"] == "eval"}
+            self._sampled = {event["step"] for event in kept if event["kind"] == "sample"}
+            self._run.config.update(self._describe())
+            self._run.write_config()
+        log = EventLog(self._run.events_path)
+        stack.callback(log.close)
+        return log
+
+    def _emit(self, event):
+        if self._log is not None:
+            self._log.write(event)
+        return event
+
+    def _save(self):
+        if self._run is None or self._saved == self.step:
+            return
+        parameters, moments = self.recipe.parameters(), self.recipe.optimizer_state()
+        for what, arrays in (("weight", parameters), ("moment", moments["m"]), ("moment", moments["v"])):
+            for name, array in arrays.items():
+                if not np.isfinite(array).all():
+                    raise self._diverged(f"a {what} of {name} is not a finite number at step {self.step}")
+        self._log.sync()  # the events first: a checkpoint must never know more than the log
+        self._run.write_checkpoint(Checkpoint(self.step, self._run.config, parameters, moments), self.options.keep)
+        self._saved = self.step
+
+    def _draw(self):
+        if self._run is not None and self.step > 0:
+            from toy.plots import plot_runs
+
+            plot_runs([self._run.folder], self._run.picture_path)
+
+    def _load(self, checkpoint, path):
+        try:
+            self.recipe.load_parameters(checkpoint.parameters)
+            self.recipe.load_optimizer_state(checkpoint.moments)
+        except ValueError as error:
+            raise BadFileError(path, str(error)) from error
+        self.step = self._saved = checkpoint.step
+
+    def _check_same(self, run, text):
+        if text["sha256"] != self.corpus.sha256:
+            raise ValueError(
+                f"{self.corpus.source} is not the text this run was trained on ({text['source']}): "
+                "give that text with --corpus, or start a new run"
+            )
+        if run.config.get("tokenizer") != self.tokenizer.to_json() or run.config.get("model") != _json_of(self.config):
+            raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
+
+    def _run_start(self, resumed):
+        return RunStart(
+            step=self.step,
+            steps=self.options.steps,
+            arch=self.options.arch,
+            n_parameters=self.recipe.n_parameters,
+            vocab_size=self.config.vocab_size,
+            backend=self.recipe.backend,
+            device=self.recipe.device,
+            seed=self.options.seed,
+            resumed=resumed,
+        )
+
+    def _run_end(self, reason):
+        loss = None if reason == "diverged" else self._loss
+        return RunEnd(reason=reason, final_step=self.step, final_loss=loss)
+
+    def _describe(self):
+        """What config.json and every checkpoint say about the run."""
+        return {
+            "arch": self.options.arch,
+            "model": _json_of(self.config),
+            "tokenizer": self.tokenizer.to_json(),
+            "training": _json_of(self.options),
+            "corpus": {
+                "source": self.corpus.source,
+                "path": self.corpus.path,
+                "sha256": self.corpus.sha256,
+                "train_tokens": len(self.split.train),
+                "validation_tokens": len(self.split.validation),
+            },
+            "n_parameters": self.recipe.n_parameters,
+            "backend": {"name": self.recipe.backend, "device": self.recipe.device, "threads": self._threads()},
+            "versions": versions(),
+        }
+
+
+class Trained(NamedTuple):
+    """A model that was trained, its tokenizer and the step of its checkpoint."""
+
+    model: object
+    tokenizer: object
+    step: int
+
+
+def load_trained(path, backend="auto"):
+    """The newest checkpoint of a run directory, or the checkpoint file itself, as a model to generate from -> `Trained`.
+
+    Raises BadFileError when there is none or it is damaged, FileNotFoundError for a path where nothing is.
+    """
+    path = Path(path)
+    if path.is_dir():
+        run = Run.open(path)
+        checkpoint, path = run.read_checkpoint(), run.latest_checkpoint()
+        if checkpoint is None:
+            raise BadFileError(run.folder, "has no checkpoint yet")
+    elif path.exists():
+        checkpoint = read_checkpoint(path)
+    else:
+        raise FileNotFoundError(f"there is no run directory or checkpoint file {str(path)!r}")
+    try:
+        if checkpoint.config["model"]["n_layers"] > len(checkpoint.parameters):
+            raise ValueError("the config has more layers than there are tensors")
+        config = CONFIGS[checkpoint.config["arch"]](**checkpoint.config["model"])
+        check_arrays(MODELS[type(config)].parameter_shapes(config), checkpoint.parameters)  # before memory is asked for
+        tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+        return Trained(model_from(config, checkpoint.parameters, backend=backend), tokenizer, checkpoint.step)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadFileError(path, f"its config and tensors are not those of a model ({error})") from error
+
+
+def first_prompt(tokenizer, ids):
+    """What a sample begins with when nobody says: a new line, or the first token of the text when it has no lines."""
+    try:
+        return tokenizer.encode("\n")
+    except ValueError:
+        return ids[:1]
+
+
+def versions():
+    """dict of the versions that a run's numbers may depend on."""
+    from toy import __version__
+
+    return {
+        "toy": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def _read_config(run):
+    """The TrainingOptions in a config.json; the backend, device and threads it really ran on (they round alike); the text."""
+    try:
+        options, ran, text = TrainingOptions(**run.config["training"]), run.config["backend"], run.config["corpus"]
+        as_it_ran = {"backend": ran["name"], "device": ran["device"], "threads": ran["threads"]}
+        return options, as_it_ran, {"sha256": text["sha256"], "source": text["source"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadFileError(run.config_path, f"its training options are wrong ({error})") from error
+
+
+def _json_of(record):
+    return dataclasses.asdict(record)
+
+
+class _StopSignals:
+    """While open, Ctrl-C and SIGTERM ask for a stop (`requested`) instead of breaking into a half-done update.
+
+    A second Ctrl-C raises KeyboardInterrupt. Only the main thread gets signals, elsewhere this does nothing.
+    """
+
+    def __init__(self, on_stop):
+        self.requested = None  # the number of the signal
+        self._on_stop = on_stop
+        self._previous = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup and the like are to be respected
+                    self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        if self.requested is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = number
+        if self._on_stop is not None:
+            self._on_stop()
