@@ -1,0 +1,124 @@
+"""Finding and opening libggml: the `libggml` package, or a build of the user's own named by TOY_GGML_DIR."""
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+INSTALL = "pip install 'libggml-python>=0.20.2,<0.21'"
+REBUILD = "pip install --force-reinstall --no-cache-dir --no-deps toy"
+
+X86_FEATURES = {1: "AVX2", 2: "FMA", 4: "F16C"}  # the bits of core.x86_features()
+
+
+class LoadError(RuntimeError):
+    """libggml, or the compiled part of the bridge, cannot be used here; the message says why and what to type."""
+
+
+def library_directory():
+    """The directory that holds the ggml libraries. Raises LoadError when there is none."""
+    own = os.environ.get("TOY_GGML_DIR")
+    if own:
+        roots = [Path(own)]
+        missing = f"TOY_GGML_DIR={own} holds no {_pattern('ggml-base')} (looked in it and in its lib64, lib and bin)"
+    else:
+        spec = importlib.util.find_spec("libggml")
+        if spec is None:
+            raise LoadError(f"the package libggml-python is not installed; {INSTALL}")
+        roots = [Path(place) for place in spec.submodule_search_locations]
+        missing = f"the package libggml in {roots[0]} holds no {_pattern('ggml-base')}; {INSTALL} --force-reinstall"
+    for root in roots:
+        for directory in (root, root / "lib64", root / "lib", root / "bin"):
+            if _find(directory, "ggml-base") is not None:
+                return directory
+    raise LoadError(missing)
+
+
+def _pattern(stem):
+    if sys.platform == "win32":
+        return f"{stem}.dll"
+    return f"lib{stem}*.dylib" if sys.platform == "darwin" else f"lib{stem}.so*"
+
+
+def _find(directory, stem):
+    """The library file named `stem` in a directory, or None. Linux packages carry one library under three names (.so,
+    .so.0, .so.0.20.2): the one that the other libraries ask for (.so.0) is opened, so that it is loaded only once."""
+    if sys.platform == "win32":
+        names = [f"{stem}.dll", f"lib{stem}.dll"]
+    elif sys.platform == "darwin":
+        names = [f"lib{stem}.0.dylib", f"lib{stem}.dylib"]
+    else:
+        names = [f"lib{stem}.so.0", f"lib{stem}.so"]
+    candidates = [directory / name for name in names] + sorted(directory.glob(_pattern(stem)))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def missing_cpu_features(features):
+    """Names of the x86 features that the prebuilt Linux and Windows libraries need and this machine lacks.
+
+    features: the bits of `core.x86_features()` (-1: not an x86 processor). A libggml that was compiled here, or one
+    named by TOY_GGML_DIR, is trusted to suit the machine.
+    """
+    if features < 0 or os.environ.get("TOY_GGML_DIR"):
+        return []
+    try:
+        wheel = importlib.metadata.distribution("libggml-python").read_text("WHEEL") or ""
+    except importlib.metadata.PackageNotFoundError:
+        wheel = ""
+    if wheel and not any(tag in wheel for tag in ("manylinux", "musllinux", "win_amd64")):
+        return []
+    return [name for bit, name in X86_FEATURES.items() if not features & bit]
+
+
+def open_libraries(directory):
+    """Open libggml-base, the backends and libggml, in the order in which they need each other; returns the handles."""
+    if sys.platform == "win32":
+        os.add_dll_directory(str(directory))
+    first = [_find(directory, stem) for stem in ("ggml-base", "ggml-cpu")]
+    last = _find(directory, "ggml")
+    if last is None:
+        raise LoadError(f"{directory} holds ggml-base but no {_pattern('ggml')}: the build is incomplete")
+    # other backends (Metal, BLAS, Vulkan, CUDA) that libggml was linked with; one that does not open is only a problem
+    # if libggml then does not open either
+    stems = ("metal", "blas", "vulkan", "cuda", "hip", "sycl", "opencl", "rpc")
+    others = [path for path in (_find(directory, f"ggml-{stem}") for stem in stems) if path is not None]
+    handles, refused = [], []
+    for path in [*first, *others, last]:
+        if path is None:
+            continue
+        try:
+            handles.append(ctypes.CDLL(str(path)))
+        except OSError as error:
+            if path in first or path == last:
+                raise LoadError("; ".join([f"cannot open {path}: {error}", *refused])) from error
+            refused.append(f"{path.name}: {error}")
+    return handles
+
+
+def addresses(handles, names):
+    """{name: address} of functions in the opened libraries. Raises LoadError naming those that are missing."""
+    found = {}
+    for name in names:
+        for handle in reversed(handles):
+            function = getattr(handle, name, None)
+            if function is not None:
+                found[name] = ctypes.cast(function, ctypes.c_void_p).value
+                break
+    missing = sorted(set(names) - set(found))
+    if missing:
+        raise LoadError(
+            f"this libggml lacks {', '.join(missing)}; the bridge is written for ggml 0.20: {INSTALL} --force-reinstall"
+        )
+    return found
+
+
+def check_version(headers, library):
+    """ggml's interface changes between releases: the headers the extension was compiled with must be the library's."""
+    if headers.split(".")[:2] != library.split(".")[:2]:
+        raise LoadError(
+            f"ggml_bridge was compiled with the headers of ggml {headers}, but the library is ggml {library}; "
+            f"either compile it again: {REBUILD}; or take the library it was compiled for: "
+            f"pip install 'libggml-python=={headers}.*'"
+        )
