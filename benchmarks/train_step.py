@@ -1,0 +1,247 @@
+"""Time one training step on every backend and in PyTorch eager float32: the same model, threads, batch and optimizer.
+
+    python benchmarks/train_step.py                      all shapes, all backends present, PyTorch if installed
+    python benchmarks/train_step.py --shapes tiny char   some shapes
+    python benchmarks/train_step.py --model gpt2         GPT-2 instead of the readable TransformerLM
+
+All contenders live in one process and take turns in short bursts of steps (A B C A B C ...), so that a machine whose speed
+drifts treats them alike; the table gives medians and their ratio to PyTorch (below 1: faster than PyTorch). Peak memory is
+measured apart, one fresh process per contender: resident memory at its highest during the steps, above what the imports took.
+
+PyTorch gets its best: scaled_dot_product_attention, its own RMSNorm / LayerNorm and tanh GELU, fused AdamW, and gradients
+set to None between the steps.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+SHAPES = {  # vocabulary, width, heads, layers, context, batch; the MLP is 4 times as wide as the model
+    "tiny": (65, 64, 4, 2, 32, 4),
+    "char": (65, 128, 4, 4, 64, 12),
+    "baby": (65, 384, 6, 6, 256, 8),
+    "gpt2-124M": (50257, 768, 12, 12, 64, 4),
+}
+
+
+def make_batch(shape):
+    import numpy as np
+
+    vocab, _, _, _, t_seq, batch = SHAPES[shape]
+    ids = np.random.default_rng(0).integers(0, vocab, (batch, t_seq + 1))
+    return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+
+
+def toy_step(backend, model, shape, threads):
+    """-> a function that makes one training step and returns the loss."""
+    import toy
+
+    vocab, width, heads, layers, t_seq, batch = SHAPES[shape]
+    config_class = {"transformer": toy.TransformerConfig, "gpt2": toy.GPT2Config}[model]
+    config = config_class(vocab, width, heads, 4 * width, layers, t_seq)
+    recipe = toy.recipes.FromScratch(backend=backend).realize(config, toy.RecipeOptions(t_seq=t_seq, t_batch=batch))
+    adamw = recipe.adamw(lr=1e-3)
+    token_ids, labels = make_batch(shape)
+    steps = iter(range(10**9))
+
+    def step():
+        k = next(steps)
+        return recipe.step(token_ids, None, labels, adamw.hp_for_step(k), is_first=k == 0)
+
+    return step
+
+
+def torch_step(model, shape, threads):
+    """-> a function that makes one PyTorch training step and returns the loss."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    vocab, width, heads, layers, t_seq, _ = SHAPES[shape]
+    gpt2 = model == "gpt2"
+
+    def norm():
+        return nn.LayerNorm(width) if gpt2 else nn.RMSNorm(width, eps=1e-5)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = norm(), norm()
+            self.projections = nn.ModuleList(
+                [nn.Linear(width, 3 * width)] if gpt2 else [nn.Linear(width, width, bias=False) for _ in range(3)]
+            )
+            self.output = nn.Linear(width, width, bias=gpt2)
+            self.up, self.down = nn.Linear(width, 4 * width, bias=gpt2), nn.Linear(4 * width, width, bias=gpt2)
+
+        def forward(self, x):
+            b, t, d = x.shape
+            h = self.norm1(x)
+            q, k, v = self.projections[0](h).split(d, dim=2) if gpt2 else (p(h) for p in self.projections)
+            q, k, v = (a.view(b, t, heads, d // heads).transpose(1, 2) for a in (q, k, v))
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.output(a.transpose(1, 2).reshape(b, t, d))
+            return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+    class LanguageModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.position = nn.Embedding(vocab, width), nn.Embedding(t_seq, width)
+            self.blocks, self.norm = nn.ModuleList(Block() for _ in range(layers)), norm()
+            for parameter in self.parameters():
+                if parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=0.02)
+
+        def forward(self, ids):
+            x = self.token(ids) + self.position.weight
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x) @ self.token.weight.T
+
+    network = LanguageModel()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    token_ids, labels = (torch.from_numpy(a) for a in make_batch(shape))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(network(token_ids).view(-1, vocab), labels.view(-1))
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def step_of(contender, model, shape, threads):
+    if contender == "pytorch":
+        return torch_step(model, shape, threads)
+    return toy_step(contender, model, shape, threads)
+
+
+def alternate(steps, seconds, burst=0.1):
+    """Let the contenders make bursts of steps in turns for about `seconds` each -> dict of lists of seconds per step.
+
+    A burst lasts at least `burst` seconds, and its first step is not counted: the idle threads of the contender before may
+    still be spinning then, and the caches are cold. At least 5 steps are counted.
+    """
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    times = {name: [] for name in steps}
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds * len(steps) or len(next(iter(times.values()))) < 5:
+        for name, step in steps.items():
+            step()
+            begin = last = time.perf_counter()
+            while last - begin < burst:
+                step()
+                now = time.perf_counter()
+                times[name].append(now - last)
+                last = now
+    return times
+
+
+def resident_bytes(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+
+def memory_child(contender, model, shape, threads):
+    """Print the peak of resident memory during 4 steps above what the imports took, in bytes (Linux)."""
+    import numpy  # noqa: F401
+
+    if contender == "pytorch":
+        import torch
+        from torch.nn import functional  # noqa: F401
+
+        torch.optim.AdamW([torch.zeros(1)])
+    else:
+        import toy
+
+        toy.switch.resolve(contender)
+    before = resident_bytes("VmRSS")
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")  # reset the high-water mark
+    step = step_of(contender, model, shape, threads)
+    for _ in range(4):
+        step()
+    print(json.dumps(resident_bytes("VmHWM") - before))
+
+
+def peak_memory(contender, model, shape, threads):
+    command = [sys.executable, __file__, "--child", contender, "--model", model, "--shapes", shape]
+    command += ["--threads", str(threads)]
+    result = subprocess.run(command, capture_output=True, text=True, env=thread_environment(threads))
+    return float(result.stdout) if result.returncode == 0 else float("nan")
+
+
+def thread_environment(threads):
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TOY_NUM_THREADS")
+    return {**os.environ, **dict.fromkeys(names, str(threads))}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--model", choices=("transformer", "gpt2"), default="transformer")
+    parser.add_argument("--backends", nargs="+", default=None, help="default: all that are available")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    )
+    parser.add_argument("--seconds", type=float, default=5.0, help="time per shape and contender")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    threads, model = arguments.threads, arguments.model
+    if arguments.child:
+        return memory_child(arguments.child, model, arguments.shapes[0], threads)
+    if os.environ.get("TOY_NUM_THREADS") != str(threads):  # the thread counts must be set before the libraries load
+        os.execve(sys.executable, [sys.executable, *sys.argv], thread_environment(threads))
+
+    import toy
+
+    contenders = arguments.backends or [row.name for row in toy.backends() if row.available]
+    if importlib.util.find_spec("torch"):
+        contenders.append("pytorch")
+        import torch
+
+        print(f"PyTorch {torch.__version__}, ", end="")
+    versions = ", ".join(f"{row.name} ({row.version})" for row in toy.backends() if row.name in contenders)
+    print(f"Python {platform.python_version()}, {versions}, {threads} threads, model {model}\n")
+    print(
+        f"{'shape':<10} {'contender':<12} {'median ms':>10} {'fastest':>9} {'/ PyTorch':>10} {'peak MB':>9} {'/ PyTorch':>10}"
+    )
+    figures = []
+    for shape in arguments.shapes:
+        times = alternate({name: step_of(name, model, shape, threads) for name in contenders}, arguments.seconds)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        memory = {}
+        if not arguments.no_memory and sys.platform == "linux":
+            memory = {name: peak_memory(name, model, shape, threads) for name in contenders}
+        for name in contenders:
+            ratio = medians[name] / medians["pytorch"] if "pytorch" in medians else float("nan")
+            peak = memory.get(name, float("nan"))
+            memory_ratio = peak / memory["pytorch"] if memory.get("pytorch") else float("nan")
+            print(
+                f"{shape:<10} {name:<12} {medians[name] * 1e3:>10.2f} {min(times[name]) * 1e3:>9.2f} {ratio:>10.2f} "
+                f"{peak / 1e6:>9.1f} {memory_ratio:>10.2f}",
+                flush=True,
+            )
+            figures.append(
+                {"shape": shape, "contender": name, "median_s": medians[name], "ratio": ratio, "peak_bytes": peak}
+            )
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(figures, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The card of a GGUF file."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import toy
+from toy.data.tokenizers import CharTokenizer
+from toy.describe import algorithm, describe
+from toy.files import gguf_write
+from toy.files.errors import BadFileError
+from toy.files.gguf_write import write_adapter, write_gguf
+from toy.models import model_for
+
+LLAMA = toy.LlamaConfig(7, 32, 4, 2, 48, 3, 16)
+
+
+def parameters_of(config):
+    return {name: np.ones(shape, np.float32) for name, shape in model_for(config).parameter_shapes(config).items()}
+
+
+def card(path):
+    console = Console(file=io.StringIO(), width=150)
+    console.print(describe(path))
+    return console.file.getvalue()
+
+
+def test_a_model(tmp_path):
+    write_gguf(
+        tmp_path / "m.gguf", LLAMA, parameters_of(LLAMA), CharTokenizer("\nabcdef"), metadata={"general.license": "mit"}
+    )
+    text = card(tmp_path / "m.gguf")
+    n = sum(a.size for a in parameters_of(LLAMA).values())
+    for words in (
+        "toy llama  (llama)", f"{n:,} in 29 tensors, 32.00 bits", "4 of 8, 2 for keys and values",
+        "7 tokens, output matrix tied", "characters, 7 ids", "mit", "for each layer l = 1 .. 3", "blk.*.ffn_down.weight",
+    ):  # fmt: skip
+        assert words in text, words
+    row = next(line.split() for line in text.splitlines() if "blk.*.ffn_down.weight" in line)
+    assert row[1:6] == ["32", "x", "48", "3", "4,608"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAMA, ["2 heads share K and V", "RoPE(H W_qᵀ)", "T x 48", "Eᵀ", "10000^(-2i/8)", "1e-05"]),
+        (
+            toy.LlamaConfig(7, 32, 4, 4, 48, 3, 16, rope_base=5e5, untied=True, qkv_bias=True),
+            ["RoPE(H W_qᵀ + b)", "K_hᵀ", "W_outᵀ", "500000"],
+        ),
+        (toy.GPT2Config(7, 32, 4, 64, 3, 16), ["W_p is 16 x 32", "U ← GELU", "T x 64", "LayerNorm(X, g, b) Eᵀ"]),
+    ],
+)
+def test_the_algorithm_has_the_models_numbers(config, expected):
+    text = algorithm(config)
+    for words in expected:
+        assert words in text, words
+
+
+def test_an_adapter(tmp_path):
+    adapters = {"blk.0.attn_q.lora_a": np.ones((2, 32)), "blk.0.attn_q.lora_b": np.ones((32, 2))}
+    write_adapter(tmp_path / "a.gguf", LLAMA, adapters, alpha=4.0)
+    text = card(tmp_path / "a.gguf")
+    assert "LoRA adapter for llama" in text and "What it computes" not in text
+    rows = {words[0]: words[1:] for words in map(str.split, text.splitlines()) if words}
+    assert rows["rank"] == ["2"] and rows["alpha"] == ["4.0"] and rows["on"] == ["attn_q"]
+
+
+def test_what_this_library_cannot_run_and_what_is_not_for_a_terminal(tmp_path):
+    metadata = {"general.architecture": "mamba", "general.name": "evil\x1b[2Jname", "tokenizer.ggml.model": "bert"}
+    gguf_write._write(tmp_path / "x.gguf", metadata, [])
+    text = card(tmp_path / "x.gguf")
+    assert "architecture 'mamba'; this library has llama and gpt2" in text and "of the kind 'bert'" in text
+    assert "\x1b" not in text and "name" in text
+
+
+def test_a_file_that_contradicts_itself(tmp_path):
+    write_gguf(tmp_path / "m.gguf", LLAMA, parameters_of(LLAMA))
+    (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:-100])
+    with pytest.raises(BadFileError, match="is cut off"):
+        describe(tmp_path / "m.gguf")

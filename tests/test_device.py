@@ -1,0 +1,66 @@
+"""A ggml device other than the CPU, named by TOY_TEST_DEVICE ("vulkan", "metal"): every GPU path but the driver itself.
+
+CI runs this on Debian's software Vulkan device; `toy selftest --device NAME` is the same comparison for users.
+"""
+
+import os
+
+import numpy as np
+import pytest
+
+import toy
+from toy import selftest
+
+DEVICE = os.environ.get("TOY_TEST_DEVICE", "")
+pytestmark = pytest.mark.skipif(not DEVICE, reason="TOY_TEST_DEVICE names no device")
+
+
+@pytest.fixture(scope="module", params=selftest.MODELS, ids=str)
+def runs(request):
+    """The same recipe on numpy and on the device, after 200 steps: (numpy's losses, the device's, the device's recipe)."""
+    config = selftest.MODELS[request.param]
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, config.context_length + 1))
+    losses, recipe = [], None
+    for backend, device in (("numpy", "cpu"), ("ggml", DEVICE)):
+        recipe = toy.recipes.FromScratch(backend=backend, device=device)
+        recipe.realize(config, toy.RecipeOptions(t_seq=config.context_length, t_batch=2, seed=0, grad_clip=1.0))
+        adamw = recipe.adamw(lr=1e-3)
+        losses.append([recipe.step(ids[:, :-1], None, ids[:, 1:], adamw.hp_for_step(k), k == 0) for k in range(200)])
+    yield *losses, recipe
+    recipe.close()
+
+
+def test_the_loss_curve_is_numpys(runs):
+    expected, found, _ = runs
+    assert expected[-1] < 0.5 * expected[0]
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_everything_runs_and_stays_on_the_device(runs):
+    *_, recipe = runs
+    explanation = recipe.explain()
+    assert explanation.splits == 1
+    assert {node.device for node in explanation.nodes} == {explanation.device} != {"CPU"}
+
+
+def test_weights_go_to_the_device_and_come_back(runs):
+    *_, recipe = runs
+    weights = recipe.parameters()
+    recipe.load_parameters(weights)
+    again = recipe.parameters()
+    assert all(np.array_equal(weights[name], again[name]) for name in weights)
+
+
+def test_evaluation_logits_and_dense_labels(runs):
+    *_, recipe = runs
+    config = recipe.engine.config
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, config.context_length + 1))
+    labels = ids[:, 1:].copy()
+    labels[0, :4] = -1
+    rows = np.zeros((labels.size, config.vocab_size), np.float32)
+    counted = labels.ravel() >= 0
+    rows[counted, labels.ravel()[counted]] = 1
+    z = recipe.logits(ids[:, :-1]).reshape(-1, config.vocab_size).astype(np.float64)
+    losses = np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels.ravel()]
+    assert abs(recipe.evaluate(ids[:, :-1], labels) - losses[counted].mean()) < 1e-3
+    assert abs(recipe.evaluate(ids[:, :-1], rows) - losses[counted].mean()) < 1e-3

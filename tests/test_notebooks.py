@@ -1,0 +1,114 @@
+"""The notebooks run from top to bottom, and what is committed is what they gave."""
+
+import copy
+import json
+import re
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import toy
+
+NOTEBOOKS = sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
+EXPECTED = {
+    "01_forward_by_hand",
+    "02_backward_by_hand",
+    "03_adamw_and_its_seven_numbers",
+    "04_train_and_plot",
+    "05_same_recipe_three_engines",
+    "06_inside_a_ggml_graph",
+}
+MAX_BYTES = 500_000
+TIMEOUT = 180  # seconds for a whole notebook, on a slow and busy machine
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def outputs(notebook):
+    """[(source of the cell, its outputs)] of the code cells."""
+    return [(cell.source, cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def kinds(cell_outputs):
+    """What a cell shows: the sorted names of its streams and media types."""
+    shown = set()
+    for output in cell_outputs:
+        shown |= {output.name} if output.output_type == "stream" else set(output.get("data", {output.output_type: 0}))
+    return sorted(shown)
+
+
+def errors(notebook):
+    return [output for _, cell_outputs in outputs(notebook) for output in cell_outputs if output.output_type == "error"]
+
+
+def test_the_lessons_are_there():
+    assert {path.stem for path in NOTEBOOKS} >= EXPECTED
+
+
+@every_notebook
+def test_is_committed_with_its_results(path):
+    assert path.stat().st_size < MAX_BYTES
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run it from top to bottom"
+    shown = [kinds(cell_outputs) for _, cell_outputs in outputs(notebook)]
+    assert sum("image/png" in cell for cell in shown) >= 3
+    assert sum("stdout" in cell for cell in shown) >= 3
+    assert not any("stderr" in cell for cell in shown), "warnings do not belong into a lesson"
+    assert not errors(notebook)
+
+
+@every_notebook
+def test_says_nothing_about_the_machine_it_ran_on(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata.language_info) == {"name"}
+    assert not any(cell.metadata for cell in notebook.cells)
+    text = re.sub(r'"image/png": "[^"]*"', "", json.dumps(notebook))
+    assert not re.findall(r"/(?:home|root|Users|tmp|work|var|private|opt|usr)/\S*|[A-Z]:\\\\\S*", text)
+
+
+@every_notebook
+def test_ends_with_exercises(path):
+    last = nbformat.read(path, as_version=4).cells[-1]
+    assert last.cell_type == "markdown"
+    questions = last.source.partition("## Exercises")[2]
+    assert len(re.findall(r"^\d\. ", questions, flags=re.M)) in (2, 3)
+
+
+@every_notebook
+def test_runs(path, tmp_path, monkeypatch):
+    """Every cell runs without an error and shows what it showed when it was committed: text, a picture, both or nothing.
+
+    The numbers are not compared: they depend on the backend and on the text inside this Python.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(Path(toy.__file__).parents[1]))  # the toy that is tested, from any directory
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    committed = nbformat.read(path, as_version=4)
+    notebook = copy.deepcopy(committed)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    folder = tmp_path / "work"
+    folder.mkdir()
+
+    deadline = time.monotonic() + TIMEOUT
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute()
+
+    assert not errors(notebook)
+    for (source, before), (_, after) in zip(outputs(committed), outputs(notebook), strict=True):
+        assert kinds(after) == kinds(before), source
+    assert not list(folder.iterdir()), "a lesson leaves no files beside the notebook"

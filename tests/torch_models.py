@@ -1,0 +1,181 @@
+"""The ops and models written once more in PyTorch, float64: an outside reference with automatic differentiation.
+
+Ops take the names of `toy.ops.reference` and models the parameter names of `toy.models`, so that a test can compare
+everything by name.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+torch.set_num_threads(1)  # the shapes are tiny, and waiting threads take time from the library under test
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ops
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def embedding(table, token_ids):
+    return F.embedding(torch.as_tensor(token_ids), table)
+
+
+def linear(x, weight, bias=None):
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x, gamma, eps):
+    return F.rms_norm(x, x.shape[1:], gamma, eps)
+
+
+def layer_norm(x, gamma, beta, eps):
+    return F.layer_norm(x, x.shape[1:], gamma, beta, eps)
+
+
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def silu(x):
+    return F.silu(x)
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def rope(x, positions, n_heads, base):
+    """Pairs as complex numbers: a rotation is a multiplication by e^(i angle)."""
+    rows, width = x.shape
+    half = width // n_heads // 2
+    frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.as_tensor(positions, dtype=torch.float64)[:, None, None] * frequencies  # (N, 1, half)
+    pairs = torch.view_as_complex(x.reshape(rows, n_heads, half, 2))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).reshape(rows, width)
+
+
+def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
+    kv = n_kv_heads or n_heads
+    q = q.reshape(batch, -1, n_heads, q.shape[1] // n_heads).transpose(1, 2)  # (B, heads, Tq, d_head)
+    k, v = (
+        a.reshape(batch, -1, kv, a.shape[1] // kv).transpose(1, 2).repeat_interleave(n_heads // kv, dim=1)
+        for a in (k, v)
+    )
+    t_q, t_k = q.shape[2], k.shape[2]
+    seen = torch.ones(t_q, t_k, dtype=torch.bool).tril(t_k - t_q) if causal else None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return out.transpose(1, 2).reshape(batch * t_q, -1)
+
+
+def cross_entropy(logits, labels):
+    labels = torch.as_tensor(labels)
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, ignore_index=-1)
+    counted = (labels != 0).any(dim=1).sum()
+    return -(labels * F.log_softmax(logits, dim=1)).sum() / counted
+
+
+OPS = {
+    f.__name__: f for f in (embedding, linear, rms_norm, layer_norm, gelu, silu, swiglu, rope, attention, cross_entropy)
+}
+
+
+def run_case(case, cotangent):
+    """The output and the gradients of a `toy.gradcheck.Case`, as float64 arrays, by autograd."""
+    inputs = {name: _leaf(array) for name, array in case.inputs.items()}
+    settings = {
+        name: torch.as_tensor(value, dtype=torch.float64)
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        else value
+        for name, value in case.settings.items()
+    }
+    out = OPS[case.op](**inputs, **settings)
+    (out * torch.as_tensor(cotangent, dtype=torch.float64)).sum().backward()
+    return out.detach().numpy(), {name: leaf.grad.numpy() for name, leaf in inputs.items()}
+
+
+def _leaf(array):
+    return torch.tensor(np.asarray(array), dtype=torch.float64, requires_grad=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models: dict of parameters, config, token ids (B, T) -> logits (B*T, V)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def transformer(p, config, token_ids):
+    batch, t_seq = token_ids.shape
+    x = (p["token_embed"][token_ids] + p["pos_embed"][:t_seq]).reshape(batch * t_seq, -1)
+    for i in range(config.n_layers):
+        w = {name.split(".")[2]: array for name, array in p.items() if name.startswith(f"blocks.{i}.")}
+        h = rms_norm(x, w["norm1_gamma"], 1e-5)
+        a = attention(h @ w["w_q"].T, h @ w["w_k"].T, h @ w["w_v"].T, batch, config.n_heads)
+        x = x + a @ w["w_o"].T
+        h = rms_norm(x, w["norm2_gamma"], 1e-5)
+        x = x + gelu(h @ w["w_ff1"].T) @ w["w_ff2"].T
+    return rms_norm(x, p["norm_final_gamma"], 1e-5) @ p["token_embed"].T
+
+
+def gpt2(p, config, token_ids):
+    batch, t_seq = token_ids.shape
+
+    def norm(x, name):
+        return layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
+
+    def affine(x, name):
+        return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    x = (p["token_embd.weight"][token_ids] + p["position_embd.weight"][:t_seq]).reshape(batch * t_seq, -1)
+    for i in range(config.n_layers):
+        q, k, v = affine(norm(x, f"blk.{i}.attn_norm"), f"blk.{i}.attn_qkv").chunk(3, dim=1)
+        x = x + affine(attention(q, k, v, batch, config.n_heads), f"blk.{i}.attn_output")
+        x = x + affine(gelu(affine(norm(x, f"blk.{i}.ffn_norm"), f"blk.{i}.ffn_up")), f"blk.{i}.ffn_down")
+    return norm(x, "output_norm") @ p["token_embd.weight"].T
+
+
+def llama(p, config, token_ids):
+    """Where there are parameters `<name>.lora_a` and `<name>.lora_b`, an adapter of scale 1 joins the projection."""
+    batch, t_seq = token_ids.shape
+    positions = torch.arange(t_seq).repeat(batch)
+    eps, base = config.rms_eps, config.rope_base
+
+    def project(x, name):
+        y = F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+        return y + x @ p[f"{name}.lora_a"].T @ p[f"{name}.lora_b"].T if f"{name}.lora_a" in p else y
+
+    x = p["token_embd.weight"][token_ids].reshape(batch * t_seq, -1)
+    for i in range(config.n_layers):
+        block = f"blk.{i}"
+        h = rms_norm(x, p[f"{block}.attn_norm.weight"], eps)
+        q, k, v = (project(h, f"{block}.attn_{name}") for name in "qkv")
+        q, k = rope(q, positions, config.n_heads, base), rope(k, positions, config.n_kv_heads, base)
+        x = x + project(attention(q, k, v, batch, config.n_heads, config.n_kv_heads), f"{block}.attn_output")
+        h = rms_norm(x, p[f"{block}.ffn_norm.weight"], eps)
+        h = swiglu(project(h, f"{block}.ffn_gate"), project(h, f"{block}.ffn_up"))
+        x = x + project(h, f"{block}.ffn_down")
+    return rms_norm(x, p["output_norm.weight"], eps) @ p.get("output.weight", p["token_embd.weight"]).T
+
+
+MODELS = {"transformer": transformer, "gpt2": gpt2, "llama": llama}  # by the `arch` of a model
+
+
+def run_model(arch, parameters, config, token_ids, labels):
+    """Logits, mean cross-entropy and its gradients by name. parameters: dict of arrays; labels as in `toy`."""
+    leaves = {name: _leaf(array) for name, array in parameters.items()}
+    logits = MODELS[arch](leaves, config, torch.as_tensor(token_ids))
+    labels = np.asarray(labels)
+    labels = torch.as_tensor(labels.reshape(-1) if labels.dtype.kind in "iu" else labels)
+    loss = cross_entropy(logits, labels)
+    loss.backward()
+    return logits.detach().numpy(), loss.item(), {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+
+
+def adamw(weight, gradients, lr, beta1, beta2, eps, weight_decay):
+    """The weights after each of the steps with the given gradients, by torch.optim.AdamW in float64."""
+    leaf = _leaf(weight)
+    optimizer = torch.optim.AdamW([leaf], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+    history = []
+    for gradient in gradients:
+        leaf.grad = torch.tensor(np.asarray(gradient), dtype=torch.float64)
+        optimizer.step()
+        history.append(leaf.detach().numpy().copy())
+    return history
