@@ -17,7 +17,8 @@ from toy.files import BadFileError, read_checkpoint, read_events
 from toy.generation import generate
 from toy.recipes import FromScratch
 from toy.switch import BackendUnavailableError
-from toy.training import DivergedError, Training, TrainingOptions, load_trained
+from toy.trained import load_trained
+from toy.training import DivergedError, Training, TrainingOptions
 
 TEXT = "".join(f"{i} squared is {i * i}, and then comes {i + 1}.\n" for i in range(300))
 SMALL = {

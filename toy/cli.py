@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from toy import __version__, schedules, switch, training
+from toy import __version__, schedules, switch, trained, training
 from toy.data import tokenizers
 
 
@@ -389,10 +389,10 @@ def generate(run, prompt, tokens, temperature, top_k, top_p, seed, backend, debu
     from toy.generation import generate as generate_ids
 
     with Phase(2, debug):
-        trained = training.load_trained(run, backend=backend)
-        tokenizer = trained.tokenizer
-        ids = training.first_prompt(tokenizer, [0]) if prompt is None else tokenizer.encode(prompt, what="prompt")
-        stream = tokenizer.stream(generate_ids(trained.model, ids, tokens, temperature, top_k, top_p, seed))
+        loaded = trained.load_trained(run, backend=backend)
+        tokenizer = loaded.tokenizer
+        ids = trained.first_prompt(tokenizer, [0]) if prompt is None else tokenizer.encode(prompt, what="prompt")
+        stream = tokenizer.stream(generate_ids(loaded.model, ids, tokens, temperature, top_k, top_p, seed))
     with Phase(1, debug):
         clean = printable if sys.stdout.isatty() else str
         click.echo(clean(prompt or ""), nl=False)
