@@ -10,6 +10,7 @@ class LanguageModel:
     """A config, a parameter tree and an op table. The forward and the backward are in the subclasses:
 
     forward_rows(token_ids (N,), positions (N,), batch, kv_cache) -> logits (N, V), cache
+    hidden_rows(...), unembed_rows(x (N, D))                       its two halves, for when not all logits are wanted
     backward_rows(d_logits (N, V), cache, grads)                   adds to grads
     parameter_shapes(config), parameter_stds(config)               dicts by parameter name
     """
@@ -29,11 +30,12 @@ class LanguageModel:
     def new_gradients(self):
         return GradientTree.like(self.parameters)
 
-    def forward(self, token_ids, positions=None, kv_cache=None):
+    def forward(self, token_ids, positions=None, kv_cache=None, last_only=False):
         """token_ids: int (B, T) or (T,) -> logits (B, T, V) or (T, V), and the cache that `backward` takes.
 
         positions: int (T,), None: they go on from the key/value cache, or 0 .. T-1. With a `KeyValueCache` (batch 1) the
-        tokens are appended to it and see all earlier ones.
+        tokens are appended to it and see all earlier ones. last_only: the logits of the last position alone, T = 1 in their
+        shape, and no cache (None): for a large vocabulary they are most of the memory of a long prompt.
         Raises ValueError for ids outside the vocabulary, sequences longer than the context, and a batch with a cache.
         """
         token_ids = np.asarray(token_ids)
@@ -54,10 +56,17 @@ class LanguageModel:
             raise ValueError(f"positions must have shape {(t_seq,)}, got {positions.shape}")
         check_range("positions", positions, 0, self.config.context_length)
         rows = np.ascontiguousarray(token_ids.reshape(-1), dtype=np.int64)
-        logits, cache = self.forward_rows(rows, np.tile(positions, batch).astype(np.int64), batch, kv_cache)
+        positions = np.tile(positions, batch).astype(np.int64)
+        if last_only:
+            x, *_ = self.hidden_rows(rows, positions, batch, kv_cache, keep_cache=False)  # (N, D)
+            logits, *_ = self.unembed_rows(x[t_seq - 1 :: t_seq])  # (B, V)
+            shape, cache = (*token_ids.shape[:-1], 1, -1), None
+        else:
+            logits, cache = self.forward_rows(rows, positions, batch, kv_cache)  # (N, V)
+            shape, cache = (*token_ids.shape, -1), (logits, cache)
         if kv_cache is not None:
             kv_cache.length += t_seq
-        return logits.reshape(*token_ids.shape, -1), (logits, cache)
+        return logits.reshape(shape), cache
 
     def backward(self, cache, labels, grads, release_cache=False):
         """The mean cross-entropy of the forward that gave `cache`, as a float; its gradient is *added* to `grads`.

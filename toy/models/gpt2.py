@@ -85,6 +85,15 @@ class GPT2(LanguageModel):
 
     def forward_rows(self, token_ids, positions, batch, kv_cache=None):
         """token_ids, positions: int (N,) -> logits (N, V), cache."""
+        x, token_cache, position_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
+        logits, norm_cache, unembed_cache = self.unembed_rows(x)  # (N, V)
+        return logits, Cache(token_cache, position_cache, block_caches, norm_cache, unembed_cache)
+
+    def hidden_rows(self, token_ids, positions, batch, kv_cache=None, keep_cache=True):
+        """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), and the three caches.
+
+        keep_cache: False when no backward follows; the blocks' activations are then freed at once.
+        """
         ops, p = self.ops, self.parameters
         token, token_cache = ops.embedding(token_ids, p.token_embd.weight)  # (N, D)
         position, position_cache = ops.embedding(positions, p.position_embd.weight)  # (N, D)
@@ -92,10 +101,15 @@ class GPT2(LanguageModel):
         block_caches = []
         for layer, block in enumerate(p.blk):
             x, cache = self.block_forward(layer, block, x, batch, kv_cache)
-            block_caches.append(cache)
+            block_caches.append(cache if keep_cache else None)
+        return x, token_cache, position_cache, block_caches
+
+    def unembed_rows(self, x):
+        """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
+        ops, p = self.ops, self.parameters
         x, norm_cache = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
         logits, unembed_cache = ops.linear(x, p.token_embd.weight)  # (N, V)
-        return logits, Cache(token_cache, position_cache, block_caches, norm_cache, unembed_cache)
+        return logits, norm_cache, unembed_cache
 
     def block_forward(self, layer, block, x, batch, kv_cache=None):
         """x: (N, D) -> x (N, D), cache."""

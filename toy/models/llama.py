@@ -100,15 +100,29 @@ class Llama(LanguageModel):
 
     def forward_rows(self, token_ids, positions, batch, kv_cache=None):
         """token_ids, positions: int (N,) -> logits (N, V), cache."""
-        ops, p, c = self.ops, self.parameters, self.config
+        x, token_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
+        logits, norm_cache, unembed_cache = self.unembed_rows(x)  # (N, V)
+        return logits, Cache(token_cache, block_caches, norm_cache, unembed_cache)
+
+    def hidden_rows(self, token_ids, positions, batch, kv_cache=None, keep_cache=True):
+        """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), token_cache, block_caches.
+
+        keep_cache: False when no backward follows; the blocks' activations are then freed at once.
+        """
+        ops, p = self.ops, self.parameters
         x, token_cache = ops.embedding(token_ids, p.token_embd.weight)  # (N, D)
         block_caches = []
         for layer, block in enumerate(p.blk):
             x, cache = self.block_forward(layer, block, x, positions, batch, kv_cache)
-            block_caches.append(cache)
+            block_caches.append(cache if keep_cache else None)
+        return x, token_cache, block_caches
+
+    def unembed_rows(self, x):
+        """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
+        ops, p, c = self.ops, self.parameters, self.config
         x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
         logits, unembed_cache = ops.linear(x, p.output.weight if c.untied else p.token_embd.weight)  # (N, V)
-        return logits, Cache(token_cache, block_caches, norm_cache, unembed_cache)
+        return logits, norm_cache, unembed_cache
 
     def block_forward(self, layer, block, x, positions, batch, kv_cache=None):
         """x: (N, D) -> x (N, D), cache."""
