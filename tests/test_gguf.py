@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 import toy
 from toy.data.gguf_tokenizer import load_tokenizer
 from toy.data.tokenizers import ByteTokenizer, CharTokenizer
-from toy.files import gguf_types
 from toy.files.errors import BadFileError
 from toy.files.gguf import GGUF, MAX_STRING, MAX_STRINGS
 from toy.files.gguf_models import UnsupportedModelError
 from toy.files.gguf_write import fingerprint, read_adapter, write_adapter, write_gguf
 from toy.models import ParameterTree, model_for
+from toy.quantized import TYPES
 
 needs_gguf_package = pytest.mark.skipif(
     importlib.util.find_spec("gguf") is None, reason="the gguf package is not installed (pip install gguf)"
@@ -278,7 +278,7 @@ def libggml():
 @needs_gguf_package
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_dequantisation_is_ggmls_own(tmp_path, libggml, kind):
-    block = gguf_types.TYPES[kind]
+    block = TYPES[kind]
     rows, columns = 700, 2 * max(block.block, 256)  # more than one chunk
     data = np.random.default_rng(3).integers(0, 256, (rows, columns // block.block, block.n_bytes), np.uint8)
     scales = data.view()

@@ -22,7 +22,7 @@ import numpy as np
 
 from toy.files import gguf_models
 from toy.files.errors import BadFileError
-from toy.files.gguf_types import BY_CODE, dequantize
+from toy.quantized import BY_CODE, QuantizedMatrix, dequantize
 
 # bounds of what is kept in memory: the largest vocabularies in use take two thirds of them, and a file at all of these bounds
 # is opened in less than a second and 200 MB
@@ -136,6 +136,27 @@ class GGUF:
             except ValueError as error:
                 raise gguf_models.UnsupportedModelError(f"{self.path}: tensor {name!r}: {error}") from error
         return out
+
+    def matrix(self, name):
+        """A tensor as a leaf of a parameter tree, left in the file where that is possible.
+
+        A matrix of a quantised or half-precision type: a `QuantizedMatrix` over its bytes. A tensor of type F32: a read-only
+        array over its bytes (a copy where the file did not align them). Vectors of other types are dequantised.
+        Raises ValueError for an unknown name and for types that hold no weights.
+        """
+        record = self._record(name)
+        if record.type == "F32":
+            data = self.raw(name)
+            array = (data if data.ctypes.data % 4 == 0 else data.copy()).view("<f4").reshape(record.shape)
+        elif len(record.shape) == 2:
+            try:
+                return QuantizedMatrix(self.raw(name), record.type, record.shape)
+            except ValueError as error:
+                raise gguf_models.UnsupportedModelError(f"{self.path}: tensor {name!r}: {error}") from error
+        else:
+            array = self.dequantize(name)
+        array.flags.writeable = False
+        return array
 
     def config(self):
         """The `toy.LlamaConfig` or `toy.GPT2Config` of the model in the file.

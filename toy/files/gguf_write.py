@@ -12,9 +12,9 @@ from toy.files import gguf_models
 from toy.files.atomic import replacing
 from toy.files.errors import BadFileError
 from toy.files.gguf import ARRAY, BOOL, GGUF, SCALARS, STRING
-from toy.files.gguf_types import TYPES, quantize
 from toy.files.gguf_vocabulary import tokenizer_metadata
 from toy.models.parameters import check_arrays
+from toy.quantized import TYPES, quantize
 
 WEIGHT_TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7)}  # tensor type, general.file_type
 LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}  # Q8_0: a float16 scale times a byte

@@ -5,23 +5,75 @@ Results agree with the reference to 2e-6 of the largest element. What differs:
 
 * Caches hold less (attention keeps no probabilities, cross_entropy only refers to the logits) and are opaque.
 * Matrices may be columns of a wider one (rows contiguous); parameters and their gradients must be C-contiguous.
+* A quantised weight is dequantised inside the product, in the cache of the thread that uses it.
 * Whatever else is wrong with an argument is a ValueError that names it.
 
 Importing this module raises ImportError, with what to do, where the kernels are not built.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
+from toy._kernels import embedding as _embedding
+from toy._kernels import linear as _linear
 from toy._kernels.attention import attention, attention_backward, concat, split
 from toy._kernels.elementwise import add, gelu, gelu_backward, silu, silu_backward, swiglu, swiglu_backward
-from toy._kernels.embedding import embedding, embedding_backward, rope, rope_backward
-from toy._kernels.linear import linear, linear_backward
+from toy._kernels.embedding import rope, rope_backward
 from toy._kernels.loss import cross_entropy, cross_entropy_backward
 from toy._kernels.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from toy._kernels.optimizer import adamw_step, scale_, sum_of_squares
 from toy._kernels.threads import get_num_threads, set_num_threads
+from toy.ops.reference import QUANTIZED_IS_FROZEN
+from toy.quantized import QuantizedMatrix
 
 name = "accelerated"
+
+
+class QuantizedCache(NamedTuple):
+    """Of an op whose weight is quantised: the backward needs nothing else."""
+
+    weight: QuantizedMatrix
+
+
+def embedding(token_ids, table):
+    """Look up one row per id. token_ids: int (N,), table: (V, D) -> (N, D)."""
+    if isinstance(table, QuantizedMatrix):
+        return table.take(token_ids), QuantizedCache(table)
+    return _embedding.embedding(token_ids, table)
+
+
+def embedding_backward(d_out, cache, d_table):
+    """d_out: (N, D). Adds into d_table (V, D); an id that occurs k times collects k rows. None = frozen."""
+    if not isinstance(cache, QuantizedCache):
+        _embedding.embedding_backward(d_out, cache, d_table)
+    elif d_table is not None:
+        raise ValueError(QUANTIZED_IS_FROZEN)
+
+
+def linear(x, weight, bias=None):
+    """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out)."""
+    if not isinstance(weight, QuantizedMatrix):
+        return _linear.linear(x, weight, bias)
+    y = np.empty((len(x), weight.shape[0]), np.float32)
+    for rows in weight.bands():
+        part = None if bias is None else bias[rows]
+        y[:, rows] = _linear.linear(x, weight.rows(rows.start, rows.stop), part)[0]
+    return y, QuantizedCache(weight)
+
+
+def linear_backward(d_y, cache, d_weight, d_bias=None):
+    """d_y: (N, out) -> d_x (N, in). Adds into d_weight (out, in) and d_bias (out,); None = frozen."""
+    if not isinstance(cache, QuantizedCache):
+        return _linear.linear_backward(d_y, cache, d_weight, d_bias)
+    if d_weight is not None:
+        raise ValueError(QUANTIZED_IS_FROZEN)
+    if d_bias is not None:
+        d_bias += d_y.sum(axis=0)
+    d_x = np.zeros((len(d_y), cache.weight.shape[1]), np.float32)
+    for rows in cache.weight.bands():
+        d_x += d_y[:, rows] @ cache.weight.rows(rows.start, rows.stop)
+    return d_x
 
 
 def scale(x, factor):

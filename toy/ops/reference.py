@@ -9,11 +9,15 @@ Conventions, the same in every op table:
   activations and *adds* (+=) the gradients of the parameters into the arrays it is given. Passing None for a
   parameter gradient means that parameter is frozen.
 * The arithmetic is done in the dtype of the inputs: float32 for training, float64 for checking derivatives.
+* The weight of `embedding` and `linear` may be a `toy.quantized.QuantizedMatrix`. It is frozen, and exactly the numbers that
+  its bytes stand for; the activations are not rounded.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+
+from toy.quantized import QuantizedMatrix
 
 name = "reference"
 
@@ -24,16 +28,21 @@ name = "reference"
 
 class EmbeddingCache(NamedTuple):
     token_ids: np.ndarray  # (N,)
+    table_is_quantized: bool = False
 
 
 def embedding(token_ids, table):
     """Look up one row per id. token_ids: int (N,), table: (V, D) -> (N, D)."""
+    if isinstance(table, QuantizedMatrix):
+        return table.take(token_ids), EmbeddingCache(token_ids, table_is_quantized=True)
     return table[token_ids], EmbeddingCache(token_ids)
 
 
 def embedding_backward(d_out, cache, d_table):
     """d_out: (N, D). Adds into d_table (V, D); an id that occurs k times collects k rows."""
     if d_table is not None:
+        if cache.table_is_quantized:
+            raise ValueError(QUANTIZED_IS_FROZEN)
         np.add.at(d_table, cache.token_ids, d_out)
 
 
@@ -43,25 +52,48 @@ def embedding_backward(d_out, cache, d_table):
 
 
 class LinearCache(NamedTuple):
-    x: np.ndarray  # (N, in)
-    weight: np.ndarray  # (out, in)
+    x: np.ndarray | None  # (N, in); None for a quantised weight, whose backward has no use for it
+    weight: np.ndarray | QuantizedMatrix  # (out, in)
+
+
+QUANTIZED_IS_FROZEN = "a quantised weight is frozen and has no gradient: pass None, or dequantise it to train it"
 
 
 def linear(x, weight, bias=None):
     """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out)."""
-    y = x @ weight.T
+    quantized = isinstance(weight, QuantizedMatrix)
+    y = _times_quantized_transposed(x, weight) if quantized else x @ weight.T
     if bias is not None:
         y += bias
-    return y, LinearCache(x, weight)
+    return y, LinearCache(None if quantized else x, weight)
 
 
 def linear_backward(d_y, cache, d_weight, d_bias=None):
     """d_y: (N, out) -> d_x (N, in). Adds into d_weight (out, in) and d_bias (out,)."""
+    quantized = isinstance(cache.weight, QuantizedMatrix)
     if d_weight is not None:
+        if quantized:
+            raise ValueError(QUANTIZED_IS_FROZEN)
         d_weight += d_y.T @ cache.x  # (out, N) @ (N, in)
     if d_bias is not None:
         d_bias += d_y.sum(axis=0)
-    return d_y @ cache.weight  # (N, out) @ (out, in)
+    return _times_quantized(d_y, cache.weight) if quantized else d_y @ cache.weight  # (N, out) @ (out, in)
+
+
+def _times_quantized_transposed(x, weight):
+    """x W^T, a band of rows of W at a time: x (N, in) -> (N, out)."""
+    y = np.empty((len(x), weight.shape[0]), x.dtype)
+    for rows in weight.bands():
+        y[:, rows] = x @ weight.rows(rows.start, rows.stop).T  # (N, in) @ (in, rows)
+    return y
+
+
+def _times_quantized(d_y, weight):
+    """d_y W, a band of rows of W at a time: d_y (N, out) -> (N, in)."""
+    d_x = np.zeros((len(d_y), weight.shape[1]), d_y.dtype)
+    for rows in weight.bands():
+        d_x += d_y[:, rows] @ weight.rows(rows.start, rows.stop)  # (N, rows) @ (rows, in)
+    return d_x
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+"""Quantised weights: the tensor types of GGUF files, what numbers their bytes stand for, and matrices of such a type.
+
+A quantised type stores a row in blocks: some bits per number, and one scale (and minimum) for the whole block. Where the
+compiled kernels are built they read the common types; otherwise numpy reads F32, F16 and BF16, and the `gguf` package, which
+llama.cpp's own authors keep, reads the block formats.
+
+A `QuantizedMatrix` is a frozen weight matrix that stays as it is stored. The op tables take it wherever they take a float32
+weight that has no gradient; they dequantise it band by band inside the product and never as a whole.
+"""
+
+import functools
+import os
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from toy.optional import optional_package
+
+
+class TensorType(NamedTuple):
+    """code: the number in the file. block: numbers in a block; n_bytes: bytes of a block."""
+
+    name: str
+    code: int
+    block: int
+    n_bytes: int
+
+
+# from the GGUF specification and ggml.h; codes 4, 5 and 31 to 38 were types once and are no more
+TYPES = {
+    name: TensorType(name, code, block, n_bytes)
+    for name, code, block, n_bytes in (
+        ("F32", 0, 1, 4), ("F16", 1, 1, 2), ("BF16", 30, 1, 2), ("F64", 28, 1, 8),
+        ("I8", 24, 1, 1), ("I16", 25, 1, 2), ("I32", 26, 1, 4), ("I64", 27, 1, 8),
+        ("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22), ("Q5_1", 7, 32, 24),
+        ("Q8_0", 8, 32, 34), ("Q8_1", 9, 32, 40), ("Q1_0", 41, 128, 18),
+        ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110), ("Q4_K", 12, 256, 144), ("Q5_K", 13, 256, 176),
+        ("Q6_K", 14, 256, 210), ("Q8_K", 15, 256, 292),
+        ("IQ1_S", 19, 256, 50), ("IQ1_M", 29, 256, 56), ("IQ2_XXS", 16, 256, 66), ("IQ2_XS", 17, 256, 74),
+        ("IQ2_S", 22, 256, 82), ("IQ3_XXS", 18, 256, 98), ("IQ3_S", 21, 256, 110), ("IQ4_NL", 20, 32, 18),
+        ("IQ4_XS", 23, 256, 136), ("TQ1_0", 34, 256, 54), ("TQ2_0", 35, 256, 66),
+        ("MXFP4", 39, 32, 17), ("NVFP4", 40, 64, 36),
+    )
+}  # fmt: skip
+BY_CODE = {kind.code: kind for kind in TYPES.values()}
+
+# whole numbers, and what only ggml's own products use for the other operand
+_NOT_WEIGHTS = {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"}
+
+_CHUNK = 2**18  # numbers dequantised at a time: the temporaries stay in the cache and small beside the result
+_BAND = 2**20  # numbers of a matrix that a product dequantises at a time
+
+
+def dequantize(data, type_name, out):
+    """Write what `data` stands for into `out`.
+
+    data: uint8 (rows, bytes of a row), as in the file. out: float32 (rows, numbers of a row), C-contiguous.
+    Raises ValueError for a type that holds no floating-point weights or that the `gguf` package cannot read, and
+    RuntimeError (with the command to type) when that package is needed and missing.
+    """
+    kernels = _kernels()
+    if kernels is not None and type_name in kernels.TYPES:
+        kernels.dequantize(np.ascontiguousarray(data), type_name, out)
+    elif type_name == "F32":
+        out[...] = _words(data, "<f4")
+    elif type_name == "F16":
+        out[...] = _words(data, "<f2")
+    elif type_name == "BF16":  # the upper half of a float32
+        out.view(np.uint32)[...] = _words(data, "<u2")
+        out.view(np.uint32)[...] <<= 16
+    else:
+        quants, code = _package(type_name)
+        step = max(1, _CHUNK // out.shape[1])
+        with np.errstate(all="ignore"):  # a damaged scale may be infinite; the caller sees it in the numbers
+            for start in range(0, len(out), step):
+                chunk = np.ascontiguousarray(data[start : start + step])
+                try:
+                    out[start : start + step] = quants.dequantize(chunk, code)
+                except NotImplementedError as error:
+                    raise ValueError(f"tensors of type {type_name} cannot be dequantised") from error
+
+
+def quantize(array, type_name):
+    """float32 (rows, n) -> uint8 (rows, bytes of a row): the inverse of `dequantize`, rounded. Type F32, F16 or Q8_0."""
+    if type_name in ("F32", "F16"):
+        with np.errstate(over="ignore"):
+            numbers = np.ascontiguousarray(array, "<f4" if type_name == "F32" else "<f2")
+        return numbers.view(np.uint8).reshape(len(array), -1)
+    quants, code = _package(type_name)
+    return quants.quantize(np.ascontiguousarray(array, np.float32), code)
+
+
+class QuantizedMatrix:
+    """A frozen weight matrix (out, in) in the bytes of a GGUF type; `rows`, `take` and `dequantize` give it as float32.
+
+    raw: uint8 (out, bytes of a row), C-contiguous, as `GGUF.raw(name)` gives it; it is not copied. type: a name in TYPES.
+    shape: (out, in), the numbers. ndim, size and dtype (float32) are those of the array that it stands for; nbytes is what
+    it takes as stored. Raises ValueError for a type that holds no weights and for bytes that do not fit the shape.
+    """
+
+    ndim = 2
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, raw, type, shape):
+        if type not in TYPES or type in _NOT_WEIGHTS:
+            known = ", ".join(name for name in TYPES if name not in _NOT_WEIGHTS)
+            raise ValueError(f"the type of a weight matrix must be one of {known}; got {type!r}")
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"a weight matrix has the shape (out, in), both at least 1; got {tuple(shape)}")
+        n_out, n_in = (int(size) for size in shape)
+        block = TYPES[type]
+        if n_in % block.block:
+            raise ValueError(f"rows of type {type} consist of blocks of {block.block} numbers; got rows of {n_in}")
+        expected = (n_out, n_in // block.block * block.n_bytes)
+        if (
+            not isinstance(raw, np.ndarray)
+            or raw.dtype != np.uint8
+            or raw.shape != expected
+            or not raw.flags.c_contiguous
+        ):
+            given = f"{raw.dtype} {raw.shape}" if isinstance(raw, np.ndarray) else f"a {raw.__class__.__name__}"
+            wanted = f"C-contiguous uint8 {expected}, the bytes of a {type} matrix {(n_out, n_in)}"
+            raise ValueError(f"raw must be {wanted}; got {given}")
+        if raw.flags.writeable:
+            raw = raw.view()
+            raw.flags.writeable = False
+        self.raw, self.type, self.shape = raw, type, (n_out, n_in)
+
+    @property
+    def size(self):
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self):
+        return self.raw.nbytes
+
+    def rows(self, start, stop, out=None):
+        """Rows start to stop-1 -> float32 (stop-start, in), written into `out` if one is given (C-contiguous)."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"rows must lie inside 0:{self.shape[0]}, got {start}:{stop}")
+        return self._read(self.raw[start:stop], out)
+
+    def take(self, ids):
+        """One row per id. ids: whole numbers (N,) from 0 to out-1 -> float32 (N, in)."""
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"ids must be a vector of whole numbers, got {ids.dtype} {ids.shape}")
+        if ids.size and (ids.min() < 0 or ids.max() >= self.shape[0]):
+            raise ValueError(f"ids must lie in [0, {self.shape[0]}), got {ids.min()} to {ids.max()}")
+        return self._read(self.raw[ids], None)
+
+    def dequantize(self):
+        """The whole matrix -> float32 (out, in)."""
+        return self._read(self.raw, None)
+
+    def bands(self):
+        """Slices of the rows, one after the other, each few enough to be dequantised at once."""
+        step = max(1, _BAND // self.shape[1])
+        return [slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
+
+    def __repr__(self):
+        return f"QuantizedMatrix({self.shape[0]} x {self.shape[1]} {self.type}, {self.nbytes:,} bytes)"
+
+    def _read(self, raw, out):
+        shape = (len(raw), self.shape[1])
+        if out is None:
+            out = np.empty(shape, np.float32)
+        elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(f"out must be a C-contiguous float32 array {shape}, got {out.dtype} {out.shape}")
+        if len(raw):
+            dequantize(raw, self.type, out)
+        return out
+
+
+@functools.cache
+def _kernels():
+    """The compiled dequantisers, or None: not built, not for this CPU, or TOY_PURE_PYTHON is set."""
+    if os.environ.get("TOY_PURE_PYTHON", "") not in ("", "0") or sys.byteorder != "little":
+        return None
+    try:
+        from toy._kernels import quantized
+    except ImportError:
+        return None
+    return quantized
+
+
+def _words(data, dtype):
+    """The rows read as numbers of this dtype, without a copy where the bytes allow."""
+    if data.strides[-1] != 1:
+        data = np.ascontiguousarray(data)
+    return data.view(dtype)
+
+
+def _package(type_name):
+    if type_name.startswith("I") and type_name[1:].isdigit():
+        raise ValueError(f"tensors of type {type_name} hold whole numbers, not weights")
+    gguf = optional_package("gguf", f"tensors of type {type_name}")
+    try:
+        return gguf.quants, gguf.GGMLQuantizationType[type_name]
+    except KeyError:
+        raise ValueError(f"tensors of type {type_name} need a newer `gguf` package: pip install -U gguf") from None
