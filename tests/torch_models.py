@@ -115,6 +115,18 @@ def transformer(p, config, token_ids):
     return rms_norm(x, p["norm_final_gamma"], 1e-5) @ p["token_embed"].T
 
 
+def embed(p, token_ids):
+    """With a parameter `token_embd.lens` the embedding is a donor's, seen through a projection."""
+    x = p["token_embd.weight"][token_ids]
+    return x @ p["token_embd.lens"].T if "token_embd.lens" in p else x
+
+
+def unembed(p, x):
+    if "output.lens" in p:
+        x = x @ p["output.lens"].T
+    return x @ p.get("output.weight", p["token_embd.weight"]).T
+
+
 def gpt2(p, config, token_ids):
     batch, t_seq = token_ids.shape
 
@@ -124,12 +136,12 @@ def gpt2(p, config, token_ids):
     def affine(x, name):
         return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
 
-    x = (p["token_embd.weight"][token_ids] + p["position_embd.weight"][:t_seq]).reshape(batch * t_seq, -1)
+    x = (embed(p, token_ids) + p["position_embd.weight"][:t_seq]).reshape(batch * t_seq, -1)
     for i in range(config.n_layers):
         q, k, v = affine(norm(x, f"blk.{i}.attn_norm"), f"blk.{i}.attn_qkv").chunk(3, dim=1)
         x = x + affine(attention(q, k, v, batch, config.n_heads), f"blk.{i}.attn_output")
         x = x + affine(gelu(affine(norm(x, f"blk.{i}.ffn_norm"), f"blk.{i}.ffn_up")), f"blk.{i}.ffn_down")
-    return norm(x, "output_norm") @ p["token_embd.weight"].T
+    return unembed(p, norm(x, "output_norm"))
 
 
 def llama(p, config, token_ids):
@@ -142,7 +154,7 @@ def llama(p, config, token_ids):
         y = F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
         return y + x @ p[f"{name}.lora_a"].T @ p[f"{name}.lora_b"].T if f"{name}.lora_a" in p else y
 
-    x = p["token_embd.weight"][token_ids].reshape(batch * t_seq, -1)
+    x = embed(p, token_ids).reshape(batch * t_seq, -1)
     for i in range(config.n_layers):
         block = f"blk.{i}"
         h = rms_norm(x, p[f"{block}.attn_norm.weight"], eps)
@@ -152,7 +164,7 @@ def llama(p, config, token_ids):
         h = rms_norm(x, p[f"{block}.ffn_norm.weight"], eps)
         h = swiglu(project(h, f"{block}.ffn_gate"), project(h, f"{block}.ffn_up"))
         x = x + project(h, f"{block}.ffn_down")
-    return rms_norm(x, p["output_norm.weight"], eps) @ p.get("output.weight", p["token_embd.weight"]).T
+    return unembed(p, rms_norm(x, p["output_norm.weight"], eps))
 
 
 MODELS = {"transformer": transformer, "gpt2": gpt2, "llama": llama}  # by the `arch` of a model

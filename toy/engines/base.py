@@ -1,10 +1,12 @@
 """What every engine promises (`Engine`), and the checks that run before anything is changed."""
 
 import dataclasses
+import math
 
 import numpy as np
 
 from toy.adamw import AdamW, check_row
+from toy.engines.weights import random_weights
 from toy.models import model_for
 from toy.models.base import check_range
 
@@ -28,18 +30,31 @@ class Engine:
     Subclasses run it (`_train`, `_evaluate`, `_logits`) on an op table; this class checks what goes in.
     """
 
-    def __init__(self, config, options, choice):
+    def __init__(self, config, options, choice, weights=None):
+        """weights: a `Weights` (None: random, all of them trained)."""
         config = with_model_options(config, options)
         self.config, self.options = config, options
         self.backend, self.device, self.backend_reason = choice
+        self.weights = weights = weights or random_weights(config, options)
         self.model_class = model_for(config)
-        self.arch, self.hp_mode = self.model_class.arch, self.model_class.hp_mode
+        self.arch = self.model_class.arch
+        self.hp_mode = self.model_class.hp_mode if weights.hp_mode is None else weights.hp_mode
         self.grad_norm = float("nan")  # L2 norm of the last step's whole gradient, before clipping
         if options.t_seq > config.context_length:
             raise ValueError(
                 f"t_seq {options.t_seq} does not fit the context of {config.context_length}: "
                 "choose a shorter t_seq or a longer context_length"
             )
+
+    @property
+    def n_parameters(self):
+        """Parameters of the whole model, frozen ones too."""
+        return sum(math.prod(shape) for shape in self.weights.shapes.values())
+
+    @property
+    def n_trained(self):
+        """Parameters that are trained."""
+        return sum(math.prod(shape) for shape in self.weights.trained_shapes.values())
 
     # -- the public contract ------------------------------------------------------------------------------------------
 

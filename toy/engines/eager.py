@@ -5,41 +5,49 @@ import math
 import numpy as np
 
 from toy.engines.base import Engine
-from toy.models.parameters import ParameterTree, check_arrays, round_weights
+from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.switch import ops_for
 
 
 class EagerEngine(Engine):
-    """See `Engine`. Weights, gradients and moments are four flat float32 buffers of one layout."""
+    """See `Engine`. The trained weights, their gradients and moments are four flat float32 buffers of one layout."""
 
-    def __init__(self, config, options, choice, keep_gradients=True):
-        super().__init__(config, options, choice)
-        config = self.config
+    def __init__(self, config, options, choice, weights=None, keep_gradients=True):
+        super().__init__(config, options, choice, weights)
+        weights = self.weights
         self.ops = ops_for(self.backend)
-        self.model = self.model_class.from_config(
-            config, seed=options.seed, init_scale=options.init_scale, ops=self.ops
-        )
-        self.masters = self.model.parameters  # float32, what AdamW updates
-        self.grads = self.model.new_gradients()
+        self.masters = ParameterTree.zeros(weights.trained_shapes)  # what AdamW updates
+        self.kept = ParameterTree.zeros(weights.kept_shapes)
+        for tree in (self.masters, self.kept):
+            for name, leaf in tree.items():
+                weights.fill(name, leaf)
         self.m = ParameterTree.zeros(self.masters.shapes)
         self.v = ParameterTree.zeros(self.masters.shapes)
+        self._rounded = []  # pairs of (own parameters, the rounded copies that the model computes with)
+        own = dict(self.masters.items()) | dict(self.kept.items())
         if options.weight_dtype != "f32":
-            self.model.parameters = ParameterTree.zeros(
-                self.masters.shapes
-            )  # the rounded copies the model computes with
+            own = {}
+            for tree in (self.masters, self.kept):
+                rounded = ParameterTree.zeros(tree.shapes)
+                self._rounded.append((tree, rounded))
+                own |= dict(rounded.items())
             self._round_weights()
-
-    @property
-    def n_parameters(self):
-        return self.masters.n_parameters
+        everything = self.weights.borrowed | own
+        tree = ParameterTree({name: everything[name] for name in weights.shapes})
+        self.model = self.model_class.from_config(self.config, ops=self.ops, parameters=tree, **weights.model_options)
+        self.grads = GradientTree.like(tree, weights.trained)
 
     def parameters(self):
-        """dict of names to float32 copies of the (master) weights."""
-        return self.masters.copies()
+        """dict of names to float32 copies of the (master) weights; borrowed ones are not among them."""
+        copies = self.masters.copies() | self.kept.copies()
+        return {name: copies[name] for name in self.weights.own}
 
     def load_parameters(self, mapping):
         """Copy weights in. Raises ValueError for wrong names, shapes or numbers; nothing is changed then."""
-        self.masters.load(mapping)
+        check_arrays(self.weights.own, mapping)
+        for tree in (self.masters, self.kept):
+            for name, leaf in tree.items():
+                leaf[...] = mapping[name]
         self._round_weights()
 
     def gradients(self):
@@ -82,5 +90,5 @@ class EagerEngine(Engine):
         return self.model.forward_rows(token_ids, positions, self.options.t_batch)[0]
 
     def _round_weights(self):
-        if self.model.parameters is not self.masters:
-            self.model.parameters.flat[:] = round_weights(self.masters.flat, self.options.weight_dtype)
+        for tree, rounded in self._rounded:
+            rounded.flat[:] = round_weights(tree.flat, self.options.weight_dtype)

@@ -1,15 +1,15 @@
 """The engine of the ggml graphs: the model's forward and backward are recorded once; a step is one compute."""
 
-import math
-
 import numpy as np
 
 from toy.engines.base import Engine
-from toy.models.parameters import GradientTree, ParameterTree, check_arrays, initialize, round_weights
+from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.ops.graph import CpuGraphOps, NativeGraphOps, Slot
 from toy.switch import num_threads
 
 NATIVE_ON_CPU = "cpu-native"  # the device name for ggml's own operations on the CPU
+
+_MAPPED_ALIGNMENT = 32  # bytes, what ggml asks of memory it did not make
 
 # ggml's threads meet after every node, spinning; below this many operations in a step one thread is faster than two
 WORTH_TWO_THREADS = 3e7
@@ -23,36 +23,44 @@ class GraphEngine(Engine):
     weight is updated as soon as its gradient is complete, and the gradients share memory.
     """
 
-    def __init__(self, config, options, choice, keep_gradients=False):
-        super().__init__(config, options, choice)
+    def __init__(self, config, options, choice, weights=None, keep_gradients=False):
+        super().__init__(config, options, choice, weights)
         import ggml_bridge
 
         native = self.device != "cpu"
         self.ops_class = NativeGraphOps if native else CpuGraphOps
         self.keep_gradients = keep_gradients
-        shapes = self.model_class.parameter_shapes(self.config)
-        operations = 6 * sum(map(math.prod, shapes.values())) * options.t_batch * options.t_seq
-        threads = (
-            1 if operations < WORTH_TWO_THREADS else num_threads()
-        )  # None: TOY_NUM_THREADS, or the processors there are
+        operations = 6 * self.n_parameters * options.t_batch * options.t_seq
+        # None: TOY_NUM_THREADS, or the processors there are
+        threads = 1 if operations < WORTH_TWO_THREADS else num_threads()
         self.bridge = ggml_bridge.Backend("cpu" if self.device == NATIVE_ON_CPU else self.device, threads)
-        tensor = self.bridge.persistent
-        self.masters = {name: tensor(shape, name=name) for name, shape in shapes.items()}
-        self.m = {name: tensor(shape, name=f"{name} m") for name, shape in shapes.items()}
-        self.v = {name: tensor(shape, name=f"{name} v") for name, shape in shapes.items()}
-        self.weights = self.masters  # what the model computes with
+        tensor, own, trained = self.bridge.persistent, self.weights.own, self.weights.trained_shapes
+        self.masters = {name: tensor(shape, name=name) for name, shape in own.items()}
+        self.m = {name: tensor(shape, name=f"{name} m") for name, shape in trained.items()}
+        self.v = {name: tensor(shape, name=f"{name} v") for name, shape in trained.items()}
+        self.computed = self.masters  # what the model computes with
         if options.weight_dtype != "f32":
-            self.weights = {
-                name: tensor(shape, name=f"{name} {options.weight_dtype}") for name, shape in shapes.items()
-            }
+            self.computed = {name: tensor(shape, name=f"{name} {options.weight_dtype}") for name, shape in own.items()}
         self.bridge.allocate()
+        borrowed = {name: self._borrow(name, leaf) for name, leaf in self.weights.borrowed.items()}
+        self.tensors = borrowed | self.computed  # every parameter of the model
         self._graphs = {}
         self._training("integers")
-        self._initialize(shapes)
+        for name, shape in own.items():  # one at a time: no second copy of the whole model
+            array = np.empty(shape, np.float32)
+            self.weights.fill(name, array)
+            self._upload(name, array)
 
-    @property
-    def n_parameters(self):
-        return sum(math.prod(tensor.shape) for tensor in self.masters.values())
+    def _borrow(self, name, leaf):
+        """A borrowed parameter as a tensor: in place where the device reads the host's memory, otherwise a copy as it is."""
+        data, dtype = (leaf, "f32") if isinstance(leaf, np.ndarray) else (leaf.raw, leaf.type.lower())
+        if data.ctypes.data % _MAPPED_ALIGNMENT:
+            memory = np.empty(data.nbytes + _MAPPED_ALIGNMENT, np.uint8)
+            start = -memory.ctypes.data % _MAPPED_ALIGNMENT
+            aligned = memory[start : start + data.nbytes]
+            aligned[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+            data = aligned
+        return self.bridge.mapped(data, leaf.shape, dtype, name=name)
 
     def explain(self, kind="integers"):
         """The nodes of the training graph with their devices, the number of splits, and the bytes; str() is a table.
@@ -66,13 +74,14 @@ class GraphEngine(Engine):
         self.bridge.close()
 
     def parameters(self):
-        """dict of names to float32 copies of the (master) weights."""
+        """dict of names to float32 copies of the (master) weights; borrowed ones are not among them."""
         return _download(self.masters)
 
     def load_parameters(self, mapping):
         """Copy weights in. Raises ValueError for wrong names, shapes or numbers; nothing is changed then."""
-        check_arrays(self._shapes(), mapping)
-        self._upload(mapping)
+        check_arrays(self.weights.own, mapping)
+        for name in self.masters:
+            self._upload(name, np.asarray(mapping[name], np.float32))
 
     def gradients(self):
         """dict of names to copies of the last step's gradients, before clipping. Needs keep_gradients=True at realize."""
@@ -80,7 +89,7 @@ class GraphEngine(Engine):
             raise RuntimeError("the gradients are not kept: realize with keep_gradients=True")
         recorded = self._graphs.get(self._last_kind)
         if recorded is None or not recorded.computed:
-            return {name: np.zeros(shape, np.float32) for name, shape in self._shapes().items()}
+            return {name: np.zeros(shape, np.float32) for name, shape in self.weights.trained_shapes.items()}
         return _download(recorded.gradients)
 
     def optimizer_state(self):
@@ -90,7 +99,7 @@ class GraphEngine(Engine):
     def load_optimizer_state(self, state):
         """Copy moments in, all or nothing; errors as `load_parameters`."""
         for slot in "mv":
-            check_arrays(self._shapes(), state[slot], f"optimizer state {slot}")
+            check_arrays(self.weights.trained_shapes, state[slot], f"optimizer state {slot}")
         for slot in "mv":
             for name, tensor in getattr(self, slot).items():
                 tensor.upload(np.asarray(state[slot][name], np.float32))
@@ -133,20 +142,10 @@ class GraphEngine(Engine):
             self._graphs[key] = _ForwardGraph(self, kind)
         return self._graphs[key]
 
-    def _initialize(self, shapes):
-        tree = ParameterTree.zeros(shapes)
-        initialize(tree, self.model_class.parameter_stds(self.config), self.options.seed, self.options.init_scale)
-        self._upload(dict(tree.items()))
-
-    def _upload(self, mapping):
-        for name, tensor in self.masters.items():
-            array = np.asarray(mapping[name], np.float32)
-            tensor.upload(array)
-            if self.weights is not self.masters:
-                self.weights[name].upload(round_weights(array, self.options.weight_dtype))
-
-    def _shapes(self):
-        return {name: tensor.shape for name, tensor in self.masters.items()}
+    def _upload(self, name, array):
+        self.masters[name].upload(array)
+        if self.computed is not self.masters:
+            self.computed[name].upload(round_weights(array, self.options.weight_dtype))
 
 
 class _Recorded:
@@ -164,7 +163,9 @@ class _Recorded:
             self.labels = ops.integers("labels", n, config.vocab_size)
         elif kind == "dense":
             self.labels = ops.feed((n, config.vocab_size), "f32", lambda arrays: arrays["labels"])
-        self.model = engine.model_class.from_config(config, ops=ops, parameters=ParameterTree(engine.weights))
+        self.model = engine.model_class.from_config(
+            config, ops=ops, parameters=ParameterTree(engine.tensors), **engine.weights.model_options
+        )
 
     def allocate(self):
         self.graph.allocate()
@@ -201,7 +202,7 @@ class _TrainingGraph(_Recorded):
 
     def __init__(self, engine, kind):
         self.engine = engine
-        slots = {name: Slot(name, engine.weights[name]) for name in engine.weights}
+        slots = {name: Slot(name, engine.computed[name]) for name in engine.weights.trained_shapes}
         super().__init__(engine, kind, {id(slot.parameter): slot for slot in slots.values()}, self._finished)
         options, graph, ops = engine.options, self.graph, self.ops
         self.later = engine.keep_gradients or options.grad_clip is not None  # every update at the end
@@ -211,7 +212,7 @@ class _TrainingGraph(_Recorded):
         loss, loss_cache = ops.cross_entropy(logits, self.labels)
         self.loss_tensor = graph.output(loss)
         d_logits = ops.cross_entropy_backward(loss_cache)
-        self.model.backward_rows(d_logits, cache, GradientTree(slots))
+        self.model.backward_rows(d_logits, cache, GradientTree({name: slots.get(name) for name in engine.tensors}))
         self.norm = graph.output(ops.norm_and_factor(self.squares, options.grad_clip))
         if self.later:
             for slot in slots.values():
@@ -233,9 +234,9 @@ class _TrainingGraph(_Recorded):
     def _update(self, slot, gradient):
         engine, name = self.engine, slot.name
         self.ops.adamw_step(engine.masters[name], gradient, engine.m[name], engine.v[name], self.hp)
-        if engine.weights is not engine.masters:
+        if engine.computed is not engine.masters:
             rounded = self.graph.cast(engine.masters[name], engine.options.weight_dtype)
-            self.graph.cpy(self.graph.cast(rounded, "f32"), engine.weights[name])
+            self.graph.cpy(self.graph.cast(rounded, "f32"), engine.computed[name])
 
 
 def _download(tensors):

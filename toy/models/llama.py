@@ -14,6 +14,7 @@ from typing import NamedTuple
 from toy.adamw import AdamW
 from toy.config import LlamaConfig
 from toy.models.base import LanguageModel, backward_order
+from toy.models.lens import embed, embed_backward, unembed, unembed_backward
 from toy.models.lora import project, project_backward
 
 
@@ -96,6 +97,12 @@ class Llama(LanguageModel):
                 stds[name] = 0.02
         return stds
 
+    def head(self, tree):
+        """The output matrix in a parameter or gradient tree, and its lens (None: it has none)."""
+        if self.config.untied:
+            return tree.output.weight, None
+        return tree.token_embd.weight, tree.output.lens if hasattr(tree, "output") else None
+
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward_rows(self, token_ids, positions, batch, kv_cache=None):
@@ -110,7 +117,7 @@ class Llama(LanguageModel):
         keep_cache: False when no backward follows; the blocks' activations are then freed at once.
         """
         ops, p = self.ops, self.parameters
-        x, token_cache = ops.embedding(token_ids, p.token_embd.weight)  # (N, D)
+        x, token_cache = embed(ops, token_ids, p.token_embd)  # (N, D)
         block_caches = []
         for layer, block in enumerate(p.blk):
             x, cache = self.block_forward(layer, block, x, positions, batch, kv_cache)
@@ -121,7 +128,8 @@ class Llama(LanguageModel):
         """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
         ops, p, c = self.ops, self.parameters, self.config
         x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
-        logits, unembed_cache = ops.linear(x, p.output.weight if c.untied else p.token_embd.weight)  # (N, V)
+        weight, lens = self.head(p)
+        logits, unembed_cache = unembed(ops, x, weight, lens)  # (N, V)
         return logits, norm_cache, unembed_cache
 
     def block_forward(self, layer, block, x, positions, batch, kv_cache=None):
@@ -155,12 +163,11 @@ class Llama(LanguageModel):
     def backward_rows(self, d_logits, cache, grads, release_cache=False):
         """d_logits: (N, V). Adds the gradient of every parameter to `grads` (None there: frozen)."""
         ops, blocks = self.ops, self.parameters.blk
-        head = grads.output if self.config.untied else grads.token_embd
-        d_x = ops.linear_backward(d_logits, cache.unembed, head.weight)  # (N, D)
+        d_x = unembed_backward(ops, d_logits, cache.unembed, *self.head(grads))  # (N, D)
         d_x = ops.rms_norm_backward(d_x, cache.output_norm, grads.output_norm.weight)  # (N, D)
         for _, block_cache, block_grads in backward_order(blocks, cache.blocks, grads.blk, release_cache):
             d_x = self.block_backward(d_x, block_cache, block_grads)
-        ops.embedding_backward(d_x, cache.token, grads.token_embd.weight)  # tied: the second contribution
+        embed_backward(ops, d_x, cache.token, grads.token_embd)  # tied: the second contribution
 
     def block_backward(self, d_x, cache, grads):
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""

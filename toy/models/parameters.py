@@ -78,7 +78,8 @@ class ParameterTree(Namespace):
 
     @property
     def dtype(self):
-        return self.flat.dtype
+        """Of the arrays; float32 for a tree of several buffers."""
+        return np.dtype(np.float32) if self.flat is None else self.flat.dtype
 
     @property
     def n_parameters(self):
@@ -152,21 +153,30 @@ class GradientTree(ParameterTree):
 
 
 def initialize(tree, init_stds, seed, init_scale=1.0):
-    """Fill `tree` with its initial weights.
-
-    init_stds: dict of names to the standard deviation of a zero-mean normal distribution, or to "ones" / "zeros" (gains
-    and biases). Every tensor has its own random stream, made from (seed, name): the weights do not depend on the order of
-    the tensors, on their number or on the backend.
-    """
+    """Fill `tree` with its initial weights. init_stds: dict of names to what `initialize_array` takes as `std`."""
     for name, leaf in tree.items():
-        std = init_stds[name]
-        if std == "ones":
-            leaf.fill(1.0)
-        elif std == "zeros":
-            leaf.fill(0.0)
-        else:
-            generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            leaf[...] = init_scale * std * generator.standard_normal(leaf.shape)
+        initialize_array(name, leaf, init_stds[name], seed, init_scale)
+
+
+def initialize_array(name, out, std, seed, init_scale=1.0):
+    """Fill the C-contiguous array `out` with the initial values of the parameter `name`.
+
+    std: the standard deviation of a zero-mean normal distribution, or "ones" / "zeros" (gains and biases). Every tensor has
+    its own random stream, made from (seed, name): the weights do not depend on the order of the tensors, on their number or
+    on the backend.
+    """
+    if std == "ones":
+        out.fill(1.0)
+    elif std == "zeros":
+        out.fill(0.0)
+    else:
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        flat = out.reshape(-1)
+        for start in range(
+            0, flat.size, _CHUNK
+        ):  # the same numbers as in one draw, without its float64 copy of the whole
+            part = flat[start : start + _CHUNK]
+            part[...] = init_scale * std * generator.standard_normal(part.size)
 
 
 def round_weights(weights, dtype):
@@ -181,6 +191,7 @@ def round_weights(weights, dtype):
     return weights
 
 
+_CHUNK = 2**16  # numbers
 _ALIGNMENT = 64  # bytes: a cache line, and the widest SIMD register
 
 

@@ -1,0 +1,76 @@
+"""LoRA adapters as the weights of an engine: which matrices get them, how they start."""
+
+import math
+
+import numpy as np
+
+from toy.adamw import AdamW
+from toy.config import LlamaConfig, check_positive_int
+from toy.engines.weights import Weights
+from toy.models.parameters import initialize_array
+
+# what may be corrected, in the words of the paper and the command line, and the parameters that this means
+TARGETS = {
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
+
+
+def adapter_weights(config, base, rank, options, alpha=None, targets=("q",)):
+    """The `Weights` of a LoRA: base is frozen (dict of names to leaves), the adapters are trained. Errors as
+    `toy.recipes.LoRA.realize`."""
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(f"LoRA needs a model of architecture llama, this is a {type(config).__name__}")
+    rank = check_positive_int("rank", rank)
+    shapes = adapter_shapes(base, rank, targets, config.n_layers)
+    return Weights(
+        own=shapes,
+        fill=adapter_fill(options.seed, options.init_scale),
+        borrowed=base,
+        model_options={"lora_scale": check_alpha(alpha, rank) / rank},
+        hp_mode=AdamW.MODE_LORA,
+    )
+
+
+def adapter_shapes(base, rank, targets, n_layers):
+    """dict of the adapters' names to their shapes. base: dict of names to what has the shapes of the matrices."""
+    targets = check_targets(targets)
+    shapes = {}
+    for layer in range(n_layers):
+        for target in targets:
+            stem = f"blk.{layer}.{TARGETS[target]}"
+            n_out, n_in = base[f"{stem}.weight"].shape
+            shapes |= {f"{stem}.lora_a": (rank, n_in), f"{stem}.lora_b": (n_out, rank)}
+    return shapes
+
+
+def adapter_fill(seed, init_scale=1.0):
+    """The `fill` of adapters: A from a normal distribution with variance 1/(3 in), B zero. Each tensor has its own stream."""
+
+    def fill(name, out):
+        std = "zeros" if name.endswith("lora_b") else (3 * out.shape[1]) ** -0.5
+        initialize_array(name, out, std, seed, init_scale)
+
+    return fill
+
+
+def check_targets(targets):
+    """The targets in the order of `TARGETS`. Raises ValueError for unknown ones and for none."""
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown or not targets:
+        given = f"{unknown[0]!r} is not one" if unknown else "none was given"
+        raise ValueError(f"targets must be some of {', '.join(TARGETS)}: {given}")
+    return tuple(name for name in TARGETS if name in targets)
+
+
+def check_alpha(alpha, rank):
+    """alpha as a float (None: rank). Raises ValueError unless it is a positive number."""
+    alpha = float(rank if alpha is None else alpha)
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be a positive number, got {alpha}")
+    return alpha
+
+
+def merged(weight, lora_a, lora_b, scale):
+    """W + scale * B A: weight (out, in), lora_a (rank, in), lora_b (out, rank) -> float32 (out, in)."""
+    return (weight + np.float32(scale) * (lora_b @ lora_a)).astype(np.float32, copy=False)

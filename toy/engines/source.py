@@ -1,0 +1,109 @@
+"""Where recipes that do not start from nothing get their weights: a GGUF file, or arrays by name."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from toy.adamw import AdamW
+from toy.engines.weights import Weights
+from toy.files import BadFileError
+from toy.files.gguf import GGUF
+from toy.models import model_for
+
+
+def checked_config(gguf, config=None):
+    """The config of the model in an open GGUF file, which `config` (None: anything) must be, but for a shorter context.
+
+    Raises TypeError for something that is no open `GGUF`, ValueError for another config, and the errors of `GGUF.config`.
+    """
+    if not isinstance(gguf, GGUF):
+        raise TypeError(f"gguf must be an open toy.GGUF (toy.GGUF.open(path)), got {type(gguf).__name__}")
+    stored = gguf.config()
+    if config is None:
+        return stored
+    if type(config) is not type(stored):
+        raise ValueError(f"{gguf.path} holds a {type(stored).__name__}, cfg is a {type(config).__name__}")
+    for field in dataclasses.fields(stored):
+        wanted, there = getattr(config, field.name), getattr(stored, field.name)
+        if field.name == "context_length" and wanted <= there and not has_positions(stored):
+            continue
+        if field.name in ("untied", "qkv_bias") and not wanted:
+            continue  # the file says; RecipeOptions may ask for it too
+        if wanted != there:
+            raise ValueError(
+                f"{gguf.path} holds a model with {field.name} {there}, cfg says {wanted}: take gguf.config()"
+            )
+    return dataclasses.replace(stored, context_length=config.context_length)
+
+
+def has_positions(config):
+    """Whether the context length is a size of a weight (learned positions)."""
+    shapes = model_for(config).parameter_shapes(config)
+    return any(name.startswith("pos") for name in shapes)
+
+
+def borrowed_parameters(gguf, config):
+    """dict of names to leaves over the file's own bytes: quantised matrices as they are, float32 tensors as read-only views.
+
+    Raises BadFileError for numbers that are not finite.
+    """
+    leaves = {}
+    for name in model_for(config).parameter_shapes(config):
+        leaves[name] = leaf = gguf.matrix(name)
+        if not _is_finite(leaf):
+            raise BadFileError(gguf.path, f"tensor {name!r} holds numbers that are not finite")
+    return leaves
+
+
+def _is_finite(leaf, rows=2048):
+    if isinstance(leaf, np.ndarray):
+        return np.isfinite(leaf).all()
+    return all(np.isfinite(leaf.rows(i, min(i + rows, leaf.shape[0]))).all() for i in range(0, leaf.shape[0], rows))
+
+
+class Source:
+    """Weights by name, from an open `GGUF` or a mapping of names to arrays. name: of it, for error messages."""
+
+    def __init__(self, weights):
+        if isinstance(weights, GGUF):
+            self.name = str(weights.path)
+            self.shapes = {name: record.shape for name, record in weights.tensors.items()}
+            self._read = lambda name, out: weights.dequantize(name, out=out)
+        elif isinstance(weights, Mapping):
+            arrays = {name: np.asarray(array) for name, array in weights.items()}
+            self.name = "the given weights"
+            self.shapes = {name: array.shape for name, array in arrays.items()}
+            self._read = lambda name, out: np.copyto(out, arrays[name], casting="same_kind")
+        else:
+            raise TypeError(
+                "weights must come from an open toy.GGUF or a mapping of names to arrays (recipe.parameters()), "
+                f"got {type(weights).__name__}"
+            )
+
+    def fill(self, name, out):
+        """Write a tensor into the float32 array `out`. Raises ValueError for numbers that are not finite."""
+        self._read(name, out)
+        if not np.isfinite(out).all():
+            raise ValueError(f"{self.name}: {name} holds numbers that are not finite")
+
+    def array(self, name):
+        """A tensor as float32."""
+        out = np.empty(self.shapes[name], np.float32)
+        self.fill(name, out)
+        return out
+
+
+EMBEDDINGS = ("token_embd.weight", "position_embd.weight")
+
+
+def finetuned_weights(config, gguf, freeze_embeddings=False):
+    """The `Weights` of a full fine-tuning."""
+    shapes = model_for(config).parameter_shapes(config)
+    frozen = EMBEDDINGS if freeze_embeddings else ()
+    return Weights(
+        own=shapes,
+        fill=Source(gguf).fill,
+        trained=frozenset(name for name in shapes if name not in frozen),
+        hp_mode=AdamW.MODE_LORA,
+    )

@@ -1,0 +1,63 @@
+"""What a realized model is made of: parameters of its own, trained or kept, and parameters borrowed from a file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from toy.models import model_for
+from toy.models.parameters import initialize_array
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a model, by who owns them and whether they are trained.
+
+    own: dict of names to shapes, the float32 parameters that the engine holds itself. fill: fill(name, out) writes the
+    starting values of one of them into the float32 array `out`. trained: the names among them that have a gradient and
+    AdamW moments (None: all); the others keep their values. borrowed: dict of names to leaves that stay where they are
+    and are never trained: float32 arrays, or `toy.quantized.QuantizedMatrix`. model_options: further arguments of the
+    model, such as lora_scale. hp_mode: the AdamW convention (None: the model's).
+    """
+
+    own: dict
+    fill: Callable
+    trained: frozenset | None = None
+    borrowed: dict = field(default_factory=dict)
+    model_options: dict = field(default_factory=dict)
+    hp_mode: int | None = None
+
+    def __post_init__(self):
+        trained = frozenset(self.own if self.trained is None else self.trained)
+        object.__setattr__(self, "trained", trained)
+        if not trained:
+            raise ValueError("nothing is left to train: every parameter is frozen")
+        if unknown := sorted(trained - self.own.keys()):
+            raise ValueError(f"{unknown[0]} cannot be trained: it is not among the model's own parameters")
+
+    @property
+    def shapes(self):
+        """dict of all names to shapes, borrowed parameters first."""
+        return {name: leaf.shape for name, leaf in self.borrowed.items()} | self.own
+
+    @property
+    def trained_shapes(self):
+        return {name: shape for name, shape in self.own.items() if name in self.trained}
+
+    @property
+    def kept_shapes(self):
+        """Those of the engine's own parameters that are not trained."""
+        return {name: shape for name, shape in self.own.items() if name not in self.trained}
+
+
+def random_weights(config, options):
+    """Every parameter random, drawn from the options' seed, and trained."""
+    return Weights(own=model_for(config).parameter_shapes(config), fill=random_fill(config, options))
+
+
+def random_fill(config, options):
+    """The `fill` of a model with random weights (see `Weights`)."""
+    stds = model_for(config).parameter_stds(config)
+
+    def fill(name, out):
+        initialize_array(name, out, stds[name], options.seed, options.init_scale)
+
+    return fill
