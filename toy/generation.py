@@ -5,14 +5,16 @@ import math
 import numpy as np
 
 
-def generate(model, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=None, seed=0):
+def generate(model, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, stop_ids=()):
     """Yield `n_tokens` token ids that continue `prompt_ids`, one by one.
 
     The prompt is read in one batch; every further token costs one row. When the context is full the window moves: the last
-    half of it is read again and generation goes on from there (learned positions cannot slide).
+    half of it is read again and generation goes on from there (learned positions cannot slide). Of a prompt longer than the
+    context its end is read.
 
     temperature: divides the logits, 0 = always the most likely token. top_k: keep the k most likely. top_p: keep the
-    smallest set whose probability reaches p (Holtzman et al. 2020). seed: of the draws.
+    smallest set whose probability reaches p (Holtzman et al. 2020). seed: of the draws. stop_ids: ids that end the text
+    early; they are not yielded.
     Raises ValueError for an empty prompt, ids outside the vocabulary, and settings out of range.
     """
     ids = [int(i) for i in prompt_ids]
@@ -21,17 +23,19 @@ def generate(model, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=Non
     if n_tokens < 0:
         raise ValueError(f"n_tokens must be at least 0, got {n_tokens}")
     check_sampling(temperature, top_k, top_p)
-    return _generate(model, ids, n_tokens, temperature, top_k, top_p, np.random.default_rng(seed))
+    return _generate(model, ids, n_tokens, temperature, top_k, top_p, np.random.default_rng(seed), frozenset(stop_ids))
 
 
-def _generate(model, ids, n_tokens, temperature, top_k, top_p, rng):
+def _generate(model, ids, n_tokens, temperature, top_k, top_p, rng, stop_ids):
     context = model.config.context_length
     cache, unread = model.new_kv_cache(), ids[-context:]
     for _ in range(n_tokens):
         if cache.length + len(unread) > context:
             cache, unread = model.new_kv_cache(), ids[-max(context // 2, 1) :]
-        logits, _ = model.forward(np.array(unread), kv_cache=cache)
+        logits, _ = model.forward(np.array(unread), kv_cache=cache, last_only=True)
         token = sample(logits[-1], rng, temperature, top_k, top_p)
+        if token in stop_ids:
+            return
         ids.append(token)
         unread = [token]
         yield token

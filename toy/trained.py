@@ -1,51 +1,171 @@
-"""Models that exist already, opened for use: the newest checkpoint of a run, or a checkpoint file."""
+"""Models that exist already, opened for use: a run's newest checkpoint, a checkpoint file, or a GGUF file, with an adapter.
+
+`read_trained` reads and checks the weights and leaves them as they are stored; `load_trained` makes the model of them.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from toy.config import LlamaConfig
 from toy.data import tokenizer_from_json
-from toy.engines import model_from
+from toy.data.gguf_tokenizer import load_tokenizer
+from toy.engines.source import borrowed_parameters
 from toy.files import BadFileError, Run, read_checkpoint
-from toy.models import MODELS
+from toy.files.fetch import find_model
+from toy.files.gguf import GGUF
+from toy.files.gguf_write import check_adapter, fingerprint, read_adapter
+from toy.models import MODELS, ParameterTree, model_for
 from toy.models.parameters import check_arrays
+from toy.switch import eager_ops
 
 CONFIGS = {model.arch: config for config, model in MODELS.items()}  # "transformer", "gpt2", ...
 
 
+class Stored(NamedTuple):
+    """A model as it lies in its file.
+
+    parameters: dict of names to float32 arrays and, out of a GGUF file, `toy.quantized.QuantizedMatrix`. adapters: dict of
+    `blk.0.attn_q.lora_a` ... to arrays, empty without an adapter; alpha: theirs. tokenizer: None where there is none.
+    step: of the checkpoint, None for a GGUF file.
+    """
+
+    path: Path
+    config: object
+    parameters: dict
+    tokenizer: object
+    step: int | None = None
+    adapters: dict = {}  # noqa: RUF012 (never changed)
+    alpha: float | None = None
+
+    @property
+    def lora_scale(self):
+        """alpha / rank, by which the adapters' product is multiplied."""
+        rank = next(len(array) for name, array in self.adapters.items() if name.endswith("lora_a"))
+        return self.alpha / rank
+
+
 class Trained(NamedTuple):
-    """A model that was trained, its tokenizer and the step of its checkpoint."""
+    """A model to use, its tokenizer, and the step of its checkpoint (None for a GGUF file)."""
 
     model: object
     tokenizer: object
-    step: int
+    step: int | None
 
 
-def load_trained(path, backend="auto"):
-    """The newest checkpoint of a run directory, or the checkpoint file itself, as a model to generate from -> `Trained`.
+def load_trained(path, adapter=None, backend="auto"):
+    """A model that exists, ready to generate from or to be evaluated -> `Trained`.
 
-    Raises BadFileError when there is none or it is damaged, FileNotFoundError for a path where nothing is.
+    path, adapter: as in `read_trained`. The matrices of a GGUF file stay in their own type; where the compiled kernels are
+    missing they become float32, because numpy would dequantise them anew for every token.
+    Raises the errors of `read_trained`; ValueError for a file without a tokenizer.
     """
-    path = Path(path)
+    ops = eager_ops(backend)  # a backend that is not there is told before anything is read
+    stored = read_trained(path, adapter)
+    if stored.tokenizer is None:
+        raise ValueError(f"{stored.path} has no tokenizer, so it can neither read a text nor write one")
+    leaves = {name: dequantized(leaf) if ops.name == "reference" else leaf for name, leaf in stored.parameters.items()}
+    options = {"lora_scale": stored.lora_scale} if stored.adapters else {}
+    tree = ParameterTree(leaves | stored.adapters)
+    model = model_for(stored.config).from_config(stored.config, ops=ops, parameters=tree, **options)
+    return Trained(model, stored.tokenizer, stored.step)
+
+
+def read_trained(path, adapter=None):
+    """The weights, the config and the tokenizer of a model -> `Stored`.
+
+    path: a run directory (its newest checkpoint), a checkpoint file, a GGUF file, or the name of a fetched model
+    (`toy fetch`). adapter: the path of an adapter GGUF made for this model.
+    Raises FileNotFoundError for a path where nothing is and for a base that is gone, BadFileError for a damaged file,
+    ValueError for a sound one that does not serve: another architecture, an adapter for another base.
+    """
+    path = find_model(path)
+    stored = _from_gguf(path) if path.suffix == ".gguf" or _begins_like_gguf(path) else _from_run(path)
+    if adapter is None:
+        return stored
+    if stored.adapters:
+        raise ValueError(f"{path} has an adapter of its own already: leave out {adapter}")
+    if not isinstance(stored.config, LlamaConfig):
+        raise ValueError(
+            f"{adapter} cannot be put on {path}: LoRA adapters belong to a llama, this is a {_arch(stored)}"
+        )
+    read = read_adapter(adapter, stored.config, base=stored.parameters)
+    return stored._replace(adapters=read.parameters, alpha=read.alpha)
+
+
+def dequantized(leaf):
+    """A leaf of a parameter tree as a float32 array."""
+    return leaf if isinstance(leaf, np.ndarray) else leaf.dequantize()
+
+
+def _begins_like_gguf(path):
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _from_gguf(path):
+    gguf = GGUF.open(path)  # not closed: the parameters are views of its mapping, which ends with the last of them
+    config = gguf.config()
+    has_tokenizer = gguf.metadata.get("tokenizer.ggml.model", "none") != "none"
+    tokenizer = load_tokenizer(gguf) if has_tokenizer else None
+    return Stored(path, config, borrowed_parameters(gguf, config), tokenizer)
+
+
+def _from_run(path):
     if path.is_dir():
         run = Run.open(path)
-        checkpoint, path = run.read_checkpoint(), run.latest_checkpoint()
+        checkpoint, path, base = run.read_checkpoint(), run.latest_checkpoint(), run.config.get("base")
         if checkpoint is None:
             raise BadFileError(run.folder, "has no checkpoint yet")
-    elif path.exists():
-        checkpoint = read_checkpoint(path)
     else:
-        raise FileNotFoundError(f"there is no run directory or checkpoint file {str(path)!r}")
+        checkpoint = read_checkpoint(path)
+        base = checkpoint.config.get("base")
     try:
+        if checkpoint.config.get("recipe") == "lora":
+            return _on_its_base(path, checkpoint, base)
         if checkpoint.config["model"]["n_layers"] > len(checkpoint.parameters):
             raise ValueError("the config has more layers than there are tensors")
         config = CONFIGS[checkpoint.config["arch"]](**checkpoint.config["model"])
-        check_arrays(MODELS[type(config)].parameter_shapes(config), checkpoint.parameters)  # before memory is asked for
+        check_arrays(model_for(config).parameter_shapes(config), checkpoint.parameters)  # before memory is asked for
         tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-        return Trained(model_from(config, checkpoint.parameters, backend=backend), tokenizer, checkpoint.step)
+        return Stored(path, config, checkpoint.parameters, tokenizer, checkpoint.step)
+    except BadFileError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise BadFileError(path, f"its config and tensors are not those of a model ({error})") from error
+
+
+def _on_its_base(path, checkpoint, base):
+    """The model of a LoRA run: its checkpoint has the adapters, the GGUF file at base["path"] everything else."""
+    alpha, expected = float(checkpoint.config["lora"]["alpha"]), base["fingerprint"]
+    base_path = Path(base["path"])
+    if not base_path.exists():
+        raise FileNotFoundError(
+            f"the base model of this LoRA run is not there any more: put {base_path} back, "
+            "or write its new path under base into the run's config.json"
+        )
+    stored = _from_gguf(base_path)
+    if fingerprint(stored.parameters) != expected or stored.tokenizer is None:
+        raise BadFileError(base_path, f"is not the base model that {path} was trained on (its weights are others)")
+    config = LlamaConfig(**checkpoint.config["model"])
+    shapes = {name: leaf.shape for name, leaf in stored.parameters.items()}
+    if model_for(config).parameter_shapes(config) != shapes:
+        raise BadFileError(base_path, f"is not the base model that {path} was trained on (its sizes are others)")
+    rank = check_adapter(checkpoint.parameters, config)
+    if not (alpha > 0 and rank == checkpoint.config["lora"]["rank"]):
+        raise ValueError(f"adapters of rank {rank} and alpha {alpha} do not fit {checkpoint.config['lora']}")
+    return stored._replace(
+        path=path, config=config, step=checkpoint.step, adapters=dict(checkpoint.parameters), alpha=alpha
+    )
+
+
+def _arch(stored):
+    return model_for(stored.config).arch
 
 
 def first_prompt(tokenizer, ids):

@@ -214,9 +214,15 @@ class GGUFTokenizer:
 
     @classmethod
     def from_json(cls, data):
-        """The inverse of `to_json`. Raises BadFileError when the file there has another tokenizer by now."""
-        with GGUF.open(data["path"]) as gguf:
-            tokenizer = load_tokenizer(gguf)
+        """The inverse of `to_json`. Raises BadFileError when the file there has another tokenizer by now, FileNotFoundError
+        when it is gone."""
+        try:
+            with GGUF.open(data["path"]) as gguf:
+                tokenizer = load_tokenizer(gguf)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the tokenizer is in {data['path']}, which is not there any more: put the file back"
+            ) from error
         if not isinstance(tokenizer, cls) or tokenizer.sha256 != data["sha256"]:
             raise BadFileError(data["path"], "its tokenizer is not the one that this run was trained with")
         return tokenizer

@@ -104,12 +104,17 @@ def make_tokenizer(kind, text):
 
 
 def tokenizer_from_json(data):
-    """The inverse of `to_json`. Raises ValueError for anything that `to_json` does not write."""
+    """The inverse of `to_json`. Raises ValueError for anything that `to_json` does not write; for the tokenizer of a GGUF
+    file also FileNotFoundError when the file is gone, BadFileError when it has another tokenizer by now."""
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "char" and isinstance(data.get("characters"), str):
         return CharTokenizer(data["characters"])
+    if kind == "gguf" and isinstance(data.get("path"), str) and isinstance(data.get("sha256"), str):
+        from toy.data.gguf_tokenizer import GGUFTokenizer
+
+        return GGUFTokenizer.from_json(data)
     raise ValueError(f"not a tokenizer: {str(data)[:80]}")
 
 

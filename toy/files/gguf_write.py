@@ -77,7 +77,7 @@ def write_adapter(path, config, adapters, alpha, base=None, metadata=None):
     Raises ValueError for adapters that do not fit the model or are of different ranks; OSError as `write_gguf`.
     """
     parameters = {name: np.asarray(array) for name, array in dict(adapters).items()}
-    _check_adapter(parameters, config)
+    check_adapter(parameters, config)
     if not (np.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be a positive number, got {alpha!r}")
     entries = {
@@ -124,7 +124,7 @@ def read_adapter(path, config=None, base=None):
     try:
         if config is not None and gguf.architecture != gguf_models.architecture_of(config):
             raise ValueError(f"it is for a {gguf.architecture} model, not {gguf_models.architecture_of(config)}")
-        rank = _check_adapter(parameters, config)
+        rank = check_adapter(parameters, config)
     except ValueError as error:
         raise ValueError(f"{path} is an adapter for another base: {error}") from error
     recorded = entries.get("toy.base.fingerprint")
@@ -147,7 +147,7 @@ def fingerprint(base):
     return digest.hexdigest()
 
 
-def _check_adapter(parameters, config):
+def check_adapter(parameters, config=None):
     """-> the rank. Raises ValueError unless there are pairs of one rank that fit the matrices of `config` (None: any)."""
     shapes = None if config is None else gguf_models.parameter_shapes(config)
     if not parameters:

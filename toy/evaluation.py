@@ -1,0 +1,139 @@
+"""How well a model predicts a text: the log-probability of every token, and what follows from it."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+_ROWS = 2048  # tokens of a batch of windows
+_LOGITS = 2**23  # numbers: the logits of a large vocabulary are made so many at a time
+
+
+@dataclass(frozen=True)
+class TextEvaluation:
+    """token_ids: the tokens that were predicted, (N,): all of the text but the first. log_probabilities: theirs, natural
+    logarithms, (N,) float64. n_bytes: UTF-8 bytes that these tokens stand for. context, stride: of the windows, in tokens."""
+
+    token_ids: np.ndarray
+    log_probabilities: np.ndarray
+    n_bytes: int
+    context: int
+    stride: int
+
+    @property
+    def n_tokens(self):
+        return len(self.token_ids)
+
+    @property
+    def loss(self):
+        """Mean negative log-likelihood, nats per token."""
+        return -float(self.log_probabilities.mean())
+
+    @property
+    def perplexity(self):
+        """exp(loss): as uncertain as a choice among so many equally likely tokens."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self):
+        """Bits for each UTF-8 byte of the text: comparable between tokenizers. NaN for tokens that stand for no text."""
+        return -float(self.log_probabilities.sum()) / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+
+
+def evaluate_text(model, tokenizer, text, context=None, stride=None, limit=None, progress=None):
+    """Let `model` predict `text` -> `TextEvaluation`.
+
+    Every token but the first is predicted exactly once. The text is read in windows of `context` tokens; each window begins
+    where it predicts the next `stride` tokens after those that are done, so a token sees at least context - stride earlier
+    ones (the beginning of the text aside). A small stride is slower and gives the lower loss.
+
+    context: None = the model's, at most 512. stride: None = half the context. limit: only so many tokens, from the beginning
+    of the text. progress: called with (tokens done, tokens in all).
+    Raises ValueError for a text of fewer than two tokens, a context beyond the model's, a stride beyond the context.
+    """
+    largest = model.config.context_length
+    context = min(largest, 512) if context is None else context
+    if not 1 <= context <= largest:
+        raise ValueError(f"context must lie between 1 and the model's {largest}, got {context}")
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride must lie between 1 and the context of {context}, got {stride}")
+    if limit is not None and limit < 2:
+        raise ValueError(f"limit must be at least 2, because the first token is not predicted; got {limit}")
+    ids = encode_text(tokenizer, text)[:limit]
+    if len(ids) < 2:
+        raise ValueError(
+            f"the text has {len(ids)} token{'s' * (len(ids) != 1)}: there is nothing to predict, give at least two"
+        )
+    log_probabilities = token_log_probabilities(model, ids, context, stride, progress)
+    n_bytes = sum(len(token_bytes(tokenizer, i)) for i in ids[1:].tolist())
+    return TextEvaluation(ids[1:], log_probabilities, n_bytes, context, stride)
+
+
+def token_log_probabilities(model, ids, context, stride, progress=None):
+    """The natural log-probability of each of ids[1:] after the tokens before it in its window. ids: (N,) -> (N-1,) float64.
+
+    Arguments as `evaluate_text`. Raises FloatingPointError when the model's numbers are not finite.
+    """
+    ends, width = window_ends(len(ids) - 1, context, stride), min(context, len(ids) - 1)
+    result = np.empty(len(ids) - 1)
+    windows = list(pairwise([0, *ends]))  # predicts ids[start + 1 : end + 1], reads ids[end - width : end]
+    n_batches = -(-len(windows) // max(1, _ROWS // width))
+    for part in np.array_split(np.arange(len(windows)), n_batches):  # batches of almost the same size
+        batch = [windows[i] for i in part]
+        _predict(model, ids, batch, width, result)
+        if progress is not None:
+            progress(batch[-1][1], len(result))
+    return result
+
+
+def window_ends(n_predicted, context, stride):
+    """Where each window ends: the first predicts `context` tokens, the others the next `stride`, the last what is left."""
+    ends = [min(context, n_predicted)]
+    while ends[-1] < n_predicted:
+        ends.append(min(ends[-1] + stride, n_predicted))
+    return ends
+
+
+def _predict(model, ids, windows, width, result):
+    """Fill in result[start:end] for each (start, end) of the windows; all are read as one batch of shape (B, width)."""
+    token_ids = np.concatenate([ids[end - width : end] for _, end in windows]).astype(np.int64)  # (B*width,)
+    positions = np.tile(np.arange(width), len(windows))
+    x, *_ = model.hidden_rows(token_ids, positions, len(windows), keep_cache=False)  # (B*width, D)
+    read_to = [(b + 1) * width for b in range(len(windows))]  # the row after each window's last
+    rows = np.concatenate([np.arange(to - end + start, to) for to, (start, end) in zip(read_to, windows)])
+    targets = np.concatenate([np.arange(start, end) for start, end in windows])  # of these rows, in `result`
+    step = max(1, _LOGITS // model.config.vocab_size)
+    for first in range(0, len(rows), step):
+        chunk, target = rows[first : first + step], targets[first : first + step]
+        logits, *_ = model.unembed_rows(x[chunk])  # (n, V)
+        result[target] = log_probability_of(logits, ids[target + 1])
+    if not np.isfinite(result[targets]).all():
+        raise FloatingPointError("the model gives numbers that are not finite: its weights are damaged or too large")
+
+
+def log_probability_of(logits, labels):
+    """log softmax(logits)[label]: logits (N, V), labels int (N,) -> (N,) float64."""
+    with np.errstate(all="ignore"):  # numbers that are not finite are reported by the caller
+        largest = logits.max(axis=1, keepdims=True)
+        total = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
+        chosen = logits[np.arange(len(labels)), labels].astype(np.float64)
+        return chosen - largest[:, 0] - np.log(total)
+
+
+def encode_text(tokenizer, text):
+    """The ids of a text as the model was trained to read it: after the beginning token, if the model wants one. int (N,)."""
+    ids = tokenizer.encode(text)
+    if getattr(tokenizer, "add_bos", False):
+        ids = np.concatenate([np.array([tokenizer.bos_id], ids.dtype), ids])
+    return ids
+
+
+def token_bytes(tokenizer, token_id):
+    """The UTF-8 bytes that a token stands for; of a special token none."""
+    if tokenizer.kind == "gguf":
+        return tokenizer.token_bytes(token_id)
+    if tokenizer.kind == "bytes":
+        return bytes((token_id,))
+    return tokenizer.characters[token_id].encode("utf-8", errors="replace")
