@@ -9,147 +9,48 @@ Everything random is a function of (seed, step), so a run that was stopped and r
 
 import contextlib
 import dataclasses
+import functools
 import math
 import platform
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from toy import schedules, switch
-from toy.config import RecipeOptions, check_positive_int
-from toy.data import load_corpus, make_tokenizer, split, training_batch, validation_batches
-from toy.engines import model_from
+from toy import switch
+from toy.config import RecipeOptions
+from toy.data import load_corpus, split, training_batch, validation_batches
 from toy.files import BadFileError, Checkpoint, Run, read_events
 from toy.files.events import Evaluation, EventLog, RunEnd, RunStart, Sample, Step
 from toy.files.runs import check_new_folder
 from toy.generation import generate
-from toy.recipes import FromScratch
-from toy.trained import CONFIGS, first_prompt
+from toy.run_options import OPTIONS, TrainingOptions
+from toy.starts import Choice, Start
+from toy.trained import first_prompt
 
 SAMPLE_TEMPERATURE = 0.8
 # what may differ when a run goes on
-RESUMABLE = ("steps", "corpus", "eval_every", "sample_every", "save_every", "keep", "backend", "device", "threads")
+RESUMABLE = (
+    "steps", "corpus", "model", "eval_every", "sample_every", "save_every", "keep", "backend", "device", "threads",
+)  # fmt: skip
 
 
 class DivergedError(RuntimeError):
     """The loss, a gradient or a weight is no longer a finite number."""
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Everything a run from scratch can be told. None: chosen by `resolved`. Raises ValueError for a value out of range.
-
-    kv_heads: key/value heads of a llama, None = as many as heads. lr_floor: where the cosine ends, as a fraction of lr.
-    clip: largest gradient norm, 0 = off. eval_every, sample_every, save_every: in steps. keep: how many checkpoints stay.
-    val_fraction: the part of the text, at its end, that is never trained on. threads: of BLAS and the kernels, None = their
-    own choice.
-    """
-
-    arch: str = "transformer"
-    corpus: str | None = None
-    tokenizer: str = "char"
-    steps: int = 1000
-    batch: int = 12
-    context: int = 64
-    d_model: int = 128
-    d_ff: int | None = None
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int | None = None
-    lr: float = 1e-3
-    schedule: str = "constant"
-    warmup: int | None = None
-    lr_floor: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    eval_every: int | None = None
-    eval_batches: int = 16
-    sample_every: int | None = None
-    sample_tokens: int = 200
-    save_every: int | None = None
-    keep: int = 2
-    val_fraction: float = 0.1
-    seed: int = 0
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-
-    def __post_init__(self):
-        if self.arch not in CONFIGS:
-            raise ValueError(f"arch must be one of {', '.join(CONFIGS)}, got {self.arch!r}")
-        sizes = ("steps", "batch", "context", "d_model", "layers", "heads", "eval_batches", "sample_tokens", "keep")
-        optional = ("d_ff", "kv_heads", "eval_every", "sample_every", "save_every", "threads")
-        for name in (*sizes, *(name for name in optional if getattr(self, name) is not None)):
-            object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
-        for name in ("weight_decay", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, got {self.val_fraction}")
-        self.make_schedule()
-
-    def resolved(self):
-        """The same options with every None that depends on others filled in."""
-        tenth = max(1, self.steps // 10)
-        eval_every = self.eval_every or min(tenth, 500)
-        return dataclasses.replace(
-            self,
-            d_ff=self.d_ff or 4 * self.d_model,
-            warmup=self._default_warmup(),
-            eval_every=eval_every,
-            sample_every=self.sample_every or min(max(1, self.steps // 4), 2000),
-            save_every=self.save_every or eval_every,
-        )
-
-    def make_schedule(self):
-        """The learning rate as a function of the step, counted from 0."""
-        return schedules.make_schedule(self.schedule, self.lr, self.steps, self._default_warmup(), self.lr_floor)
-
-    def model_config(self, vocab_size):
-        """The config of the model these options describe. Raises ValueError for sizes that do not fit each other."""
-        sizes = dict(
-            vocab_size=vocab_size,
-            d_model=self.d_model,
-            n_heads=self.heads,
-            d_ff=self.d_ff or 4 * self.d_model,
-            n_layers=self.layers,
-            context_length=self.context,
-        )
-        if self.arch == "llama":
-            sizes["n_kv_heads"] = self.kv_heads or self.heads
-        elif self.kv_heads is not None:
-            raise ValueError(f"kv_heads belongs to arch llama: {self.arch} has as many key/value heads as heads")
-        return CONFIGS[self.arch](**sizes)
-
-    def _default_warmup(self):
-        if self.warmup is not None:
-            return self.warmup
-        # a fixed number, not a share of the steps: a longer run then begins like a shorter one
-        return 20 if self.schedule == "constant" else min(20, self.steps // 10)
-
-
-class Choice(NamedTuple):
-    """One line of what is printed at the start. reason: why this value, "" when it was simply asked for."""
-
-    name: str
-    value: str
-    reason: str = ""
-
-
 class Training:
     """A run that is ready to go. Making it reads and checks everything and writes nothing.
 
-    options: TrainingOptions. out: the run directory to make (None: nothing is written, the events are all there is).
+    options: `TrainingOptions`, `LoRAOptions`, `FullFinetuneOptions` or `WarmStartOptions`. out: the run directory to make
+    (None: nothing is written, the events are all there is).
     Raises ValueError (CorpusError, ...) for anything that cannot be trained on, BackendUnavailableError for a backend
     that is not there.
 
-    Attributes: options, config (of the model), corpus, tokenizer, split, recipe, schedule, step (updates done),
-    stopped_by (the signal that ended `run`, None without one).
+    Attributes: options, start (what the run begins with), config (of the model), corpus, tokenizer, split, recipe, schedule,
+    step (updates done), stopped_by (the signal that ended `run`, None without one).
     """
 
     def __init__(self, options, out=None):
@@ -163,9 +64,9 @@ class Training:
     def resume(cls, folder, **changes):
         """The run in `folder` (a path), ready to go on from its newest checkpoint: weights, moments and step.
 
-        changes: TrainingOptions by name. Those of RESUMABLE may differ: steps (the total, more than are done), corpus (a new
-        place of the same text), what does not change the numbers, and backend, device and threads, which round a
-        little differently.
+        changes: options by name. Those of RESUMABLE may differ: steps (the total, more than are done), corpus and model (a
+        new place of the same text, of the same file), what does not change the numbers, and backend, device and threads, which
+        round a little differently.
         Raises BadFileError for a damaged run, ValueError for a change that is not possible.
         """
         run = Run.open(folder)
@@ -198,18 +99,18 @@ class Training:
 
     def _prepare(self, options):
         options = options.resolved()
-        options.model_config(vocab_size=1)  # sizes that do not fit are told before a long text is read
         self.schedule = options.make_schedule()
-        self.recipe = FromScratch(backend=options.backend, device=options.device)
+        self.start = Start.of(options)
+        self.recipe = self.start.recipe
         self.corpus = load_corpus(options.corpus)
-        self.options = dataclasses.replace(options, corpus=self.corpus.path)
-        self.tokenizer = make_tokenizer(options.tokenizer, self.corpus.text)
+        self.options = options = dataclasses.replace(self.start.options, corpus=self.corpus.path)
+        self.tokenizer = self.start.make_tokenizer(self.corpus.text)
         self.split = split(self.tokenizer.encode(self.corpus.text), options.val_fraction, options.context)
-        self.config = options.model_config(self.tokenizer.vocab_size)
+        self.config = self.start.model_config(self.tokenizer.vocab_size)
         if options.threads is not None:
             switch.set_num_threads(options.threads)
         try:
-            self.recipe.realize(
+            self.start.realize(
                 self.config,
                 RecipeOptions(
                     t_seq=options.context, t_batch=options.batch, seed=options.seed, grad_clip=options.clip or None
@@ -240,14 +141,14 @@ class Training:
 
     def model(self):
         """A readable model object with a copy of the present weights."""
-        return model_from(self.config, self.recipe.parameters(), backend=self.recipe.backend)
+        return self.recipe.model_copy()
 
     def choices(self):
         """What was chosen and why, as a list of `Choice`."""
         o, c, r = self.options, self.config, self.recipe
         before = dict.fromkeys(self._unchanged, "as before")
         threads = "as asked for" if o.threads else "the backend's own choice"
-        vocabulary = "distinct characters of the text" if o.tokenizer == "char" else "every byte"
+        trained = "" if r.n_trained == r.n_parameters else f"{r.n_trained:,} of them are trained"
         decay = "" if o.schedule == "constant" else f" down to {o.lr * o.lr_floor:g} at step {o.steps}"
         return [
             *([Choice("resumed", f"after step {self.step}")] if self._run is not None else []),
@@ -256,9 +157,10 @@ class Training:
             Choice("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
             Choice("corpus", self.corpus.source, "" if o.corpus else "the default; --corpus FILE names another"),
             Choice("tokens", f"{len(self.split.train):,} to train on, {len(self.split.validation):,} to validate"),
-            Choice("vocabulary", f"{c.vocab_size}", vocabulary),
-            Choice("model", f"{o.arch}: {o.layers} layers, {o.heads} heads, {o.d_model} wide, context {o.context}"),
-            Choice("parameters", f"{r.n_parameters:,}"),
+            *self.start.choices(),
+            Choice("vocabulary", f"{c.vocab_size}", self.start.vocabulary()),
+            Choice("model", f"{r.arch}: {c.n_layers} layers, {c.n_heads} heads, {c.d_model} wide, context {o.context}"),
+            Choice("parameters", f"{r.n_parameters:,}", trained),
             Choice("steps", f"{o.steps:,} of {o.batch} x {o.context} tokens", f"{self._epochs():.2g} times the text"),
             Choice("learning rate", f"{o.lr:g}", f"{o.schedule}{decay}, {o.warmup} steps of warm-up"),
             Choice("ln(V)", f"{math.log(c.vocab_size):.3f}", "nats per token, the loss of a uniform guess"),
@@ -395,7 +297,11 @@ class Training:
                 if not np.isfinite(array).all():
                     raise self._diverged(f"a {what} of {name} is not a finite number at step {self.step}")
         self._log.sync()  # the events first: a checkpoint must never know more than the log
-        self._run.write_checkpoint(Checkpoint(self.step, self._run.config, parameters, moments), self.options.keep)
+        gguf = None
+        if self.start.has_gguf():
+            gguf = functools.partial(self.start.write_gguf, parameters=parameters, tokenizer=self.tokenizer)
+        checkpoint = Checkpoint(self.step, self._run.config, parameters, moments)
+        self._run.write_checkpoint(checkpoint, self.options.keep, gguf)
         self._saved = self.step
 
     def _draw(self):
@@ -418,14 +324,17 @@ class Training:
                 f"{self.corpus.source} is not the text this run was trained on ({text['source']}): "
                 "give that text with --corpus, or start a new run"
             )
-        if run.config.get("tokenizer") != self.tokenizer.to_json() or run.config.get("model") != _json_of(self.config):
+        now = self._describe()
+        if any(_without_path(run.config.get(name)) != _without_path(now[name]) for name in ("model", "tokenizer")):
             raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
+        if _without_path(run.config.get("base")) != _without_path(now.get("base")):
+            raise ValueError(f"{self.options.model} is not the model that the run in {run.folder} began with")
 
     def _run_start(self, resumed):
         return RunStart(
             step=self.step,
             steps=self.options.steps,
-            arch=self.options.arch,
+            arch=self.recipe.arch,
             n_parameters=self.recipe.n_parameters,
             vocab_size=self.config.vocab_size,
             backend=self.recipe.backend,
@@ -441,10 +350,12 @@ class Training:
     def _describe(self):
         """What config.json and every checkpoint say about the run."""
         return {
-            "arch": self.options.arch,
+            "recipe": self.options.recipe,
+            "arch": self.recipe.arch,
             "model": _json_of(self.config),
             "tokenizer": self.tokenizer.to_json(),
             "training": _json_of(self.options),
+            **self.start.describe(),
             "corpus": {
                 "source": self.corpus.source,
                 "path": self.corpus.path,
@@ -471,9 +382,10 @@ def versions():
 
 
 def _read_config(run):
-    """The TrainingOptions in a config.json; the backend, device and threads it really ran on (they round alike); the text."""
+    """The options in a config.json; the backend, device and threads it really ran on (they round alike); the text."""
     try:
-        options, ran, text = TrainingOptions(**run.config["training"]), run.config["backend"], run.config["corpus"]
+        kind = OPTIONS[run.config.get("recipe", TrainingOptions.recipe)]
+        options, ran, text = kind(**run.config["training"]), run.config["backend"], run.config["corpus"]
         as_it_ran = {"backend": ran["name"], "device": ran["device"], "threads": ran["threads"]}
         return options, as_it_ran, {"sha256": text["sha256"], "source": text["source"]}
     except (KeyError, TypeError, ValueError) as error:
@@ -481,7 +393,14 @@ def _read_config(run):
 
 
 def _json_of(record):
-    return dataclasses.asdict(record)
+    """A dataclass as JSON would give it back: lists for tuples."""
+    items = dataclasses.asdict(record).items()
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+
+
+def _without_path(record):
+    """What of a config.json's entry stays the same when a file moves."""
+    return {key: value for key, value in record.items() if key != "path"} if isinstance(record, dict) else record
 
 
 class _StopSignals:

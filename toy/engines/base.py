@@ -9,6 +9,8 @@ from toy.adamw import AdamW, check_row
 from toy.engines.weights import random_weights
 from toy.models import model_for
 from toy.models.base import check_range
+from toy.models.parameters import ParameterTree
+from toy.switch import eager_ops
 
 
 def with_model_options(config, options):
@@ -86,6 +88,18 @@ class Engine:
         ids = self._check_ids(token_ids)
         logits = self._logits(ids, self._check_positions(positions))
         return np.array(logits, np.float32).reshape(self.options.t_batch, self.options.t_seq, -1)
+
+    def model_copy(self):
+        """A model object on an eager op table with a copy of the present weights (borrowed ones are not copied): for
+        generation and inspection."""
+        ops, leaves = eager_ops(self.backend), dict(self.weights.borrowed)
+        if ops.name == "reference":  # numpy would dequantise a matrix anew for every token
+            leaves = {
+                name: np.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf.dequantize()
+                for name, leaf in leaves.items()
+            }
+        tree = ParameterTree(leaves | self.parameters())
+        return self.model_class.from_config(self.config, ops=ops, parameters=tree, **self.weights.model_options)
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

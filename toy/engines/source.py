@@ -63,35 +63,38 @@ def _is_finite(leaf, rows=2048):
 
 
 class Source:
-    """Weights by name, from an open `GGUF` or a mapping of names to arrays. name: of it, for error messages."""
+    """Weights by name, from an open `GGUF` or a mapping of names to arrays or quantised matrices. name: of it, for error
+    messages. shapes: dict by name."""
 
     def __init__(self, weights):
         if isinstance(weights, GGUF):
             self.name = str(weights.path)
             self.shapes = {name: record.shape for name, record in weights.tensors.items()}
-            self._read = lambda name, out: weights.dequantize(name, out=out)
+            self._leaf = weights.matrix
         elif isinstance(weights, Mapping):
-            arrays = {name: np.asarray(array) for name, array in weights.items()}
+            leaves = {name: leaf if hasattr(leaf, "dequantize") else np.asarray(leaf) for name, leaf in weights.items()}
             self.name = "the given weights"
-            self.shapes = {name: array.shape for name, array in arrays.items()}
-            self._read = lambda name, out: np.copyto(out, arrays[name], casting="same_kind")
+            self.shapes = {name: leaf.shape for name, leaf in leaves.items()}
+            self._leaf = leaves.__getitem__
         else:
             raise TypeError(
                 "weights must come from an open toy.GGUF or a mapping of names to arrays (recipe.parameters()), "
                 f"got {type(weights).__name__}"
             )
 
+    def leaf(self, name):
+        """A tensor as it is stored: an array, or a `toy.quantized.QuantizedMatrix`."""
+        return self._leaf(name)
+
     def fill(self, name, out):
         """Write a tensor into the float32 array `out`. Raises ValueError for numbers that are not finite."""
-        self._read(name, out)
+        leaf = self.leaf(name)
+        if isinstance(leaf, np.ndarray):
+            np.copyto(out, leaf, casting="same_kind")
+        else:
+            leaf.rows(0, leaf.shape[0], out=out)
         if not np.isfinite(out).all():
             raise ValueError(f"{self.name}: {name} holds numbers that are not finite")
-
-    def array(self, name):
-        """A tensor as float32."""
-        out = np.empty(self.shapes[name], np.float32)
-        self.fill(name, out)
-        return out
 
 
 EMBEDDINGS = ("token_embd.weight", "position_embd.weight")

@@ -88,7 +88,8 @@ def read_checkpoint(path):
         if not np.isfinite(array).all():
             raise BadFileError(path, f"tensor {name} holds numbers that are not finite")
     parameters = {name: array for name, array in tensors.items() if not name.startswith("adamw.")}
-    moments = {slot: {name: tensors[f"adamw.{slot}.{name}"] for name in parameters} for slot in _SLOTS}
+    trained = [name for name in parameters if f"adamw.m.{name}" in tensors]
+    moments = {slot: {name: tensors[f"adamw.{slot}.{name}"] for name in trained} for slot in _SLOTS}
     if any((array < 0).any() for array in moments["v"].values()):
         raise BadFileError(path, "a second moment of AdamW is negative")
     return Checkpoint(step, config, parameters, moments)
@@ -128,11 +129,18 @@ def _check_metadata(path, metadata):
 
 
 def _check_names(path, shapes):
-    """Every parameter has its two moments, of its own shape, and there is nothing else."""
+    """A parameter has two moments, of its own shape, or (when it is not trained) none, and there is nothing else."""
     parameters = [name for name in shapes if not name.startswith("adamw.")]
     if not parameters:
         raise BadFileError(path, "holds no parameters")
-    expected = {f"{prefix}{name}": shapes[name] for name in parameters for prefix in ("", "adamw.m.", "adamw.v.")}
+    frozen = {name for name in parameters if not {f"adamw.m.{name}", f"adamw.v.{name}"} & shapes.keys()}
+    if len(frozen) == len(parameters):
+        raise BadFileError(path, "holds no moments of AdamW")
+    expected = {
+        f"{prefix}{name}": shapes[name]
+        for name in parameters
+        for prefix in (("",) if name in frozen else ("", "adamw.m.", "adamw.v."))
+    }
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise BadFileError(path, f"tensor {name} has shape {shapes.get(name)}, expected {expected.get(name)}")

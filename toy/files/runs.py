@@ -1,4 +1,5 @@
-"""The directory of a run: config.json, events.jsonl, samples.txt, loss.png, weights/step_<N>.safetensors, weights/latest."""
+"""The directory of a run: config.json, events.jsonl, samples.txt, loss.png, weights/step_<N>.safetensors, weights/latest, and
+weights/step_<N>.gguf where llama.cpp has the architecture."""
 
 import contextlib
 import json
@@ -119,17 +120,20 @@ class Run:
                 raise BadFileError(path, f"is not of this run: its {name} is not the one in config.json")
         return checkpoint
 
-    def write_checkpoint(self, checkpoint, keep):
+    def write_checkpoint(self, checkpoint, keep, write_gguf=None):
         """Write the checkpoint, then let weights/latest name it, then delete all but the newest `keep`.
 
-        In this order a kill at any moment leaves `latest` naming a whole file.
+        In this order a kill at any moment leaves `latest` naming a whole file. write_gguf: function of a path that writes the
+        same weights as a GGUF file; it gets the checkpoint's name with .gguf, and goes when the checkpoint does.
         """
         path = self.weights / f"step_{checkpoint.step}.safetensors"
+        if write_gguf is not None:
+            write_gguf(path.with_suffix(".gguf"))
         checkpoints.write_checkpoint(path, checkpoint)
         write_text(self.weights / "latest", path.name + "\n")
         for step, old in sorted(self._checkpoints(), reverse=True)[keep:]:
             if step < checkpoint.step:
-                old.unlink(missing_ok=True)
+                _remove(old)
         return path
 
     def _checkpoints(self):
@@ -152,7 +156,7 @@ class Run:
         self.weights.mkdir(exist_ok=True)
         for later, path in self._checkpoints():
             if later > step:
-                path.unlink()
+                _remove(path)
         kept = events.keep_until(self.events_path, step if step > 0 else -1) if self.events_path.exists() else []
         write_text(self.samples_path, "".join(sample_text(e["step"], e["text"]) for e in kept if e["kind"] == "sample"))
         return kept
@@ -186,6 +190,12 @@ class Run:
             yield
         finally:
             os.close(handle)
+
+
+def _remove(checkpoint):
+    """Delete a checkpoint and the GGUF file beside it."""
+    checkpoint.unlink(missing_ok=True)
+    checkpoint.with_suffix(".gguf").unlink(missing_ok=True)
 
 
 def check_new_folder(folder):

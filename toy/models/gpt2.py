@@ -13,7 +13,6 @@ from typing import NamedTuple
 from toy.adamw import AdamW
 from toy.config import GPT2Config
 from toy.models.base import LanguageModel, backward_order
-from toy.models.lens import embed, embed_backward, unembed, unembed_backward
 
 NORM_EPS = 1e-5
 
@@ -82,11 +81,6 @@ class GPT2(LanguageModel):
                 stds[name] = 0.02
         return stds
 
-    @staticmethod
-    def head(tree):
-        """The output matrix in a parameter or gradient tree, and its lens (None: it has none)."""
-        return tree.token_embd.weight, tree.output.lens if hasattr(tree, "output") else None
-
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward_rows(self, token_ids, positions, batch, kv_cache=None):
@@ -101,7 +95,7 @@ class GPT2(LanguageModel):
         keep_cache: False when no backward follows; the blocks' activations are then freed at once.
         """
         ops, p = self.ops, self.parameters
-        token, token_cache = embed(ops, token_ids, p.token_embd)  # (N, D)
+        token, token_cache = ops.embedding(token_ids, p.token_embd.weight)  # (N, D)
         position, position_cache = ops.embedding(positions, p.position_embd.weight)  # (N, D)
         x = ops.add(token, position)  # (N, D)
         block_caches = []
@@ -114,7 +108,7 @@ class GPT2(LanguageModel):
         """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
         ops, p = self.ops, self.parameters
         x, norm_cache = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
-        logits, unembed_cache = unembed(ops, x, *self.head(p))  # (N, V)
+        logits, unembed_cache = ops.linear(x, p.token_embd.weight)  # (N, V)
         return logits, norm_cache, unembed_cache
 
     def block_forward(self, layer, block, x, batch, kv_cache=None):
@@ -141,12 +135,13 @@ class GPT2(LanguageModel):
     def backward_rows(self, d_logits, cache, grads, release_cache=False):
         """d_logits: (N, V). Adds the gradient of every parameter to `grads`."""
         ops = self.ops
-        d_x = unembed_backward(ops, d_logits, cache.unembed, *self.head(grads))  # (N, D), first use of E
+        d_x = ops.linear_backward(d_logits, cache.unembed, grads.token_embd.weight)  # (N, D), first use of E
         d_x = ops.layer_norm_backward(d_x, cache.output_norm, grads.output_norm.weight, grads.output_norm.bias)
         for _, block_cache, block_grads in backward_order(self.parameters.blk, cache.blocks, grads.blk, release_cache):
             d_x = self.block_backward(d_x, block_cache, block_grads)
         ops.embedding_backward(d_x, cache.position, grads.position_embd.weight)
-        embed_backward(ops, d_x, cache.token, grads.token_embd)  # second use of E: the same gradient collects both
+        # second use of E: the same gradient collects both
+        ops.embedding_backward(d_x, cache.token, grads.token_embd.weight)
 
     def block_backward(self, d_x, cache, grads):
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""

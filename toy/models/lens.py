@@ -5,6 +5,10 @@
 Without a lens in the parameter tree these are the plain lookup and the plain head.
 """
 
+import dataclasses
+
+import numpy as np
+
 
 def lens_shapes(config, donor_width):
     """dict of the names of the projections to their shapes."""
@@ -46,3 +50,15 @@ def unembed_backward(ops, d_logits, cache, d_weight, d_lens=None):
     product, projection = cache
     d_x = ops.linear_backward(d_logits, product, d_weight)
     return d_x if projection is None else ops.linear_backward(d_x, projection, d_lens)
+
+
+def without_lens(config, parameters):
+    """The same model without a lens: its config (untied now) and its parameters, float32, the donor looked at once and for
+    all. parameters: dict of names to arrays; the donor's embedding may be a `toy.quantized.QuantizedMatrix`."""
+    parameters = dict(parameters)
+    lens_in, donor = parameters.pop("token_embd.lens"), parameters.pop("token_embd.weight")
+    donor = donor if isinstance(donor, np.ndarray) else donor.dequantize()  # (V, E)
+    embedding = {"token_embd.weight": donor @ lens_in.T}  # (V, D)
+    if "output.lens" in parameters:
+        embedding["output.weight"] = donor @ parameters.pop("output.lens")  # (V, D)
+    return dataclasses.replace(config, untied=True), embedding | parameters

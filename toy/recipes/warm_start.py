@@ -2,12 +2,11 @@
 
 import fnmatch
 
-from toy.config import GPT2Config, LlamaConfig
+from toy.config import LlamaConfig
 from toy.engines import EngineHandle, check_options
 from toy.engines.base import with_model_options
 from toy.engines.source import Source
 from toy.engines.weights import Weights, random_fill
-from toy.files.gguf import GGUF
 from toy.models import model_for
 from toy.models.lens import lens_shapes
 from toy.models.parameters import initialize_array
@@ -29,8 +28,8 @@ class WarmStart(EngineHandle):
         model.
         take: shell pattern, or a list of them, of the names of the parameters that are taken from the source ("blk.*",
         "token_embd.*"); the others start random, from the seed of opts.
-        lens: the source's token embedding may have any width; it stays frozen, and trained projections lead from it to the
-        new model's width and (with a tied head) back.
+        lens: (llama) the source's token embedding may have any width; it stays frozen, and trained projections lead from it
+        to the new model's width and (with a tied head) back. Of the rest, "*" then takes what has the right shape.
 
         Raises ValueError when a parameter that is to be taken is missing in the source or has another shape, when no name
         matches, and for a vocabulary of another size under a lens.
@@ -46,7 +45,7 @@ def warm_weights(config, source, options, take="*", lens=False):
     shapes, reader, random = model_for(config).parameter_shapes(config), Source(source), random_fill(config, options)
     borrowed = {}
     if lens:
-        borrowed = {EMBEDDING: _donor_embedding(config, source, reader)}
+        borrowed = {EMBEDDING: _donor_embedding(config, reader)}
         width = borrowed[EMBEDDING].shape[1]
         shapes = {name: shape for name, shape in shapes.items() if name != EMBEDDING} | lens_shapes(config, width)
     taken = {name for name in shapes if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
@@ -84,9 +83,9 @@ def _fill_lens(out, options):
     initialize_array("token_embd.lens", out, out.shape[1] ** -0.5, options.seed, options.init_scale)
 
 
-def _donor_embedding(config, source, reader):
-    if not isinstance(config, (GPT2Config, LlamaConfig)) or type(config).__name__ == "TransformerConfig":
-        raise ValueError(f"a lens belongs to a llama or gpt2 model, this is a {type(config).__name__}")
+def _donor_embedding(config, reader):
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(f"a lens belongs to a llama model, this is a {type(config).__name__}")
     if EMBEDDING not in reader.shapes:
         raise ValueError(f"{reader.name} has no {EMBEDDING} to look at through a lens")
     rows = reader.shapes[EMBEDDING][0]
@@ -95,8 +94,7 @@ def _donor_embedding(config, source, reader):
             f"{reader.name} has an embedding of {rows} tokens, the new model a vocabulary of {config.vocab_size}: "
             "they must be the same"
         )
-    donor = source.matrix(EMBEDDING) if isinstance(source, GGUF) else reader.array(EMBEDDING)
-    return donor
+    return reader.leaf(EMBEDDING)
 
 
 def _some(names, most=4):
