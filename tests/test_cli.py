@@ -16,8 +16,8 @@ import pytest
 from single_thread import single_thread  # noqa: F401 (autouse)
 
 import toy
-from toy import cli, training
-from toy.files import read_events
+from toy import cli, cli_progress, training
+from toy.files import read_checkpoint, read_events
 
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(f"{i} squared is {i * i}, and then comes {i + 1}.\n" for i in range(300))
@@ -131,9 +131,7 @@ def test_twenty_steps_equal_ten_and_resume_and_ten(train, toy_command):
         return [(event["step"], event["loss"], event["grad_norm"]) for event in events]
 
     assert steps("halves") == steps("straight")
-    halves, straight = (
-        training.read_checkpoint(Path(run, "weights/step_20.safetensors")) for run in ("halves", "straight")
-    )
+    halves, straight = (read_checkpoint(Path(run, "weights/step_20.safetensors")) for run in ("halves", "straight"))
     for a, b in zip((halves.parameters, *halves.moments.values()), (straight.parameters, *straight.moments.values())):
         assert all(a[name].tobytes() == b[name].tobytes() for name in b)
 
@@ -308,9 +306,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(train_numpy):
         return [(e["kind"], e["step"], e.get("loss"), e.get("grad_norm"), e.get("text")) for e in events]
 
     assert history("killed") == history("straight")
-    killed, straight = (
-        training.read_checkpoint(Path(f, "weights/step_60.safetensors")) for f in ("killed", "straight")
-    )
+    killed, straight = (read_checkpoint(Path(f, "weights/step_60.safetensors")) for f in ("killed", "straight"))
     for a, b in zip((killed.parameters, *killed.moments.values()), (straight.parameters, *straight.moments.values())):
         assert all(a[name].tobytes() == b[name].tobytes() for name in b)
     assert not [path for path in Path("killed").rglob("*.tmp")]
@@ -542,21 +538,20 @@ def test_help_does_not_wait_for_what_it_does_not_need():
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():
     sign = "\N{REPLACEMENT CHARACTER}"
-    assert cli.printable("a\x1b[31mb\r\n\tc\x07ä\xa0€\u202e😀") == f"a{sign}[31mb\n\tc{sign}ä\xa0€{sign}😀"
+    assert cli_progress.printable("a\x1b[31mb\r\n\tc\x07ä\xa0€\u202e😀") == f"a{sign}[31mb\n\tc{sign}ä\xa0€{sign}😀"
 
 
 def test_words_for_numbers():
-    assert [cli.clock(seconds) for seconds in (0, 59.4, 60, 3599.6, 7384)] == [
+    assert [cli_progress.clock(seconds) for seconds in (0, 59.4, 60, 3599.6, 7384)] == [
         "0:00",
         "0:59",
         "1:00",
         "1:00:00",
         "2:03:04",
     ]
-    assert [cli.compact(number) for number in (3, 950, 45_210, 1_230_000)] == ["3", "950", "45.2k", "1.23M"]
-    assert (
-        cli.indented("abcdef\n\ng", width=7) == "    | a\n    | b\n    | c\n    | d\n    | e\n    | f\n    | \n    | g"
-    )
+    assert [cli_progress.compact(number) for number in (3, 950, 45_210, 1_230_000)] == ["3", "950", "45.2k", "1.23M"]
+    text = cli_progress.indented("abcdef\n\ng", width=7)
+    assert text == "    | a\n    | b\n    | c\n    | d\n    | e\n    | f\n    | \n    | g"
 
 
 def test_the_config_of_a_run_made_here_names_all_options(run_folder):
