@@ -61,16 +61,21 @@ class Training:
         self._run = None
 
     @classmethod
-    def resume(cls, folder, **changes):
+    def resume(cls, folder, recipe=None, **changes):
         """The run in `folder` (a path), ready to go on from its newest checkpoint: weights, moments and step.
 
+        recipe: the name of the one it must be of, None: any.
         changes: options by name. Those of RESUMABLE may differ: steps (the total, more than are done), corpus and model (a
-        new place of the same text, of the same file), what does not change the numbers, and backend, device and threads, which
-        round a little differently.
+        new place of the same text, of the same file), what does not change the numbers, and backend, device and threads,
+        which round a little differently.
         Raises BadFileError for a damaged run, ValueError for a change that is not possible.
         """
         run = Run.open(folder)
         options, as_it_ran, text = _read_config(run)
+        if recipe not in (None, options.recipe):
+            raise ValueError(
+                f"the run in {folder} is of another kind: toy train {options.recipe} --resume goes on with it"
+            )
         for name, value in changes.items():
             if name not in RESUMABLE and value != getattr(options, name):
                 raise ValueError(

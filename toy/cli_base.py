@@ -1,0 +1,67 @@
+"""What every command needs: errors that end it with one sentence and an exit code, and the `command` decorator."""
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import click
+
+
+class Failure(click.ClickException):
+    """What ends a command: one sentence and an exit code."""
+
+    def __init__(self, message, exit_code, debug=False):
+        super().__init__(" ".join(message.split()))
+        self.exit_code, self.debug = exit_code, debug
+
+
+class Phase:
+    """Turns the errors inside a `with` block into a Failure: exit code 2 while input is checked, 1 while running."""
+
+    def __init__(self, exit_code, debug, hint=lambda: ""):
+        self.exit_code, self.debug, self.hint = exit_code, debug, hint
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None or isinstance(error, (click.exceptions.Exit, click.ClickException, click.Abort)):
+            return
+        if not isinstance(error, Exception) or isinstance(error, BrokenPipeError):
+            return
+        if isinstance(error, OSError):
+            message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        elif isinstance(error, (ValueError, RuntimeError)):
+            message = str(error)
+        elif isinstance(error, MemoryError):
+            message = f"out of memory ({error})"
+        else:
+            message = f"unexpected {type(error).__name__}: {error} (please report it, with the output of --debug)"
+            raise Failure(message, 1, self.debug) from error
+        raise Failure(message + self.hint(), self.exit_code, self.debug) from error
+
+
+def command(group, name):
+    """A click command with --debug, whose body gets `debug` and ends quietly when nobody reads its output any more."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def body(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail again
+                return 1
+
+        # click reads the parameters backwards: the first one is shown last
+        debug = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error.")
+        body.__dict__.setdefault("__click_params__", []).insert(0, debug)
+        return group.command(name)(body)
+
+    return decorate
+
+
+def program():
+    """How the user called this program, for commands to type."""
+    return "python -m toy" if Path(sys.argv[0]).name == "__main__.py" else "toy"
