@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import dataclasses
 import json
 import os
 import random
@@ -419,10 +420,10 @@ def test_generate_without_a_prompt_and_from_a_checkpoint_file(run_folder, toy_co
         (["trained", "--tokens=0"], "'--tokens'"),
         (["trained", "--seed=-1"], "'--seed'"),
         (["trained", "--backend=cuda"], "unknown backend"),
-        (["nowhere"], "there is no run directory or checkpoint file 'nowhere'"),
+        (["nowhere"], "there is no run directory, checkpoint or GGUF file 'nowhere'"),
         (["text.txt"], "text.txt: is not"),
         (["."], "is not a run directory"),
-        ([], "Missing argument 'RUN'"),
+        ([], "Missing argument 'MODEL'"),
     ],
 )
 def test_generate_refuses_bad_input(run_folder, toy_command, arguments, problem):
@@ -511,8 +512,8 @@ def test_help(toy_command, arguments):
 
 def test_every_training_option_is_on_the_command_line(toy_command):
     _, out, _ = toy_command(*TRAIN, "--help")
-    for name in training.TrainingOptions.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in out
+    for field in dataclasses.fields(training.TrainingOptions):
+        assert f"--{field.name.replace('_', '-')} " in out
 
 
 def test_version(toy_command):
@@ -556,7 +557,7 @@ def test_words_for_numbers():
 
 def test_the_config_of_a_run_made_here_names_all_options(run_folder):
     config = json.loads((run_folder / "config.json").read_text())
-    assert config["training"].keys() == training.TrainingOptions.__dataclass_fields__.keys()
+    assert config["training"].keys() == {field.name for field in dataclasses.fields(training.TrainingOptions)}
 
 
 def test_describe_and_fetch_say_what_is_wrong(toy_command, tmp_path):

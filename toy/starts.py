@@ -105,12 +105,16 @@ class FromGGUFStart(Start):
         path = find_model(options.model)
         self.gguf = GGUF.open(path)  # stays open: its matrices are used in place
         self.config = self.gguf.config()
+        self.check_config()
         self.tokenizer = load_tokenizer(self.gguf)
         self.options = dataclasses.replace(options, model=str(Path(path).absolute()))
         if options.context > self.config.context_length:
             raise ValueError(
                 f"a context of {options.context} is too long: {path} was made for at most {self.config.context_length}"
             )
+
+    def check_config(self):
+        """Raise ValueError when the recipe cannot train this model."""
 
     def make_tokenizer(self, text):
         return self.tokenizer
@@ -132,8 +136,7 @@ class FromGGUFStart(Start):
 class LoRAStart(FromGGUFStart):
     recipe_class = recipes.LoRA
 
-    def __init__(self, options):
-        super().__init__(options)
+    def check_config(self):
         if not isinstance(self.config, LlamaConfig):
             raise ValueError(
                 f"LoRA needs a model of architecture llama, {self.gguf.path} is a {self.gguf.architecture}"
