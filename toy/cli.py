@@ -1,4 +1,4 @@
-"""The command line: toy train, generate, plot, describe, fetch, backends, gradcheck, selftest.
+"""The command line: toy train, generate, eval, export, plot, describe, fetch, backends, gradcheck, selftest.
 
 Bad input ends with one sentence on stderr and exit code 2, before anything is written; a failure while running with exit
 code 1; --debug shows the traceback too. A run stopped by Ctrl-C is saved and ends with 130, the shell's code for it.
@@ -13,9 +13,8 @@ from pathlib import Path
 
 import click
 
-from toy import __version__, cli_train, switch, trained
+from toy import __version__, cli_models, cli_train, switch
 from toy.cli_base import Failure, Phase, command
-from toy.cli_progress import printable
 
 
 def main(arguments=None):
@@ -52,39 +51,13 @@ def cli(context):
 
 
 cli.add_command(cli_train.train)
+for _command in cli_models.models.commands.values():
+    cli.add_command(_command)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# toy generate, plot, backends, gradcheck
+# toy plot, backends, gradcheck, selftest, describe, fetch
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@command(cli, "generate")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--prompt", help="Text to go on from. [default: a new line]")
-@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True, help="Tokens to write.")
-@click.option(
-    "--temperature", type=float, default=0.8, show_default=True, help="Below 1: safer, 0: always the likeliest."
-)
-@click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
-@click.option("--top-p", type=float, help="Draw from the fewest tokens whose probability reaches p.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
-@click.option("--backend", default="auto", help=f"One of {', '.join(switch.BACKEND_NAMES)}.")
-def generate(run, prompt, tokens, temperature, top_k, top_p, seed, backend, debug):
-    """Let a trained model write. RUN is a run directory or a checkpoint file."""
-    from toy.generation import generate as generate_ids
-
-    with Phase(2, debug):
-        loaded = trained.load_trained(run, backend=backend)
-        tokenizer = loaded.tokenizer
-        ids = trained.first_prompt(tokenizer, [0]) if prompt is None else tokenizer.encode(prompt, what="prompt")
-        stream = tokenizer.stream(generate_ids(loaded.model, ids, tokens, temperature, top_k, top_p, seed))
-    with Phase(1, debug):
-        clean = printable if sys.stdout.isatty() else str
-        click.echo(clean(prompt or ""), nl=False)
-        for text in stream:
-            click.echo(clean(text), nl=False)
-        click.echo()
 
 
 @command(cli, "plot")

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from toy.trained import text_ids
+
 _ROWS = 2048  # tokens of a batch of windows
 _LOGITS = 2**23  # numbers: the logits of a large vocabulary are made so many at a time
 
@@ -41,51 +43,63 @@ class TextEvaluation:
         return -float(self.log_probabilities.sum()) / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
 
-def evaluate_text(model, tokenizer, text, context=None, stride=None, limit=None, progress=None):
-    """Let `model` predict `text` -> `TextEvaluation`.
+def evaluate_text(model, tokenizer, text, context=None, stride=None, limit=None):
+    """Let `model` predict `text` -> `TextEvaluation`. Arguments and errors as `TextEvaluator`."""
+    evaluator = TextEvaluator(model, tokenizer, text, context, stride, limit)
+    for _ in evaluator:
+        pass
+    return evaluator.result()
 
-    Every token but the first is predicted exactly once. The text is read in windows of `context` tokens; each window begins
-    where it predicts the next `stride` tokens after those that are done, so a token sees at least context - stride earlier
-    ones (the beginning of the text aside). A small stride is slower and gives the lower loss.
 
-    context: None = the model's, at most 512. stride: None = half the context. limit: only so many tokens, from the beginning
-    of the text. progress: called with (tokens done, tokens in all).
-    Raises ValueError for a text of fewer than two tokens, a context beyond the model's, a stride beyond the context.
+class TextEvaluator:
+    """A model and a text that it is to predict: iterate over it (it yields the number of tokens done), then `result()`.
+
+    Every token but the first is predicted exactly once. The first window predicts `context` tokens; each further one ends
+    `stride` tokens later, predicts these, and reads the `context` tokens before its end, so that every token sees at least
+    context - stride earlier ones (the beginning of the text aside). A small stride is slower and gives the lower loss.
+
+    context: None = the model's, at most 512. stride: None = half the context. limit: read only so many tokens, from the
+    beginning of the text.
+    Raises ValueError for a text of fewer than two tokens, a context beyond the model's, a stride beyond the context; while
+    iterating, RuntimeError when the model's numbers are not finite.
     """
-    largest = model.config.context_length
-    context = min(largest, 512) if context is None else context
-    if not 1 <= context <= largest:
-        raise ValueError(f"context must lie between 1 and the model's {largest}, got {context}")
-    stride = max(1, context // 2) if stride is None else stride
-    if not 1 <= stride <= context:
-        raise ValueError(f"stride must lie between 1 and the context of {context}, got {stride}")
-    if limit is not None and limit < 2:
-        raise ValueError(f"limit must be at least 2, because the first token is not predicted; got {limit}")
-    ids = encode_text(tokenizer, text)[:limit]
-    if len(ids) < 2:
-        raise ValueError(
-            f"the text has {len(ids)} token{'s' * (len(ids) != 1)}: there is nothing to predict, give at least two"
-        )
-    log_probabilities = token_log_probabilities(model, ids, context, stride, progress)
-    n_bytes = sum(len(token_bytes(tokenizer, i)) for i in ids[1:].tolist())
-    return TextEvaluation(ids[1:], log_probabilities, n_bytes, context, stride)
 
+    def __init__(self, model, tokenizer, text, context=None, stride=None, limit=None):
+        largest = model.config.context_length
+        context = min(largest, 512) if context is None else context
+        if not 1 <= context <= largest:
+            raise ValueError(f"context must lie between 1 and the model's {largest}, got {context}")
+        stride = max(1, context // 2) if stride is None else stride
+        if not 1 <= stride <= context:
+            raise ValueError(f"stride must lie between 1 and the context of {context}, got {stride}")
+        if limit is not None and limit < 2:
+            raise ValueError(f"limit must be at least 2, because the first token is not predicted; got {limit}")
+        self.ids = text_ids(tokenizer, text)[:limit]
+        if len(self.ids) < 2:
+            count = "one token" if len(self.ids) else "no tokens"
+            raise ValueError(f"the text has {count}: there is nothing to predict, give at least two")
+        self.model, self.tokenizer, self.context, self.stride = model, tokenizer, context, stride
+        self.log_probabilities = np.full(self.n_tokens, np.nan)
 
-def token_log_probabilities(model, ids, context, stride, progress=None):
-    """The natural log-probability of each of ids[1:] after the tokens before it in its window. ids: (N,) -> (N-1,) float64.
+    @property
+    def n_tokens(self):
+        """How many tokens are predicted."""
+        return len(self.ids) - 1
 
-    Arguments as `evaluate_text`. Raises FloatingPointError when the model's numbers are not finite.
-    """
-    ends, width = window_ends(len(ids) - 1, context, stride), min(context, len(ids) - 1)
-    result = np.empty(len(ids) - 1)
-    windows = list(pairwise([0, *ends]))  # predicts ids[start + 1 : end + 1], reads ids[end - width : end]
-    n_batches = -(-len(windows) // max(1, _ROWS // width))
-    for part in np.array_split(np.arange(len(windows)), n_batches):  # batches of almost the same size
-        batch = [windows[i] for i in part]
-        _predict(model, ids, batch, width, result)
-        if progress is not None:
-            progress(batch[-1][1], len(result))
-    return result
+    def __iter__(self):
+        width = min(self.context, self.n_tokens)
+        windows = list(pairwise([0, *window_ends(self.n_tokens, self.context, self.stride)]))
+        n_batches = -(-len(windows) // max(1, _ROWS // width))
+        for part in np.array_split(np.arange(len(windows)), n_batches):  # batches of almost the same size
+            batch = [windows[i] for i in part]
+            _predict(self.model, self.ids, batch, width, self.log_probabilities)
+            yield batch[-1][1]
+
+    def result(self):
+        """-> `TextEvaluation`."""
+        predicted = self.ids[1:]
+        n_bytes = sum(len(token_bytes(self.tokenizer, i)) for i in predicted.tolist())
+        return TextEvaluation(predicted, self.log_probabilities, n_bytes, self.context, self.stride)
 
 
 def window_ends(n_predicted, context, stride):
@@ -110,7 +124,7 @@ def _predict(model, ids, windows, width, result):
         logits, *_ = model.unembed_rows(x[chunk])  # (n, V)
         result[target] = log_probability_of(logits, ids[target + 1])
     if not np.isfinite(result[targets]).all():
-        raise FloatingPointError("the model gives numbers that are not finite: its weights are damaged or too large")
+        raise RuntimeError("the model gives numbers that are not finite: its weights are damaged or too large")
 
 
 def log_probability_of(logits, labels):
@@ -120,14 +134,6 @@ def log_probability_of(logits, labels):
         total = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
         chosen = logits[np.arange(len(labels)), labels].astype(np.float64)
         return chosen - largest[:, 0] - np.log(total)
-
-
-def encode_text(tokenizer, text):
-    """The ids of a text as the model was trained to read it: after the beginning token, if the model wants one. int (N,)."""
-    ids = tokenizer.encode(text)
-    if getattr(tokenizer, "add_bos", False):
-        ids = np.concatenate([np.array([tokenizer.bos_id], ids.dtype), ids])
-    return ids
 
 
 def token_bytes(tokenizer, token_id):

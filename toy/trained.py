@@ -13,14 +13,14 @@ from toy.data import tokenizer_from_json
 from toy.data.gguf_tokenizer import load_tokenizer
 from toy.engines.source import borrowed_parameters
 from toy.files import BadFileError, Run, read_checkpoint
-from toy.files.fetch import find_model
+from toy.files.fetch import MODELS, find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import check_adapter, fingerprint, read_adapter
-from toy.models import MODELS, ParameterTree, model_for
+from toy.models import ParameterTree, model_for
+from toy.models.lens import lens_shapes
 from toy.models.parameters import check_arrays
+from toy.run_options import CONFIGS
 from toy.switch import eager_ops
-
-CONFIGS = {model.arch: config for config, model in MODELS.items()}  # "transformer", "gpt2", ...
 
 
 class Stored(NamedTuple):
@@ -28,7 +28,8 @@ class Stored(NamedTuple):
 
     parameters: dict of names to float32 arrays and, out of a GGUF file, `toy.quantized.QuantizedMatrix`. adapters: dict of
     `blk.0.attn_q.lora_a` ... to arrays, empty without an adapter; alpha: theirs. tokenizer: None where there is none.
-    step: of the checkpoint, None for a GGUF file.
+    step: of the checkpoint, None for a GGUF file. name: what the model is called, "" where nobody said.
+    base: the GGUF file that a LoRA run's adapters are for.
     """
 
     path: Path
@@ -38,6 +39,12 @@ class Stored(NamedTuple):
     step: int | None = None
     adapters: dict = {}  # noqa: RUF012 (never changed)
     alpha: float | None = None
+    name: str = ""
+    base: Path | None = None
+
+    @property
+    def arch(self):
+        return model_for(self.config).arch
 
     @property
     def lora_scale(self):
@@ -80,6 +87,11 @@ def read_trained(path, adapter=None):
     Raises FileNotFoundError for a path where nothing is and for a base that is gone, BadFileError for a damaged file,
     ValueError for a sound one that does not serve: another architecture, an adapter for another base.
     """
+    if not Path(path).exists() and str(path) not in MODELS:
+        raise FileNotFoundError(
+            f"there is no run directory, checkpoint or GGUF file {str(path)!r}, and no model of that name to fetch "
+            f"(there are: {', '.join(MODELS)})"
+        )
     path = find_model(path)
     stored = _from_gguf(path) if path.suffix == ".gguf" or _begins_like_gguf(path) else _from_run(path)
     if adapter is None:
@@ -87,9 +99,7 @@ def read_trained(path, adapter=None):
     if stored.adapters:
         raise ValueError(f"{path} has an adapter of its own already: leave out {adapter}")
     if not isinstance(stored.config, LlamaConfig):
-        raise ValueError(
-            f"{adapter} cannot be put on {path}: LoRA adapters belong to a llama, this is a {_arch(stored)}"
-        )
+        raise ValueError(f"{adapter} cannot be put on {path}: LoRA adapters belong to a llama, this is a {stored.arch}")
     read = read_adapter(adapter, stored.config, base=stored.parameters)
     return stored._replace(adapters=read.parameters, alpha=read.alpha)
 
@@ -111,7 +121,9 @@ def _from_gguf(path):
     config = gguf.config()
     has_tokenizer = gguf.metadata.get("tokenizer.ggml.model", "none") != "none"
     tokenizer = load_tokenizer(gguf) if has_tokenizer else None
-    return Stored(path, config, borrowed_parameters(gguf, config), tokenizer)
+    name = gguf.metadata.get("general.name")
+    parameters = borrowed_parameters(gguf, config)
+    return Stored(path, config, parameters, tokenizer, name=name if isinstance(name, str) else "")
 
 
 def _from_run(path):
@@ -129,11 +141,15 @@ def _from_run(path):
         if checkpoint.config["model"]["n_layers"] > len(checkpoint.parameters):
             raise ValueError("the config has more layers than there are tensors")
         config = CONFIGS[checkpoint.config["arch"]](**checkpoint.config["model"])
-        check_arrays(model_for(config).parameter_shapes(config), checkpoint.parameters)  # before memory is asked for
+        shapes, donor = model_for(config).parameter_shapes(config), {}
+        if checkpoint.config.get("lens"):
+            donor = _donor_embedding(base, shapes)
+            shapes |= lens_shapes(config, donor["token_embd.weight"].shape[1])
+        check_arrays(shapes, checkpoint.parameters)  # before memory is asked for
         tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-        return Stored(path, config, checkpoint.parameters, tokenizer, checkpoint.step)
+        return Stored(path, config, donor | checkpoint.parameters, tokenizer, checkpoint.step)
     except BadFileError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -143,12 +159,7 @@ def _from_run(path):
 def _on_its_base(path, checkpoint, base):
     """The model of a LoRA run: its checkpoint has the adapters, the GGUF file at base["path"] everything else."""
     alpha, expected = float(checkpoint.config["lora"]["alpha"]), base["fingerprint"]
-    base_path = Path(base["path"])
-    if not base_path.exists():
-        raise FileNotFoundError(
-            f"the base model of this LoRA run is not there any more: put {base_path} back, "
-            "or write its new path under base into the run's config.json"
-        )
+    base_path = _path_of_base(base)
     stored = _from_gguf(base_path)
     if fingerprint(stored.parameters) != expected or stored.tokenizer is None:
         raise BadFileError(base_path, f"is not the base model that {path} was trained on (its weights are others)")
@@ -160,12 +171,30 @@ def _on_its_base(path, checkpoint, base):
     if not (alpha > 0 and rank == checkpoint.config["lora"]["rank"]):
         raise ValueError(f"adapters of rank {rank} and alpha {alpha} do not fit {checkpoint.config['lora']}")
     return stored._replace(
-        path=path, config=config, step=checkpoint.step, adapters=dict(checkpoint.parameters), alpha=alpha
+        path=path,
+        config=config,
+        step=checkpoint.step,
+        adapters=dict(checkpoint.parameters),
+        alpha=alpha,
+        base=base_path,
     )
 
 
-def _arch(stored):
-    return model_for(stored.config).arch
+def _donor_embedding(base, shapes):
+    """The embedding that a warm-started model looks at through its lens, taken out of `shapes`: it is not in the run."""
+    name = "token_embd.weight"
+    del shapes[name]
+    return {name: read_trained(_path_of_base(base)).parameters[name]}
+
+
+def _path_of_base(base):
+    path = Path(base["path"])
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the model that this run is based on is not there any more: put {path} back, "
+            "or write its new path under base into the run's config.json"
+        )
+    return path
 
 
 def first_prompt(tokenizer, ids):
@@ -174,3 +203,36 @@ def first_prompt(tokenizer, ids):
         return tokenizer.encode("\n")
     except ValueError:
         return ids[:1]
+
+
+def text_ids(tokenizer, text, what="text"):
+    """The ids of a text as the model was trained to read it: after the beginning token, if it wants one. int32 (N,).
+
+    Errors as `encode`; `what` names the text in them.
+    """
+    return _after_beginning(tokenizer, tokenizer.encode(text, what=what))
+
+
+def chat_prompt(tokenizer, message, context_length):
+    """The ids of a conversation with one message of the user, up to where the assistant's answer begins.
+
+    Raises ValueError when the model has no chat template, and for a message that leaves no room in the context.
+    """
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise ValueError("this model has no chat template: give it plain text, without the chat option")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": message}])
+    ids = tokenizer.encode(text, what="prompt", parse_special=True)
+    if not len(ids) or ids[0] != tokenizer.bos_id:  # many templates write it out
+        ids = _after_beginning(tokenizer, ids)
+    if len(ids) >= context_length:
+        raise ValueError(
+            f"the message takes {len(ids)} tokens with the chat template, and the model's context is {context_length}: "
+            "shorten it"
+        )
+    return ids
+
+
+def _after_beginning(tokenizer, ids):
+    if getattr(tokenizer, "add_bos", False):
+        return np.concatenate([np.array([tokenizer.bos_id], ids.dtype), ids])
+    return ids
