@@ -15,12 +15,11 @@ set to None between the steps.
 import argparse
 import importlib.util
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
+
+from timing import alternate, child_figure, print_peak, processors, restart_with
 
 SHAPES = {  # vocabulary, width, heads, layers, context, batch; the MLP is 4 times as wide as the model
     "tiny": (65, 64, 4, 2, 32, 4),
@@ -125,34 +124,6 @@ def step_of(contender, model, shape, threads):
     return toy_step(contender, model, shape, threads)
 
 
-def alternate(steps, seconds, burst=0.1):
-    """Let the contenders make bursts of steps in turns for about `seconds` each -> dict of lists of seconds per step.
-
-    A burst lasts at least `burst` seconds, and its first step is not counted: the idle threads of the contender before may
-    still be spinning then, and the caches are cold. At least 5 steps are counted.
-    """
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    times = {name: [] for name in steps}
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds * len(steps) or len(next(iter(times.values()))) < 5:
-        for name, step in steps.items():
-            step()
-            begin = last = time.perf_counter()
-            while last - begin < burst:
-                step()
-                now = time.perf_counter()
-                times[name].append(now - last)
-                last = now
-    return times
-
-
-def resident_bytes(key):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
-
-
 def memory_child(contender, model, shape, threads):
     """Print the peak of resident memory during 4 steps above what the imports took, in bytes (Linux)."""
     import numpy  # noqa: F401
@@ -166,25 +137,13 @@ def memory_child(contender, model, shape, threads):
         import toy
 
         toy.switch.resolve(contender)
-    before = resident_bytes("VmRSS")
-    with open("/proc/self/clear_refs", "w") as clear:
-        clear.write("5")  # reset the high-water mark
-    step = step_of(contender, model, shape, threads)
-    for _ in range(4):
-        step()
-    print(json.dumps(resident_bytes("VmHWM") - before))
+    print_peak(lambda: step_of(contender, model, shape, threads))
 
 
 def peak_memory(contender, model, shape, threads):
-    command = [sys.executable, __file__, "--child", contender, "--model", model, "--shapes", shape]
-    command += ["--threads", str(threads)]
-    result = subprocess.run(command, capture_output=True, text=True, env=thread_environment(threads))
-    return float(result.stdout) if result.returncode == 0 else float("nan")
-
-
-def thread_environment(threads):
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TOY_NUM_THREADS")
-    return {**os.environ, **dict.fromkeys(names, str(threads))}
+    return child_figure(
+        [__file__, "--child", contender, "--model", model, "--shapes", shape, "--threads", str(threads)], threads
+    )
 
 
 def main():
@@ -192,9 +151,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--model", choices=("transformer", "gpt2"), default="transformer")
     parser.add_argument("--backends", nargs="+", default=None, help="default: all that are available")
-    parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    )
+    parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--seconds", type=float, default=5.0, help="time per shape and contender")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
@@ -203,8 +160,7 @@ def main():
     threads, model = arguments.threads, arguments.model
     if arguments.child:
         return memory_child(arguments.child, model, arguments.shapes[0], threads)
-    if os.environ.get("TOY_NUM_THREADS") != str(threads):  # the thread counts must be set before the libraries load
-        os.execve(sys.executable, [sys.executable, *sys.argv], thread_environment(threads))
+    restart_with(threads)
 
     import toy
 
