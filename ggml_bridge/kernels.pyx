@@ -26,7 +26,13 @@ from toy._kernels.norms cimport (
     Norm, NormBackward, layer_norm_backward_, layer_norm_forward, rms_norm_backward_, rms_norm_forward,
 )
 from toy._kernels.optimizer cimport AdamW, adamw_update
+from toy._kernels.quantized cimport (
+    QuantizedEmbedding, QuantizedLinear, QuantizedLinearBackward, block_type, quantized_embedding_forward,
+    quantized_linear_backward_input, quantized_linear_forward, quantized_scratch_floats,
+)
 from toy._kernels.threads cimport slice_start
+
+from toy._kernels.quantized import TYPES as QUANTIZED_TYPES
 
 cdef extern from "simd_math.h" nogil:
     double toy_sum_of_squares(const float* x, Py_ssize_t n)
@@ -118,6 +124,41 @@ cdef void linear_backward_weight_node(ggml_tensor* dst, int ith, int nth, void* 
     a.weight, a.d_x, a.d_x_stride = NULL, NULL, 0
     a.d_weight, a.d_bias = data(dst), data_or_null(dst.src[first + 2])
     linear_backward_weight(&a, ith, nth)
+
+
+# -- the same with a frozen weight of a block type; params: the number of its type -------------------------------------------
+
+cdef void quantized_embedding_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
+    cdef QuantizedEmbedding a
+    a.n, a.columns = dst.ne[1], dst.ne[0]
+    a.ids = <const long long*> dst.src[0].data
+    a.table, a.type = <const unsigned char*> dst.src[1].data, block_type((<int64_t*> params)[0])
+    a.rows, a.rows_stride = data(dst), stride(dst)
+    quantized_embedding_forward(&a, ith, nth)
+
+
+cdef void quantized_linear_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
+    cdef QuantizedLinear a
+    cdef const ggml_tensor* x = dst.src[0]
+    cdef const ggml_tensor* weight = dst.src[1]
+    a.n, a.n_in, a.n_out = dst.ne[1], weight.ne[0], weight.ne[1]
+    a.x, a.x_stride = data(x), stride(x)
+    a.weight, a.type = <const unsigned char*> weight.data, block_type((<int64_t*> params)[0])
+    a.scratch, a.bias = data(dst.src[2]), data_or_null(dst.src[3])
+    a.y, a.y_stride = data(dst), stride(dst)
+    quantized_linear_forward(&a, ith, nth)
+
+
+cdef void quantized_linear_backward_input_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
+    cdef QuantizedLinearBackward a
+    cdef const ggml_tensor* d_y = dst.src[0]
+    cdef const ggml_tensor* weight = dst.src[1]
+    a.n, a.n_in, a.n_out = dst.ne[1], weight.ne[0], weight.ne[1]
+    a.d_y, a.d_y_stride = data(d_y), stride(d_y)
+    a.weight, a.type = <const unsigned char*> weight.data, block_type((<int64_t*> params)[0])
+    a.scratch = data(dst.src[2])
+    a.d_x, a.d_x_stride = data(dst), stride(dst)
+    quantized_linear_backward_input(&a, ith, nth)
 
 
 # -- norms ----------------------------------------------------------------------------------------------------------------
@@ -364,6 +405,9 @@ EMBEDDING_BACKWARD = kernel_capsule(embedding_backward_node)
 LINEAR = kernel_capsule(linear_node)
 LINEAR_BACKWARD_INPUT = kernel_capsule(linear_backward_input_node)
 LINEAR_BACKWARD_WEIGHT = kernel_capsule(linear_backward_weight_node)
+QUANTIZED_EMBEDDING = kernel_capsule(quantized_embedding_node)
+QUANTIZED_LINEAR = kernel_capsule(quantized_linear_node)
+QUANTIZED_LINEAR_BACKWARD_INPUT = kernel_capsule(quantized_linear_backward_input_node)
 RMS_NORM = kernel_capsule(rms_norm_node)
 LAYER_NORM = kernel_capsule(layer_norm_node)
 RMS_NORM_BACKWARD = kernel_capsule(rms_norm_backward_node)
@@ -392,6 +436,17 @@ def attention_scratch_floats(t_k):
     cdef Attention a
     a.t_k = t_k
     return attention_scratch(&a)
+
+
+def quantized_floats(n_in, n_out):
+    """Floats of scratch that one thread of the products with a quantised weight (n_out, n_in) needs."""
+    return quantized_scratch_floats(n_in, n_out)
+
+
+def quantized_type(name):
+    """The params of the nodes with a quantised weight of a type ("q4_1"), None for a type that they do not read."""
+    number = QUANTIZED_TYPES.get(name.upper())
+    return None if number is None else struct.pack("q", number)
 
 
 def compute(graph):

@@ -327,7 +327,7 @@ def test_types_without_weights_open_but_are_not_dequantised(tmp_path, code, n_by
 
 def test_without_the_gguf_package_the_error_says_what_to_install(tmp_path, monkeypatch):
     write_gguf(tmp_path / "m.gguf", CONFIGS["llama"], random_parameters(CONFIGS["llama"]), type="f16")
-    file = by_hand(tensors=[described("w", [32], 2, 0)], data=bytes(18))
+    file = by_hand(tensors=[described("w", [32], 20, 0)], data=bytes(18))
     (tmp_path / "q.gguf").write_bytes(file)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with GGUF.open(tmp_path / "m.gguf") as gguf:

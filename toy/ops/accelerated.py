@@ -17,6 +17,7 @@ import numpy as np
 
 from toy._kernels import embedding as _embedding
 from toy._kernels import linear as _linear
+from toy._kernels import quantized as _quantized
 from toy._kernels.attention import attention, attention_backward, concat, split
 from toy._kernels.elementwise import add, gelu, gelu_backward, silu, silu_backward, swiglu, swiglu_backward
 from toy._kernels.embedding import rope, rope_backward
@@ -39,7 +40,9 @@ class QuantizedCache(NamedTuple):
 def embedding(token_ids, table):
     """Look up one row per id. token_ids: int (N,), table: (V, D) -> (N, D)."""
     if isinstance(table, QuantizedMatrix):
-        return table.take(token_ids), QuantizedCache(table)
+        compiled = table.type in _quantized.TYPES
+        rows = _quantized.embedding(token_ids, table.raw, table.type) if compiled else table.take(token_ids)
+        return rows, QuantizedCache(table)
     return _embedding.embedding(token_ids, table)
 
 
@@ -55,6 +58,8 @@ def linear(x, weight, bias=None):
     """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out)."""
     if not isinstance(weight, QuantizedMatrix):
         return _linear.linear(x, weight, bias)
+    if weight.type in _quantized.TYPES:
+        return _quantized.linear(x, weight.raw, weight.type, bias), QuantizedCache(weight)
     y = np.empty((len(x), weight.shape[0]), np.float32)
     for rows in weight.bands():
         part = None if bias is None else bias[rows]
@@ -68,11 +73,14 @@ def linear_backward(d_y, cache, d_weight, d_bias=None):
         return _linear.linear_backward(d_y, cache, d_weight, d_bias)
     if d_weight is not None:
         raise ValueError(QUANTIZED_IS_FROZEN)
+    weight = cache.weight
+    if weight.type in _quantized.TYPES:
+        return _quantized.linear_backward(d_y, weight.raw, weight.type, d_bias)
     if d_bias is not None:
         d_bias += d_y.sum(axis=0)
-    d_x = np.zeros((len(d_y), cache.weight.shape[1]), np.float32)
-    for rows in cache.weight.bands():
-        d_x += d_y[:, rows] @ cache.weight.rows(rows.start, rows.stop)
+    d_x = np.zeros((len(d_y), weight.shape[1]), np.float32)
+    for rows in weight.bands():
+        d_x += d_y[:, rows] @ weight.rows(rows.start, rows.stop)
     return d_x
 
 

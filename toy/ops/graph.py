@@ -14,11 +14,17 @@ Shapes, caches and the meaning of every op are those of `reference.py`. What is 
   `feeds`, a list of (tensor, function); the function takes the arrays by role and returns what to upload.
 * A parameter gradient is a `Slot`: the first backward that adds to it makes it, later ones add in place. `finished(slot)` is
   called as soon as every use of its parameter has added, so that the optimizer can follow at once.
+* A quantised weight is a tensor of that type (`Backend.mapped` or `persistent`), half precision among them. It is frozen.
 """
 
 import struct
 
 import numpy as np
+
+from toy.ops.reference import QUANTIZED_IS_FROZEN
+
+# numbers of a quantised weight that ggml's own operations dequantise at a time: 8 MB, whatever the size of the matrix
+_BAND = 2**21
 
 
 class Slot:
@@ -34,12 +40,14 @@ class Slot:
 
 
 class Integers:
-    """An integer vector (N,) that is filled at every step. role: "token_ids", "positions" or "labels"."""
+    """An integer vector (N,) that is filled at every step. role: "token_ids", "positions" or "labels".
+
+    tensor: what the ops read; narrow: the same numbers as ggml's own operations read them (`CpuGraphOps`)."""
 
     ndim = 1
 
     def __init__(self, role, n, limit):
-        self.role, self.n, self.limit, self.tensor = role, n, limit, None
+        self.role, self.n, self.limit, self.tensor, self.narrow = role, n, limit, None, None
 
 
 class _GraphOps:
@@ -52,6 +60,7 @@ class _GraphOps:
         self.slots = slots or {}
         self.finished = finished or (lambda slot: None)
         self.token_rows = None  # set by integers()
+        self.row_numbers = {}  # by size: 0, 1, 2, ... for reading the rows of a quantised weight
 
     def integers(self, role, n, limit):
         """A vector of n integers in 0 .. limit-1 (labels: from -1) that `feeds` fills at every step."""
@@ -74,6 +83,8 @@ class _GraphOps:
         for parameter in parameters:
             slot = self.slots.get(id(parameter))
             if slot is not None:
+                if _is_quantized(parameter):
+                    raise ValueError(f"{slot.name}: {QUANTIZED_IS_FROZEN}")
                 slot.uses += 1
 
     def contributed(self, *slots):
@@ -83,6 +94,37 @@ class _GraphOps:
                 slot.uses -= 1
                 if slot.uses == 0:
                     self.finished(slot)
+
+    # -- quantised weights, by ggml's own operations -------------------------------------------------------------------
+    # mul_mat with a quantised operand would round the other one; so a band of rows is read as float32 (GET_ROWS) and then
+    # multiplied, a band at a time, and read again for the backward.
+
+    def _bands(self, weight):
+        """Yields (start, stop, rows start to stop-1 as float32)."""
+        n_out, n_in = weight.shape
+        if n_out not in self.row_numbers:
+            self.row_numbers[n_out] = self.constant(np.arange(n_out, dtype=np.int32))
+        numbers, step = self.row_numbers[n_out], max(1, _BAND // n_in)
+        for start in range(0, n_out, step):
+            stop = min(start + step, n_out)
+            yield start, stop, self.graph.get_rows(weight, self.graph.slice(numbers, 0, start, stop))
+
+    def _banded_linear(self, x, weight, bias):
+        """x (N, in) -> (N, out): the bands give columns of y."""
+        parts = [self.graph.mul_mat(band, x) for _, _, band in self._bands(weight)]
+        while len(parts) > 1:  # in pairs: every column is copied log2(bands) times at most
+            pairs = zip(parts[::2], parts[1::2])
+            parts = [self.graph.concat(a, b, axis=1) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
+        return parts[0] if bias is None else self.graph.add(parts[0], bias)
+
+    def _banded_linear_backward(self, d_y, weight):
+        """d_y (N, out) -> (N, in): the sum over the bands."""
+        graph, d_x = self.graph, None
+        for start, stop, band in self._bands(weight):
+            columns = graph.cont(graph.slice(d_y, 1, start, stop))  # (N, rows of the band)
+            part = graph.mul_mat(graph.cont(graph.transpose(band)), columns)
+            d_x = part if d_x is None else graph.add(d_x, part)
+        return d_x
 
     # -- what is the same in both spellings ---------------------------------------------------------------------------
 
@@ -108,13 +150,14 @@ class CpuGraphOps(_GraphOps):
         super().__init__(graph, slots, finished)
         self.kernels = kernels
         self.n_threads = graph.backend.n_threads
-        self.scratch = {}  # by size: every attention node uses the same memory
+        self.scratch = {}  # by size: nodes that need some use the same memory, one after the other
         self.again = {}  # by id: (cheap result, what records it once more)
 
     def integers(self, role, n, limit):
         ids = Integers(role, n, limit)
         narrow = self.feed((n,), "i32", lambda arrays: arrays[role])
         self.graph.limit(narrow, -1 if role == "labels" else 0, limit, role)
+        ids.narrow = narrow
         # int64, what the kernels read: two int32 each
         ids.tensor = self.graph.custom(self.kernels.WIDEN, [narrow], (n, 2), dtype="i32", n_tasks=1)
         return ids
@@ -123,11 +166,19 @@ class CpuGraphOps(_GraphOps):
 
     def embedding(self, token_ids, table):
         self.used(table)
-        out = self.graph.custom(self.kernels.EMBEDDING, [token_ids.tensor, table], (token_ids.n, table.shape[1]))
-        return out, (token_ids,)
+        inputs, shape = [token_ids.tensor, table], (token_ids.n, table.shape[1])
+        if not _is_quantized(table):
+            return self.graph.custom(self.kernels.EMBEDDING, inputs, shape), (token_ids, table)
+        kind = self.kernels.quantized_type(table.dtype)
+        if kind is None:
+            out = self.graph.get_rows(table, token_ids.narrow)
+        else:
+            out = self.graph.custom(self.kernels.QUANTIZED_EMBEDDING, inputs, shape, params=kind)
+        return out, (token_ids, table)
 
     def embedding_backward(self, d_out, cache, d_table):
         if d_table is not None:
+            _check_trained(cache[1])
             self._into(d_table, self.kernels.EMBEDDING_BACKWARD, [cache[0].tensor, d_out])
             self.contributed(d_table)
 
@@ -136,15 +187,49 @@ class CpuGraphOps(_GraphOps):
     def linear(self, x, weight, bias=None):
         self.used(weight, bias)
         _same("linear", "the columns of x and weight", x.shape[1], weight.shape[1])
+        if _is_quantized(weight):
+            return self._quantized_linear(x, weight, bias), (None, weight)
         inputs = [x, weight] if bias is None else [x, weight, bias]
         return self.graph.custom(self.kernels.LINEAR, inputs, (x.shape[0], weight.shape[0])), (x, weight)
 
     def linear_backward(self, d_y, cache, d_weight, d_bias=None):
         x, weight = cache
-        d_x = self.graph.custom(self.kernels.LINEAR_BACKWARD_INPUT, [d_y, weight], (x.shape[0], weight.shape[1]))
+        _same("linear_backward", "the columns of d_y and the rows of weight", d_y.shape[1], weight.shape[0])
+        if d_weight is not None:
+            _check_trained(weight)
+        if _is_quantized(weight):
+            d_x = self._quantized_linear_backward(d_y, weight)
+        else:
+            shape = (d_y.shape[0], weight.shape[1])
+            d_x = self.graph.custom(self.kernels.LINEAR_BACKWARD_INPUT, [d_y, weight], shape)
         if d_weight is not None:
             self._weight_gradient(d_y, x, d_weight, d_bias)
+        elif d_bias is not None:
+            rows = d_y if d_y.is_contiguous else self.graph.cont(d_y)
+            self._into(d_bias, self.kernels.ADD_PARTIALS, [rows])
+            self.contributed(d_bias)
         return d_x
+
+    def _quantized_linear(self, x, weight, bias):
+        kind = self.kernels.quantized_type(weight.dtype)
+        if kind is None:
+            return self._banded_linear(x, weight, bias)
+        scratch = self._quantized_scratch(weight)
+        inputs = [x, weight, scratch] if bias is None else [x, weight, scratch, bias]
+        shape = (x.shape[0], weight.shape[0])
+        return self.graph.custom(self.kernels.QUANTIZED_LINEAR, inputs, shape, params=kind, writes=[scratch])
+
+    def _quantized_linear_backward(self, d_y, weight):
+        kind = self.kernels.quantized_type(weight.dtype)
+        if kind is None:
+            return self._banded_linear_backward(d_y, weight)
+        scratch = self._quantized_scratch(weight)
+        kernel, shape = self.kernels.QUANTIZED_LINEAR_BACKWARD_INPUT, (d_y.shape[0], weight.shape[1])
+        return self.graph.custom(kernel, [d_y, weight, scratch], shape, params=kind, writes=[scratch])
+
+    def _quantized_scratch(self, weight):
+        n_out, n_in = weight.shape
+        return self._shared(self.n_threads * self.kernels.quantized_floats(n_in, n_out))
 
     def _cheap(self, result, record):
         """Mark a result that the backward computes again rather than keeps: its memory is free in between."""
@@ -286,7 +371,10 @@ class CpuGraphOps(_GraphOps):
         return _Columns(self.split(both, widths), both)
 
     def _scratch(self, t_k):
-        floats = self.n_threads * self.kernels.attention_scratch_floats(t_k)
+        return self._shared(self.n_threads * self.kernels.attention_scratch_floats(t_k))
+
+    def _shared(self, floats):
+        """Memory of that size for whatever one node writes down while it runs."""
         if floats not in self.scratch:
             self.scratch[floats] = self.graph.blank((floats,))
         return self.scratch[floats]
@@ -399,6 +487,7 @@ class NativeGraphOps(_GraphOps):
         if d_table is None:
             return
         token_ids, table = cache
+        _check_trained(table)
         graph, n, rows = self.graph, token_ids.n, table.shape[0]
         # d_table = one_hot^T d_out; row v of one_hot^T (V, N) has a 1 where token n is v, at the flat index v*N + n
         flat = self.feed((n,), "i32", lambda arrays: arrays[token_ids.role] * n + np.arange(n))
@@ -410,14 +499,20 @@ class NativeGraphOps(_GraphOps):
 
     def linear(self, x, weight, bias=None):
         self.used(weight, bias)
+        if _is_quantized(weight):
+            return self._banded_linear(x, weight, bias), (None, weight)
         y = self.graph.mul_mat(weight, x)
         return (y if bias is None else self.graph.add(y, bias)), (x, weight)
 
     def linear_backward(self, d_y, cache, d_weight, d_bias=None):
         x, weight = cache
         d_y = self._contiguous(d_y)
-        d_x = self.graph.mul_mat(self.transposed(weight), d_y)
+        if _is_quantized(weight):
+            d_x = self._banded_linear_backward(d_y, weight)
+        else:
+            d_x = self.graph.mul_mat(self.transposed(weight), d_y)
         if d_weight is not None:
+            _check_trained(weight)
             self._collect(d_weight, self.graph.mul_mat(self.transposed(x), self.transposed(d_y)))
         if d_bias is not None:
             self._collect(d_bias, self.column_sums(d_y))
@@ -665,6 +760,16 @@ class _Columns(tuple):
         self = super().__new__(cls, parts)
         self.whole = whole
         return self
+
+
+def _is_quantized(weight):
+    """Whether a weight tensor is of a type that the ops must dequantise; half precision counts as one."""
+    return weight is not None and weight.dtype != "f32"
+
+
+def _check_trained(weight):
+    if _is_quantized(weight):
+        raise ValueError(QUANTIZED_IS_FROZEN)
 
 
 def _same(op, what, given, expected):
