@@ -10,7 +10,7 @@ import pytest
 import toy
 from toy import gradcheck
 from toy.adamw import check_row
-from toy.generation import sample
+from toy.generation import generate, sample
 from toy.models import model_for
 from toy.models.base import KeyValueCache
 from toy.ops import reference
@@ -397,6 +397,24 @@ def test_generation_goes_on_when_the_context_is_full(ops, arch):
             window_start = len(ids) - 6
         ids.append(int(model.forward(np.array(ids[window_start:]))[0][-1].argmax()))
     assert model.generate(prompt, 30, temperature=0) == ids[3:]
+
+
+def test_generation_ends_at_a_stop_token(ops, arch):
+    model = talkative_model(arch, ops)
+    text = list(generate(model, [3], 30, temperature=2.0, seed=3))
+    for stop in {text[0], text[7], text[29]}:
+        n = text.index(stop)
+        stopped = generate(model, [3], 30, temperature=2.0, seed=3, stop_ids={stop, V + 1})
+        assert list(stopped) == text[:n]
+
+
+def test_the_last_position_alone_has_the_logits_of_the_whole(ops, arch):
+    model = talkative_model(arch, ops)
+    for token_ids in (np.array([3, 1, 4, 1]), np.array([[3, 1, 4], [1, 5, 9]])):
+        whole, _ = model.forward(token_ids)
+        last, cache = model.forward(token_ids, last_only=True)
+        assert last.shape == (*token_ids.shape[:-1], 1, V) and cache is None
+        np.testing.assert_allclose(last, whole[..., -1:, :], atol=2e-5 * np.abs(whole).max())
 
 
 def test_a_prompt_longer_than_the_context_is_read_from_its_end(ops, arch):

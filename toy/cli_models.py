@@ -56,8 +56,10 @@ def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, se
         model, tokenizer, _ = trained.load_trained(model, adapter, backend)
         if chat:
             ids = trained.chat_prompt(tokenizer, prompt, model.config.context_length)
+        elif prompt is not None:
+            ids = trained.text_ids(tokenizer, prompt, "prompt")
         else:
-            ids = trained.first_prompt(tokenizer, [0]) if prompt is None else trained.text_ids(tokenizer, prompt, "prompt")
+            ids = trained.first_prompt(tokenizer, [0])
         stops = getattr(tokenizer, "stop_ids", ())
         speed = Speed(len(ids), generate_ids(model, ids, tokens, temperature, top_k, top_p, seed, stops))
         stream = tokenizer.stream(speed)
