@@ -18,10 +18,14 @@ from toy.data.batches import training_batch
 from toy.data.corpora import python_documentation
 from toy.data.gguf_tokenizer import load_tokenizer
 from toy.data.tokenizers import ByteTokenizer, CharTokenizer
+from toy.export import export_adapter, export_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import write_adapter, write_gguf
 from toy.models.parameters import ParameterTree
 from toy.ops import reference
+from toy.run_options import LoRAOptions
+from toy.trained import load_trained, read_trained
+from toy.training import Training
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
 pytestmark = pytest.mark.llama_cpp
@@ -266,6 +270,50 @@ def check_adapted(adapted, judge):
     for prompt in PROMPTS:
         ours = continuation(adapted.model, base.tokenizer, prompt, CONTEXT - len(prompt))
         assert judge.write(prompt, CONTEXT - len(prompt)) == ours, prompt
+
+
+# -- toy export --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """A trained Llama as a Q8_0 file, and the directory of a LoRA run on it."""
+    pytest.importorskip("gguf", reason="the gguf package is not installed (pip install gguf)")
+    folder = tmp_path_factory.mktemp("export")
+    base = Trained(folder, "llama", "ascii")
+    write_gguf(folder / "base.gguf", base.config, base.parameters, base.tokenizer, type="q8_0")
+    (folder / "text.txt").write_text("".join(f"{i} squared is {i * i}.\n" for i in range(400)))
+    options = LoRAOptions(
+        model=str(folder / "base.gguf"), corpus=str(folder / "text.txt"), steps=60, context=24, batch=4, lr=0.02, rank=4,
+        alpha=6.0, targets=("q", "v", "up", "down"), eval_batches=1, sample_tokens=1, backend="numpy",
+    )  # fmt: skip
+    with threadpoolctl.threadpool_limits(1):
+        for _ in Training(options, out=folder / "run").run():
+            pass
+    return folder / "run"
+
+
+def test_a_merged_export_of_a_lora_run_on_a_quantised_base(lora_run, tmp_path):
+    """The base dequantised plus scale * B A, in F32: llama.cpp computes what the run does."""
+    export_model(read_trained(lora_run), tmp_path / "merged.gguf")
+    judge, trained = LlamaCpp(tmp_path / "merged.gguf"), load_trained(lora_run, backend="numpy")
+    ids = trained.tokenizer.encode("17 squared is 289.\n18 squared is 3")
+    theirs = judge.log_probabilities(ids, trained.model.config.vocab_size)
+    assert np.abs(theirs - log_softmax(trained.model.forward(ids)[0])).max() <= BAR
+    without = load_trained(lora_run.parent / "base.gguf", backend="numpy").model
+    assert np.abs(theirs - log_softmax(without.forward(ids)[0])).max() > 1  # the adapter does something
+
+
+def test_an_exported_adapter_on_the_quantised_base(lora_run, tmp_path):
+    """llama.cpp rounds the activations for Q8_0 products: close, and far from the base alone."""
+    export_adapter(read_trained(lora_run), tmp_path / "adapter.gguf")
+    base = lora_run.parent / "base.gguf"
+    trained = load_trained(base, tmp_path / "adapter.gguf", backend="numpy")
+    ids = trained.tokenizer.encode("17 squared is 289.\n18 squared is 3")
+    theirs = LlamaCpp(base, adapter=tmp_path / "adapter.gguf").log_probabilities(ids, trained.model.config.vocab_size)
+    difference = np.abs(theirs - log_softmax(trained.model.forward(ids)[0]))
+    without = np.abs(theirs - log_softmax(load_trained(base, backend="numpy").model.forward(ids)[0]))
+    assert np.median(difference) < 0.05 and np.median(difference) < np.median(without) / 10
 
 
 # -- a real model ------------------------------------------------------------------------------------------------------
