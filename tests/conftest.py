@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import signal
 from typing import NamedTuple
 
 import hypothesis
@@ -75,6 +76,8 @@ def torch_models():
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it puts into the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests press Ctrl-C
     if not PURE:
         try:
             importlib.import_module("toy.ops.accelerated")
