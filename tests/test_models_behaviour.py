@@ -445,6 +445,7 @@ def test_top_k_and_top_p_leave_the_tail_out():
         ({"top_p": 0.41}, {1, 3}),
         ({"top_p": 0.84}, {1, 3, 4}),
         ({"top_p": 1.0}, {0, 1, 2, 3, 4}),
+        ({"top_p": 1e-300}, {1}),
         ({"top_k": 3, "top_p": 0.5}, {1, 3}),  # of 0.4 : 0.25 : 0.2 the first two reach one half
     ):
         drawn = [sample(np.log(p), rng, **settings) for _ in range(400)]
@@ -452,6 +453,13 @@ def test_top_k_and_top_p_leave_the_tail_out():
         share = drawn.count(1) / 400
         wanted = 0.4 / sum(p[i] for i in kept)
         assert abs(share - wanted) <= SIGMAS * math.sqrt(wanted * (1 - wanted) / 400) + 1e-12, settings
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 49])
+def test_equally_likely_tokens_have_a_nucleus_too(n):
+    for p in (1e-300, 0.5, 1 - 1e-16):
+        drawn = sample(np.full(n, 0.3), np.random.default_rng(0), top_p=p)
+        assert 0 <= drawn < n
 
 
 def test_generation_repeats_with_its_seed(ops, arch):

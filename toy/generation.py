@@ -52,10 +52,15 @@ def sample(logits, rng, temperature=1.0, top_k=None, top_p=None):
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     if top_p is not None and top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")
+        # tokens below this are at most 1 - p together, so the others reach p: only these few need sorting
+        least = min((1 - top_p) / len(probabilities), probabilities.max())  # min: equal ones, and a p of almost 0
+        candidates = np.flatnonzero(probabilities >= least)
+        order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
         reached_before = np.cumsum(probabilities[order]) - probabilities[order]
-        probabilities[order[reached_before >= top_p]] = 0  # the most likely token always stays
-        probabilities /= probabilities.sum()
+        kept = order[reached_before < top_p]  # the most likely token always stays
+        nucleus = np.zeros_like(probabilities)
+        nucleus[kept] = probabilities[kept] / probabilities[kept].sum()
+        probabilities = nucleus
     return int(rng.choice(len(probabilities), p=probabilities))
 
 
