@@ -12,7 +12,7 @@
 
 #include "simd_math.h"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -234,16 +234,126 @@ static void toy_read_q6_k(const uint8_t *TOY_RESTRICT from, float *TOY_RESTRICT 
     }
 }
 
+/* A row of 32-number blocks times x without writing the row down: for each block d (sum of q x) plus what the block adds to
+ * each number times the sum of x, which the caller gives for every block (`sums`, n / 32). In Q4_1 half of the range goes
+ * from q to the minimum, so that no large terms cancel. Two accumulators, because each fused multiply-add waits for the one
+ * before it. */
+typedef float (*toy_dotter)(const uint8_t *from, const float *x, const float *sums, ptrdiff_t n);
+
+#if defined(__GNUC__)
+typedef float toy_f16s __attribute__((vector_size(64)));   /* 16 numbers, in as many registers as it takes */
+typedef int32_t toy_i16s __attribute__((vector_size(64)));
+typedef int8_t toy_b16s __attribute__((vector_size(16)));
+typedef uint8_t toy_u16s __attribute__((vector_size(16)));
+
+TOY_INLINE toy_f16s toy_load_16(const float *x) { toy_f16s v; memcpy(&v, x, 64); return v; }
+/* what __builtin_convertvector says, which gcc 12 does number by number */
+TOY_INLINE toy_f16s toy_widen(toy_b16s q) {
+#if defined(__AVX512F__)
+    return (toy_f16s)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)q));
+#elif defined(__AVX2__)
+    const __m128i low = (__m128i)q, high = _mm_unpackhi_epi64(low, low);
+    const __m256 parts[2] = {
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)),
+    };
+    toy_f16s wide;
+    memcpy(&wide, parts, 64);
+    return wide;
+#else
+    return __builtin_convertvector(__builtin_convertvector(q, toy_i16s), toy_f16s);
+#endif
+}
+TOY_INLINE float toy_total_16(toy_f16s v) {
+    float total = 0.0f;
+    for (int j = 0; j < 16; j++) total += v[j];
+    return total;
+}
+
+/* sum of (q - 8) x over a block of 16 bytes with two numbers each */
+TOY_INLINE toy_f16s toy_centred_halves(const uint8_t *from, const float *x) {
+    toy_u16s bytes;
+    memcpy(&bytes, from, 16);
+    const toy_f16s low = toy_widen((toy_b16s)(bytes & 15) - 8), high = toy_widen((toy_b16s)(bytes >> 4) - 8);
+    return low * toy_load_16(x) + high * toy_load_16(x + 16);
+}
+
+TOY_INLINE toy_f16s toy_32_bytes(const uint8_t *from, const float *x) {
+    toy_b16s low, high;
+    memcpy(&low, from, 16);
+    memcpy(&high, from + 16, 16);
+    return toy_widen(low) * toy_load_16(x) + toy_widen(high) * toy_load_16(x + 16);
+}
+
+static float toy_dot_q4_0(const uint8_t *from, const float *x, const float *sums, ptrdiff_t n) {
+    toy_f16s first = {0}, second = {0};
+    (void)sums;
+    for (; n >= 64; n -= 64, from += 36, x += 64) {
+        first += toy_half(from) * toy_centred_halves(from + 2, x);
+        second += toy_half(from + 18) * toy_centred_halves(from + 20, x + 32);
+    }
+    if (n > 0) first += toy_half(from) * toy_centred_halves(from + 2, x);
+    return toy_total_16(first + second);
+}
+
+static float toy_dot_q4_1(const uint8_t *from, const float *x, const float *sums, ptrdiff_t n) {
+    toy_f16s first = {0}, second = {0};
+    float minima = 0.0f, others = 0.0f;
+    for (; n >= 64; n -= 64, from += 40, x += 64, sums += 2) {
+        const float d = toy_half(from), e = toy_half(from + 20);
+        first += d * toy_centred_halves(from + 4, x);
+        second += e * toy_centred_halves(from + 24, x + 32);
+        minima += (toy_half(from + 2) + 8.0f * d) * sums[0];
+        others += (toy_half(from + 22) + 8.0f * e) * sums[1];
+    }
+    if (n > 0) {
+        const float d = toy_half(from);
+        first += d * toy_centred_halves(from + 4, x);
+        minima += (toy_half(from + 2) + 8.0f * d) * sums[0];
+    }
+    return toy_total_16(first + second) + (minima + others);
+}
+
+static float toy_dot_q8_0(const uint8_t *from, const float *x, const float *sums, ptrdiff_t n) {
+    toy_f16s first = {0}, second = {0};
+    (void)sums;
+    for (; n >= 64; n -= 64, from += 68, x += 64) {
+        first += toy_half(from) * toy_32_bytes(from + 2, x);
+        second += toy_half(from + 34) * toy_32_bytes(from + 36, x + 32);
+    }
+    if (n > 0) first += toy_half(from) * toy_32_bytes(from + 2, x);
+    return toy_total_16(first + second);
+}
+#else
+#define toy_dot_q4_0 NULL
+#define toy_dot_q4_1 NULL
+#define toy_dot_q8_0 NULL
+#endif
+
+/* the sums of x over blocks of 32 */
+TOY_INLINE void toy_sums_of_32(const float *x, float *sums, ptrdiff_t n) {
+    for (ptrdiff_t k = 0; k < n / 32; k++) {
+        float total = 0.0f;
+        for (int j = 0; j < 32; j++) total += x[32 * k + j];
+        sums[k] = total;
+    }
+}
+
 typedef void (*toy_reader)(const uint8_t *TOY_RESTRICT from, float *TOY_RESTRICT to, ptrdiff_t n);
 
-/* number: of ggml's enum; block: numbers in a block; bytes: of a block */
-typedef struct { const char *name; int number, block, bytes; toy_reader read; } toy_block_type;
+/* number: of ggml's enum; block: numbers in a block; bytes: of a block; dot: NULL where there is none */
+typedef struct { const char *name; int number, block, bytes; toy_reader read; toy_dotter dot; } toy_block_type;
 
 static const toy_block_type toy_block_types[] = {
-    {"F16", 1, 1, 2, toy_read_f16},       {"BF16", 30, 1, 2, toy_read_bf16},    {"Q4_0", 2, 32, 18, toy_read_q4_0},
-    {"Q4_1", 3, 32, 20, toy_read_q4_1},   {"Q5_0", 6, 32, 22, toy_read_q5_0},   {"Q5_1", 7, 32, 24, toy_read_q5_1},
-    {"Q8_0", 8, 32, 34, toy_read_q8_0},   {"Q4_K", 12, 256, 144, toy_read_q4_k}, {"Q5_K", 13, 256, 176, toy_read_q5_k},
-    {"Q6_K", 14, 256, 210, toy_read_q6_k},
+    {"F16", 1, 1, 2, toy_read_f16, NULL},
+    {"BF16", 30, 1, 2, toy_read_bf16, NULL},
+    {"Q4_0", 2, 32, 18, toy_read_q4_0, toy_dot_q4_0},
+    {"Q4_1", 3, 32, 20, toy_read_q4_1, toy_dot_q4_1},
+    {"Q5_0", 6, 32, 22, toy_read_q5_0, NULL},
+    {"Q5_1", 7, 32, 24, toy_read_q5_1, NULL},
+    {"Q8_0", 8, 32, 34, toy_read_q8_0, toy_dot_q8_0},
+    {"Q4_K", 12, 256, 144, toy_read_q4_k, NULL},
+    {"Q5_K", 13, 256, 176, toy_read_q5_k, NULL},
+    {"Q6_K", 14, 256, 210, toy_read_q6_k, NULL},
 };
 enum { TOY_N_BLOCK_TYPES = sizeof(toy_block_types) / sizeof(toy_block_types[0]) };
 

@@ -3,11 +3,13 @@
 
 cdef extern from "dequantize.h" nogil:
     ctypedef void (*toy_reader)(const unsigned char* source, float* target, Py_ssize_t n)
+    ctypedef float (*toy_dotter)(const unsigned char* source, const float* x, const float* sums, Py_ssize_t n)
     ctypedef struct toy_block_type:
         const char* name
         int number             # of ggml's types, and in GGUF files
         int block, bytes       # numbers in a block, and the bytes that it takes
         toy_reader read        # n numbers, whole blocks
+        toy_dotter dot         # a row times x; sums: of x over every 32; NULL where there is none
 
 cdef struct QuantizedLinear:       # y = x W^T + b
     Py_ssize_t n, n_in, n_out

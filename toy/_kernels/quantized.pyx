@@ -25,6 +25,7 @@ cdef extern from "dequantize.h" nogil:
     const int TOY_N_BLOCK_TYPES
     void toy_four_dots(const float* w, Py_ssize_t ldw, const float* x, Py_ssize_t n, float* sums)
     float toy_row_dot(const float* x, const float* y, Py_ssize_t n)
+    void toy_sums_of_32(const float* x, float* sums, Py_ssize_t n)
 
 cdef enum:
     MULTIPLE = 16             # slices of rows start at multiples of this
@@ -75,7 +76,9 @@ cdef void quantized_linear_forward(void* args, int ith, int nth) noexcept nogil:
     cdef float* scratch = a.scratch + ith * quantized_scratch_floats(a.n_in, a.n_out)
     if start >= end:
         return
-    if a.n <= FEW_ROWS:
+    if a.n <= FEW_ROWS and a.type.dot != NULL and a.n_in // 32 <= quantized_scratch_floats(a.n_in, a.n_out):
+        forward_in_place(a, start, end, scratch)
+    elif a.n <= FEW_ROWS:
         forward_by_dots(a, start, end, scratch)
     else:
         forward_by_bands(a, start, end, scratch)
@@ -101,6 +104,20 @@ cdef void forward_by_bands(QuantizedLinear* a, Py_ssize_t start, Py_ssize_t end,
             )
             column, beta = column + width, 1.0
         row += rows
+
+
+cdef void forward_in_place(QuantizedLinear* a, Py_ssize_t start, Py_ssize_t end, float* sums) noexcept nogil:
+    """The numbers of a row of W go from its blocks into the sum, and are not written down."""
+    cdef Py_ssize_t row_bytes = a.n_in // a.type.block * a.type.bytes, i, row
+    cdef const float* x
+    cdef float* y
+    for i in range(a.n):
+        x, y = a.x + i * a.x_stride, a.y + i * a.y_stride
+        toy_sums_of_32(x, sums, a.n_in)
+        for row in range(start, end):
+            y[row] = a.type.dot(a.weight + row * row_bytes, x, sums, a.n_in)
+            if a.bias != NULL:
+                y[row] += a.bias[row]
 
 
 cdef void forward_by_dots(QuantizedLinear* a, Py_ssize_t start, Py_ssize_t end, float* piece) noexcept nogil:
