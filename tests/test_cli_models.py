@@ -205,8 +205,10 @@ def test_eval_of_a_character_model_names_a_character_it_never_saw(files, toy_com
 
 
 def test_export_of_a_lora_run_is_its_adapter(lora_run, toy_command):
-    code, out, err = toy_command("export", "run")
+    code, out, err = toy_command("export", "run", "--adapter")
     assert (code, err) == (0, "")
+    assert toy_command("export", "run", "--out=default.gguf")[0] == 0
+    assert Path("default.gguf").read_bytes() == Path("run-adapter.gguf").read_bytes()
     size, command = out.splitlines()
     assert re.fullmatch(r"run-adapter\.gguf \(\d+\.\d MB\)", size)
     assert re.fullmatch(r"llama-cli -m \S+llama\.gguf --lora run-adapter\.gguf", command)
@@ -220,6 +222,8 @@ def test_export_of_a_lora_run_is_its_adapter(lora_run, toy_command):
 def test_an_exported_adapter_gives_the_text_of_the_run(lora_run, toy_command):
     assert toy_command("export", "run", "--out=a.gguf")[0] == 0
     assert toy_command("export", "run", "--merge", "--out=m.gguf")[0] == 0
+    assert toy_command("export", "llama.gguf", "--lora=a.gguf", "--out=n.gguf")[0] == 0
+    assert Path("n.gguf").read_bytes() == Path("m.gguf").read_bytes()
     models = (["run"], ["llama.gguf", "--adapter=a.gguf"], ["m.gguf"], ["llama.gguf"])
     texts = [toy_command("generate", *model, "--prompt=hello", "--tokens=15", "--temperature=3")[1] for model in models]
     assert texts[0] == texts[1] == texts[2]
@@ -254,13 +258,15 @@ def test_export_overwrites_only_when_told(files, toy_command):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["llama.gguf", "--merge"], "llama.gguf has no adapter to merge"),
+        (["llama.gguf", "--merge"], "llama.gguf has no adapter of its own: leave out --merge"),
+        (["llama.gguf", "--adapter"], "llama.gguf has no adapter of its own: leave out --adapter"),
+        (["run", "--adapter", "--merge"], "choose one"),
         (["llama.gguf", "--type=q4_0"], "'q4_0' is not one of"),
         (["llama.gguf", "--out=nowhere/a.gguf"], "nowhere is not a directory"),
         (["llama.gguf", "--out=.", "--force"], "it is a directory"),
-        (["llama.gguf", "--adapter=other.gguf"], "an adapter for another base"),
+        (["llama.gguf", "--lora=other.gguf"], "an adapter for another base"),
         (["run", "--type=f16"], "an adapter is always written as f32: add --merge"),
-        (["run", "--adapter=adapter.gguf"], "has an adapter of its own already"),
+        (["run", "--lora=adapter.gguf"], "has an adapter of its own already"),
         (["nowhere"], "there is no run directory"),
     ],
 )

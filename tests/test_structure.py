@@ -29,6 +29,11 @@ MAY_IMPORT = {
     "engines": SETTINGS | {"models", "ops", "files", "ggml_bridge", "quantized"},
     "recipes": SETTINGS | {"models", "engines", "files"},
     "data": {"files", "optional"},
+    "run_options": SETTINGS | {"data", "engines", "models", "schedules"},
+    "trained": SETTINGS | {"data", "engines", "files", "models", "quantized", "run_options"},
+    "starts": SETTINGS | {"data", "files", "models", "recipes", "run_options", "trained"},
+    "evaluation": {"models", "trained"},
+    "export": {"files", "models", "trained"},
     "plots": {"files", "optional"},
     "gradcheck": SETTINGS | {"models", "ops"},
 }

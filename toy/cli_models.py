@@ -182,25 +182,28 @@ def _write_tokens(path, rows):
 
 @command(models, "export")
 @_MODEL
-@_ADAPTER
+@click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone. [default for one]")
 @click.option("--merge", is_flag=True, help="Of a LoRA run: the whole model with the adapter in it.")
+@click.option("--lora", type=_PATH, metavar="FILE.gguf", help="Merge the adapter in this file into the model.")
 @click.option("--type", "kind", type=click.Choice(WEIGHT_TYPES), default="f32", show_default=True, help="Of matrices.")
 @click.option("--out", type=_PATH, metavar="FILE.gguf", help="The file to write. [default: named after MODEL, here]")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
-def export(model, adapter, merge, kind, out, force, debug):
+def export(model, adapter, merge, lora, kind, out, force, debug):
     """Write a model as a GGUF file for llama.cpp.
 
     MODEL is as in toy generate. A LoRA run gives its adapter alone, for llama.cpp's --lora, or with --merge a whole model. A
-    GGUF file is written anew in another type; with --adapter, that adapter is merged in.
+    GGUF file is written anew in another type; with --lora, that adapter is merged in.
     """
     from toy import export as exports
 
     with Phase(2, debug):
-        stored = trained.read_trained(model, adapter)
+        if adapter and (merge or lora is not None):
+            raise ValueError("--adapter writes the adapter alone and --merge or --lora a whole model: choose one")
+        stored = trained.read_trained(model, lora)
         exports.check_exportable(stored)
-        if merge and not stored.adapters:
-            raise ValueError(f"{model} has no adapter to merge: leave out --merge, or give one with --adapter")
-        whole = merge or adapter is not None or not stored.adapters
+        if (merge or adapter) and not stored.adapters:
+            raise ValueError(f"{model} has no adapter of its own: leave out --{'merge' if merge else 'adapter'}")
+        whole = merge or lora is not None or not stored.adapters
         if not whole and kind != "f32":
             raise ValueError(f"an adapter is always written as f32: add --merge to export a whole model as {kind}")
         out = out or Path(f"{_name_of(model)}-{kind if whole else 'adapter'}.gguf")

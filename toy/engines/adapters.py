@@ -2,8 +2,6 @@
 
 import math
 
-import numpy as np
-
 from toy.adamw import AdamW
 from toy.config import LlamaConfig, check_positive_int
 from toy.engines.weights import Weights
@@ -69,8 +67,3 @@ def check_alpha(alpha, rank):
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be a positive number, got {alpha}")
     return alpha
-
-
-def merged(weight, lora_a, lora_b, scale):
-    """W + scale * B A: weight (out, in), lora_a (rank, in), lora_b (out, rank) -> float32 (out, in)."""
-    return (weight + np.float32(scale) * (lora_b @ lora_a)).astype(np.float32, copy=False)
