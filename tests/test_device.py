@@ -10,6 +10,7 @@ import pytest
 
 import toy
 from toy import selftest
+from toy.files.gguf_write import write_gguf
 
 DEVICE = os.environ.get("TOY_TEST_DEVICE", "")
 pytestmark = pytest.mark.skipif(not DEVICE, reason="TOY_TEST_DEVICE names no device")
@@ -64,3 +65,30 @@ def test_evaluation_logits_and_dense_labels(runs):
     losses = np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels.ravel()]
     assert abs(recipe.evaluate(ids[:, :-1], labels) - losses[counted].mean()) < 1e-3
     assert abs(recipe.evaluate(ids[:, :-1], rows) - losses[counted].mean()) < 1e-3
+
+
+@pytest.fixture(scope="module", params=["f32", "f16", "q8_0"])
+def lora_runs(request, tmp_path_factory):
+    """LoRA on a base of this type, on numpy and on the device: (numpy's losses, the device's, the device's recipe)."""
+    config = toy.LlamaConfig(96, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, n_layers=2, context_length=16)
+    path = tmp_path_factory.mktemp("base") / "base.gguf"
+    write_gguf(path, config, toy.Llama(config, seed=1, init_scale=4.0).parameters, type=request.param)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, config.context_length + 1))
+    losses, recipe = [], None
+    with toy.GGUF.open(path) as gguf:
+        for backend, device in (("numpy", "cpu"), ("ggml", DEVICE)):
+            recipe = toy.recipes.LoRA(backend=backend, device=device)
+            recipe.realize(gguf, None, 4, toy.RecipeOptions(t_seq=16, t_batch=2), targets=("q", "v", "down"))
+            adamw = recipe.adamw(lr=1e-2)
+            losses.append([recipe.step(ids[:, :-1], None, ids[:, 1:], adamw.hp_for_step(k), k == 0) for k in range(40)])
+    yield *losses, recipe
+    recipe.close()
+
+
+def test_lora_on_a_quantised_base(lora_runs):
+    expected, found, recipe = lora_runs
+    assert expected[-1] < expected[0] - 0.3
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    explanation = recipe.explain()
+    assert explanation.splits == 1
+    assert {node.device for node in explanation.nodes} == {explanation.device} != {"CPU"}
