@@ -180,6 +180,18 @@ def test_warm_start_of_a_run(files, tmp_path):
     assert all(np.array_equal(start[name], stored[name]) for name in start)
 
 
+@pytest.mark.parametrize("kind", ["lora", "lens"])
+def test_warm_start_of_a_run_that_began_with_a_model(files, tmp_path, kind):
+    """Its adapters count, and what it sees through a lens."""
+    text, model = str(files / "text.txt"), str(files / "llama.gguf")
+    options = KINDS[kind][0](model=model, corpus=text, backend="numpy", **SMALL, **KINDS[kind][1])
+    first = run(options, tmp_path / "first")
+    second = Training(WarmStartOptions(model=str(tmp_path / "first"), corpus=text, backend="numpy", **SMALL))
+    ids = first.tokenizer.encode(TEXT[:16])
+    difference = second.model().forward(ids)[0] - first.model().forward(ids)[0]
+    assert np.abs(difference).max() < 1e-4
+
+
 @pytest.fixture
 def toy_command(capsys):
     def call(*arguments):

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "data": {"files", "optional"},
     "run_options": SETTINGS | {"data", "engines", "models", "schedules"},
     "trained": SETTINGS | {"data", "engines", "files", "models", "quantized", "run_options"},
-    "starts": SETTINGS | {"data", "files", "models", "recipes", "run_options", "trained"},
+    "starts": SETTINGS | {"data", "export", "files", "models", "recipes", "run_options", "trained"},
     "evaluation": {"models", "trained"},
     "export": {"files", "models", "trained"},
     "plots": {"files", "optional"},

@@ -19,14 +19,21 @@ def export_model(stored, path, type="f32"):
     stored: a `toy.trained.Stored`. type: of the matrices, "f32", "f16" or "q8_0". Raises the errors of `write_gguf`.
     """
     check_exportable(stored)
-    parameters = stored.parameters
-    if stored.adapters:
-        parameters = merge_adapters(parameters, stored.adapters, stored.lora_scale)
-    config, parameters = stored.config, {name: dequantized(leaf) for name, leaf in parameters.items()}
-    if "token_embd.lens" in parameters:
-        config, parameters = without_lens(config, parameters)
+    config, parameters = plain_model(stored)
+    parameters = {name: dequantized(leaf) for name, leaf in parameters.items()}
     name = stored.name or f"toy {stored.arch}"
     write_gguf(path, config, parameters, stored.tokenizer, type=type, metadata={"general.name": name})
+
+
+def plain_model(stored):
+    """The config and the parameters of a `toy.trained.Stored` with its adapters merged in and without a lens. What neither
+    concerns is left as it is stored."""
+    config, parameters = stored.config, stored.parameters
+    if stored.adapters:
+        parameters = merge_adapters(parameters, stored.adapters, stored.lora_scale)
+    if "token_embd.lens" in parameters:
+        config, parameters = without_lens(config, parameters)
+    return config, parameters
 
 
 def export_adapter(stored, path):

@@ -11,6 +11,7 @@ from toy import recipes
 from toy.config import LlamaConfig
 from toy.data import make_tokenizer
 from toy.data.gguf_tokenizer import load_tokenizer
+from toy.export import plain_model
 from toy.files.fetch import find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import fingerprint, write_adapter, write_gguf
@@ -171,8 +172,9 @@ class WarmStartStart(Start):
 
     def __init__(self, options):
         super().__init__(options)
-        self.donor = donor = read_trained(options.model)
-        self.source = donor.parameters
+        donor = read_trained(options.model)
+        config, self.source = plain_model(donor)  # of a LoRA run: with its adapters
+        self.donor = donor = donor._replace(config=config)
         path = Path(find_model(options.model)).absolute()
         if options.tokenizer == "donor" and donor.tokenizer is None:
             raise ValueError(f"{path} has no tokenizer: choose one with tokenizer char or bytes")
