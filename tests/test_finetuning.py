@@ -10,7 +10,7 @@ from toy.engines.adapters import TARGETS
 from toy.files.gguf_write import write_gguf
 from toy.models import model_for
 from toy.models.lens import without_lens
-from toy.models.parameters import ParameterTree
+from toy.models.parameters import ParameterTree, round_weights
 
 V, T, B = 96, 16, 2
 LLAMA = toy.LlamaConfig(V, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, n_layers=2, context_length=24)
@@ -389,3 +389,98 @@ def test_llama_engine_verbs_out_of_order(gguf, gpt2_gguf):
     built.build_training_step()
     with pytest.raises(RuntimeError, match="built already"):
         built.enable_lora_q(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what stays as it is, and what does not
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_reaches_what_is_trained_and_nothing_else(backend, gguf):
+    after = []
+    for decay in (0.0, 0.5):
+        recipe = toy.recipes.FullFinetune(*backend).realize(gguf, None, options(), freeze_embeddings=True)
+        start, (ids, labels) = recipe.parameters(), batch()
+        recipe.step(ids, None, labels, recipe.adamw(lr=0.1, weight_decay=decay).hp_for_step(0), is_first=True)
+        after.append(recipe.parameters())
+    for name, array in start.items():
+        shrunk = 0.0 if name == "token_embd.weight" else 0.1 * 0.5 * array
+        assert np.allclose(after[0][name] - after[1][name], shrunk, atol=1e-5), name
+    assert np.array_equal(after[1]["token_embd.weight"], start["token_embd.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("kind", ["lora", "full-finetune"])
+def test_half_precision_computes_with_rounded_copies_of_the_own_weights(backend, gguf, kind, dtype):
+    def realize(weight_dtype):
+        if kind == "lora":
+            return realize_lora(backend, gguf, weight_dtype=weight_dtype)
+        recipe = toy.recipes.FullFinetune(*backend)
+        return recipe.realize(gguf, None, options(weight_dtype=weight_dtype), freeze_embeddings=True)
+
+    half, exact = realize(dtype), realize("f32")
+    rng = np.random.default_rng(4)
+    half.load_parameters({name: rng.normal(array, 0.1) for name, array in half.parameters().items()})
+    ids, labels = batch()
+    for k in range(3):
+        present = half.parameters()
+        rounded = {name: round_weights(array, dtype) for name, array in present.items()}
+        exact.load_parameters(rounded)
+        assert np.allclose(half.logits(ids), exact.logits(ids), atol=1e-5)
+        exact.load_parameters(present)
+        assert not np.allclose(half.logits(ids), exact.logits(ids), atol=1e-5)
+        half.step(ids, None, labels, half.adamw(lr=1e-2).hp_for_step(k), is_first=k == 0)
+
+
+def test_a_file_closed_or_gone_after_realize(backend, tmp_path):
+    gguf = make_gguf(tmp_path)
+    recipe, expected = realize_lora(backend, gguf), train(realize_lora(backend, gguf), 3)
+    gguf.close()
+    gguf.path.unlink()
+    assert np.array_equal(train(recipe, 3), expected)
+    for verb in (
+        lambda: realize_lora(backend, gguf),
+        lambda: toy.recipes.FullFinetune(*backend).realize(gguf, None, options()),
+        lambda: toy.recipes.WarmStart(*backend).realize(gguf, LLAMA, options()),
+    ):
+        with pytest.raises(ValueError, match="is closed: open it again"):
+            verb()
+
+
+@pytest.mark.parametrize("alpha", [1e300, 1e-300, "much"])
+def test_lora_refuses_a_scale_that_float32_has_not(gguf, alpha):
+    with pytest.raises(ValueError, match="alpha must be a positive number"):
+        realize_lora(("numpy", "cpu"), gguf, alpha=alpha)
+
+
+@pytest.mark.parametrize("option", ["untied", "qkv_bias"])
+def test_options_that_the_file_does_not_have(gguf, option):
+    for recipe in (lambda o: toy.recipes.LoRA("numpy").realize(gguf, None, 4, o),
+                   lambda o: toy.recipes.FullFinetune("numpy").realize(gguf, None, o)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"a model that is not {option}: leave {option} False"):
+            recipe(options(**{option: True}))
+
+
+def test_a_row_of_the_other_convention_is_refused(backend, gguf):
+    recipe, (ids, labels) = realize_lora(backend, gguf), batch()
+    start = recipe.parameters()
+    with pytest.raises(ValueError, match="reads the lora convention"):
+        recipe.step(ids, None, labels, toy.AdamW.for_from_scratch().hp_for_step(0), is_first=True)
+    assert all(np.array_equal(array, start[name]) for name, array in recipe.parameters().items())
+
+
+def test_moments_are_checked_before_they_are_taken(backend, gguf):
+    recipe = realize_lora(backend, gguf)
+    train(recipe, 2)
+    state = recipe.optimizer_state()
+    negative = {name: array - 1 for name, array in state["v"].items()}
+    for wrong, message in (
+        ({}, "the optimizer state must be"),
+        (None, "the optimizer state must be"),
+        ({"m": state["m"], "v": {}}, "optimizer state v: the names do not match"),
+        ({"m": {name: array + 1 for name, array in state["m"].items()}, "v": negative}, "holds negative numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe.load_optimizer_state(wrong)
+        now = recipe.optimizer_state()
+        assert all(np.array_equal(now[slot][name], array) for slot in "mv" for name, array in state[slot].items())

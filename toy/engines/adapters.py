@@ -1,6 +1,6 @@
 """LoRA adapters as the weights of an engine: which matrices get them, how they start."""
 
-import math
+import numbers
 
 from toy.adamw import AdamW
 from toy.config import LlamaConfig, check_positive_int
@@ -62,8 +62,9 @@ def check_targets(targets):
 
 
 def check_alpha(alpha, rank):
-    """alpha as a float (None: rank). Raises ValueError unless it is a positive number."""
-    alpha = float(rank if alpha is None else alpha)
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be a positive number, got {alpha}")
-    return alpha
+    """alpha as a float (None: rank). Raises ValueError unless it is a positive number whose share alpha / rank a float32
+    can hold."""
+    alpha = rank if alpha is None else alpha
+    if not (isinstance(alpha, numbers.Real) and 1e-30 < alpha / rank < 1e30):
+        raise ValueError(f"alpha must be a positive number, of the size of the rank, got {alpha}")
+    return float(alpha)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from toy.adamw import AdamW, check_row
 from toy.engines.weights import random_weights
 from toy.models import model_for
 from toy.models.base import check_range
-from toy.models.parameters import ParameterTree
+from toy.models.parameters import ParameterTree, check_arrays
 from toy.switch import eager_ops
 
 
@@ -105,6 +106,15 @@ class Engine:
 
     def _check_batch(self, token_ids, positions, labels):
         return self._check_ids(token_ids), self._check_positions(positions), self._check_labels(labels)
+
+    def _check_moments(self, state):
+        if not (isinstance(state, Mapping) and state.keys() == {"m", "v"}):
+            raise ValueError('the optimizer state must be {"m": {name: array}, "v": {name: array}}')
+        for slot in "mv":
+            check_arrays(self.weights.trained_shapes, state[slot], f"optimizer state {slot}")
+        for name, array in state["v"].items():
+            if (np.asarray(array) < 0).any():
+                raise ValueError(f"optimizer state v: {name} holds negative numbers, and AdamW takes their roots")
 
     def _check_ids(self, token_ids):
         """-> contiguous int64 (N,)."""

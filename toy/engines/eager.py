@@ -60,8 +60,7 @@ class EagerEngine(Engine):
 
     def load_optimizer_state(self, state):
         """Copy moments in, all or nothing; errors as `load_parameters`."""
-        for slot, tree in (("m", self.m), ("v", self.v)):
-            check_arrays(tree.shapes, state[slot], f"optimizer state {slot}")
+        self._check_moments(state)
         self.m.load(state["m"])
         self.v.load(state["v"])
 

@@ -98,8 +98,7 @@ class GraphEngine(Engine):
 
     def load_optimizer_state(self, state):
         """Copy moments in, all or nothing; errors as `load_parameters`."""
-        for slot in "mv":
-            check_arrays(self.weights.trained_shapes, state[slot], f"optimizer state {slot}")
+        self._check_moments(state)
         for slot in "mv":
             for name, tensor in getattr(self, slot).items():
                 tensor.upload(np.asarray(state[slot][name], np.float32))

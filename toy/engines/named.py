@@ -74,12 +74,9 @@ class LlamaSeqEngine(EngineHandle):
     def realize_for_mmap(self, gguf, cfg=None, t_seq=None, untied=False, qkv_bias=False, *, t_batch=1):
         """The weights of an open `toy.GGUF`, memory-mapped in their own types. cfg: None = `gguf.config()`; t_seq: None = the
         whole context. Returns self. Raises ValueError for another architecture and a cfg that is not the file's."""
-        config = checked_config(gguf, cfg)
+        config = checked_config(gguf, cfg, untied, qkv_bias)
         if not isinstance(config, LlamaConfig):
             raise ValueError(f"{gguf.path} holds a model of architecture {gguf.architecture}, expected llama")
-        for name, wanted in (("untied", untied), ("qkv_bias", qkv_bias)):
-            if wanted and not getattr(config, name):
-                raise ValueError(f"{gguf.path} holds a model that is not {name}: leave {name} False")
         options = RecipeOptions(config.context_length if t_seq is None else t_seq, t_batch)
         return self._from(config, options, gguf)
 

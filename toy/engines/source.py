@@ -12,14 +12,18 @@ from toy.files.gguf import GGUF
 from toy.models import model_for
 
 
-def checked_config(gguf, config=None):
+def checked_config(gguf, config=None, untied=False, qkv_bias=False):
     """The config of the model in an open GGUF file, which `config` (None: anything) must be, but for a shorter context.
 
-    Raises TypeError for something that is no open `GGUF`, ValueError for another config, and the errors of `GGUF.config`.
+    untied, qkv_bias: True = the model must be so. Raises TypeError for something that is no open `GGUF`, ValueError for
+    another config, and the errors of `GGUF.config`.
     """
     if not isinstance(gguf, GGUF):
         raise TypeError(f"gguf must be an open toy.GGUF (toy.GGUF.open(path)), got {type(gguf).__name__}")
     stored = gguf.config()
+    for name, wanted in (("untied", untied), ("qkv_bias", qkv_bias)):
+        if wanted and not getattr(stored, name, False):
+            raise ValueError(f"{gguf.path} holds a model that is not {name}: leave {name} False")
     if config is None:
         return stored
     if type(config) is not type(stored):

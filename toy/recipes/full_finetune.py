@@ -1,7 +1,6 @@
 """Full fine-tuning: every weight of a GGUF file, as float32, is trained further."""
 
 from toy.engines import EngineHandle, check_options
-from toy.engines.base import with_model_options
 from toy.engines.source import checked_config, finetuned_weights
 
 
@@ -20,5 +19,5 @@ class FullFinetune(EngineHandle):
         Raises ValueError for a cfg that is not the file's and for a file whose numbers are not finite.
         """
         check_options(opts)
-        config = with_model_options(checked_config(gguf, cfg), opts)
+        config = checked_config(gguf, cfg, opts.untied, opts.qkv_bias)
         return self._realize(config, opts, keep_gradients, finetuned_weights(config, gguf, freeze_embeddings))

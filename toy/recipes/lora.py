@@ -2,7 +2,6 @@
 
 from toy.engines import EngineHandle, check_options
 from toy.engines.adapters import adapter_weights
-from toy.engines.base import with_model_options
 from toy.engines.source import borrowed_parameters, checked_config
 
 
@@ -28,7 +27,7 @@ class LoRA(EngineHandle):
         file's.
         """
         check_options(opts)
-        config = with_model_options(checked_config(gguf, cfg), opts)
+        config = checked_config(gguf, cfg, opts.untied, opts.qkv_bias)
         weights = adapter_weights(config, borrowed_parameters(gguf, config), rank, opts, alpha, targets)
         return self._realize(config, opts, keep_gradients, weights)
 
