@@ -15,6 +15,7 @@ from toy.files.errors import BadFileError
 
 FORMAT = "toy-run-1"
 _CHECKPOINT_NAME = re.compile(r"step_(\d{1,15})\.safetensors")
+_GGUF_NAME = re.compile(r"step_(\d{1,15})\.gguf")
 
 
 class Run:
@@ -157,6 +158,10 @@ class Run:
         for later, path in self._checkpoints():
             if later > step:
                 _remove(path)
+        for path in self.weights.glob("step_*.gguf"):  # killed, or the disk full, before its checkpoint was written
+            match = _GGUF_NAME.fullmatch(path.name)
+            if match and int(match[1]) > step:
+                path.unlink()
         kept = events.keep_until(self.events_path, step if step > 0 else -1) if self.events_path.exists() else []
         write_text(self.samples_path, "".join(sample_text(e["step"], e["text"]) for e in kept if e["kind"] == "sample"))
         return kept
@@ -193,9 +198,9 @@ class Run:
 
 
 def _remove(checkpoint):
-    """Delete a checkpoint and the GGUF file beside it."""
-    checkpoint.unlink(missing_ok=True)
+    """Delete a checkpoint and, first, the GGUF file beside it: one alone would never be found again."""
     checkpoint.with_suffix(".gguf").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
 
 
 def check_new_folder(folder):
