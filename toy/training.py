@@ -77,6 +77,7 @@ class Training:
                 f"the run in {folder} is of another kind: toy train {options.recipe} --resume goes on with it"
             )
         for name, value in changes.items():
+            value = getattr(dataclasses.replace(options, **{name: value}), name)  # as the options themselves spell it
             if name not in RESUMABLE and value != getattr(options, name):
                 raise ValueError(
                     f"the run in {folder} was begun with {name} {getattr(options, name)} and cannot go on with {value}: "
