@@ -12,11 +12,12 @@ import toy
 from toy import cli
 from toy.data import make_tokenizer
 from toy.engines.adapters import TARGETS
-from toy.files import BadFileError, read_checkpoint, read_events
+from toy.export import export_model
+from toy.files import BadFileError, checkpoints, read_checkpoint, read_events
 from toy.files.gguf_write import read_adapter, write_gguf
 from toy.models import model_for
 from toy.run_options import OPTIONS, FullFinetuneOptions, LoRAOptions, TrainingOptions, WarmStartOptions
-from toy.trained import load_trained
+from toy.trained import load_trained, read_trained
 from toy.training import Training
 
 pytest.importorskip("gguf", reason="quantised files need the gguf package")
@@ -259,3 +260,98 @@ def test_warm_start_refuses_on_the_command_line(toy_command, files, tmp_path):
         )  # fmt: skip
         assert code == 2 and words in err and err.count("\n") == 1
         assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model that a run is based on
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def llama_with(files, path, type="q8_0", change=lambda parameters: None):
+    """The llama of `files` as another file: of another type, or with other numbers and the same norm gains."""
+    with toy.GGUF.open(files / "llama.gguf") as gguf:
+        parameters = gguf.parameters()
+        change(parameters)
+        write_gguf(path, gguf.config(), parameters, make_tokenizer("char", TEXT), type=type)
+    return str(path)
+
+
+OTHER_BASES = {
+    "another type": {"type": "f32"},
+    "other numbers": {"change": lambda parameters: parameters["token_embd.weight"].__imul__(1.5)},
+}
+
+
+@pytest.mark.parametrize("other", OTHER_BASES)
+@pytest.mark.parametrize("kind", ["lora", "lens"])
+def test_a_run_goes_on_with_the_very_weights_it_began_with(files, tmp_path, kind, other):
+    base = tmp_path / "base.gguf"
+    shutil.copy(files / "llama.gguf", base)
+    recipe, changes = KINDS[kind]
+    options = recipe(model=str(base), corpus=str(files / "text.txt"), backend="numpy", **SMALL, **changes)
+    run(options, tmp_path / "run", stop_after=5)
+    stranger = llama_with(files, tmp_path / "stranger.gguf", **OTHER_BASES[other])
+    with pytest.raises(ValueError, match="is not the model that the run in"):
+        Training.resume(tmp_path / "run", model=stranger)
+    shutil.copy(base, tmp_path / "copy.gguf")
+    assert Training.resume(tmp_path / "run", model=str(tmp_path / "copy.gguf")).step == 5
+    shutil.move(stranger, base)
+    with pytest.raises(BadFileError, match="is not the base model that"):
+        load_trained(tmp_path / "run")
+
+
+def test_a_lens_on_a_run_with_a_lens(files, tmp_path):
+    common = {"corpus": str(files / "text.txt"), "backend": "numpy", **SMALL, "steps": 3, **KINDS["lens"][1]}
+    run(WarmStartOptions(model=str(files / "llama.gguf"), **common), tmp_path / "first")
+    training = run(WarmStartOptions(model=str(tmp_path / "first"), **common | {"d_model": 24}), tmp_path / "second")
+    ids = training.tokenizer.encode(TEXT[:16])
+    expected = training.model().forward(ids)[0]
+    for path in (tmp_path / "second", tmp_path / "second" / "weights" / "step_3.gguf"):
+        assert np.abs(load_trained(path, backend="numpy").model.forward(ids)[0] - expected).max() < 1e-4
+
+
+def test_the_merged_export_of_a_run_is_its_model(files, tmp_path):
+    own = {"model": str(files / "llama.gguf"), "corpus": str(files / "text.txt"), "backend": "numpy", **SMALL}
+    training = run(LoRAOptions(rank=2, alpha=7.0, **own | {"lr": 0.05}), tmp_path / "run")
+    export_model(read_trained(tmp_path / "run"), tmp_path / "merged.gguf")
+    ids = training.tokenizer.encode(TEXT[:16])
+    expected, base = training.model().forward(ids)[0], load_trained(files / "llama.gguf").model.forward(ids)[0]
+    assert np.abs(expected - base).max() > 1e-2
+    assert np.abs(load_trained(tmp_path / "merged.gguf").model.forward(ids)[0] - expected).max() < 1e-4
+
+
+def test_a_gguf_file_without_its_checkpoint_goes_on_resume(files, tmp_path, monkeypatch):
+    """As a kill, or a full disk, between the two leaves it."""
+    own = {"model": str(files / "llama.gguf"), "corpus": str(files / "text.txt"), "backend": "numpy", **SMALL}
+    training = Training(LoRAOptions(save_every=5, keep=9, **own), out=tmp_path / "run")
+    write = checkpoints.write_checkpoint
+
+    def full(path, checkpoint):
+        if checkpoint.step == 10:
+            raise OSError("No space left on device")
+        write(path, checkpoint)
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        list(training.run())
+    weights = tmp_path / "run" / "weights"
+    assert {path.name for path in weights.glob("step_*")} == {"step_5.safetensors", "step_5.gguf", "step_10.gguf"}
+    resumed = Training.resume(tmp_path / "run", save_every=15)
+    for event in resumed.run():
+        if event.kind == "step":
+            assert not (weights / "step_10.gguf").exists()
+    assert read_checkpoint(weights / "step_20.safetensors").step == 20
+
+
+def test_resume_takes_the_same_value_in_other_words(files, tmp_path):
+    own = {"model": str(files / "llama.gguf"), "corpus": str(files / "text.txt"), "backend": "numpy", **SMALL}
+    run(LoRAOptions(targets=("q", "v"), **own), tmp_path / "run", stop_after=5)
+    assert Training.resume(tmp_path / "run", targets=["v", "q"], alpha=8, rank=np.int64(8)).step == 5
+    with pytest.raises(ValueError, match="was begun with targets"):
+        Training.resume(tmp_path / "run", targets="v")
+
+
+@pytest.mark.parametrize("recipe", ["lora", "full-finetune"])
+def test_a_directory_as_the_model(toy_command, files, tmp_path, recipe):
+    code, _, err = toy_command("train", recipe, "--model", files, "--out", tmp_path / "run")
+    assert code == 2 and "is a directory" in err and "toy export" in err

@@ -205,8 +205,8 @@ def test_the_adapter_beside_a_lora_checkpoint_is_the_same(run, tmp_path):
     "change",
     [
         lambda config: config.pop("base"),
-        lambda config: config.update(base={"path": 3, "fingerprint": ""}),
-        lambda config: config["base"].pop("fingerprint"),
+        lambda config: config.update(base={"path": 3, "digest": ""}),
+        lambda config: config["base"].pop("digest"),
         lambda config: config.pop("lora"),
         lambda config: config["lora"].update(alpha=-1.0),
         lambda config: config["lora"].update(alpha="much"),

@@ -14,10 +14,10 @@ from toy.data.gguf_tokenizer import load_tokenizer
 from toy.export import plain_model
 from toy.files.fetch import find_model
 from toy.files.gguf import GGUF
-from toy.files.gguf_write import fingerprint, write_adapter, write_gguf
+from toy.files.gguf_write import digest, fingerprint, write_adapter, write_gguf
 from toy.models.lens import without_lens
 from toy.run_options import CONFIGS
-from toy.trained import read_trained
+from toy.trained import embedding_of, read_trained
 
 HAVE_GGUF = ("llama", "gpt2")  # the architectures that GGUF files and llama.cpp have
 
@@ -104,6 +104,10 @@ class FromGGUFStart(Start):
     def __init__(self, options):
         super().__init__(options)
         path = find_model(options.model)
+        if path.is_dir():
+            raise ValueError(
+                f"{path} is a directory, {options.recipe} begins with a GGUF file; `toy export` writes one of a run"
+            )
         self.gguf = GGUF.open(path)  # stays open: its matrices are used in place
         self.config = self.gguf.config()
         self.check_config()
@@ -130,9 +134,6 @@ class FromGGUFStart(Start):
         types = sorted({record.type for record in self.gguf.tensors.values()})
         return [Choice("base", str(self.gguf.path), f"{self.gguf.architecture}, {', '.join(types)}")]
 
-    def describe(self):
-        return {"base": {"path": self.options.model, "fingerprint": fingerprint(self.gguf)}}
-
 
 class LoRAStart(FromGGUFStart):
     recipe_class = recipes.LoRA
@@ -146,6 +147,7 @@ class LoRAStart(FromGGUFStart):
     def realize(self, config, recipe_options):
         o = self.options
         self.recipe.realize(self.gguf, config, o.rank, recipe_options, alpha=o.alpha, targets=o.targets)
+        self.base_digest = digest(self.recipe.engine.weights.borrowed)
 
     def choices(self):
         o, where = self.options, f"on {', '.join(self.options.targets)}"
@@ -153,7 +155,10 @@ class LoRAStart(FromGGUFStart):
 
     def describe(self):
         o = self.options
-        return super().describe() | {"lora": {"rank": o.rank, "alpha": o.alpha, "targets": list(o.targets)}}
+        return {
+            "base": {"path": o.model, "digest": self.base_digest},
+            "lora": {"rank": o.rank, "alpha": o.alpha, "targets": list(o.targets)},
+        }
 
     def write_gguf(self, path, parameters, tokenizer):
         """Write the adapters as the GGUF file that llama.cpp takes with --lora."""
@@ -165,6 +170,9 @@ class FullFinetuneStart(FromGGUFStart):
 
     def realize(self, config, recipe_options):
         self.recipe.realize(self.gguf, config, recipe_options, freeze_embeddings=self.options.freeze_embeddings)
+
+    def describe(self):
+        return {"base": {"path": self.options.model, "fingerprint": fingerprint(self.gguf)}}
 
 
 class WarmStartStart(Start):
@@ -234,7 +242,10 @@ class WarmStartStart(Start):
         return [Choice("donor", o.model, how)]
 
     def describe(self):
-        return {"base": {"path": self.options.model}, "lens": self.options.lens}
+        base = {"path": self.options.model}
+        if self.options.lens:
+            base["digest"] = digest(embedding_of(self.donor))
+        return {"base": base, "lens": self.options.lens}
 
     def has_gguf(self):
         return super().has_gguf() and self.recipe.arch == "llama" if self.options.lens else super().has_gguf()

@@ -15,9 +15,9 @@ from toy.engines.source import borrowed_parameters
 from toy.files import BadFileError, Run, read_checkpoint
 from toy.files.fetch import MODELS, find_model
 from toy.files.gguf import GGUF
-from toy.files.gguf_write import check_adapter, fingerprint, read_adapter
+from toy.files.gguf_write import check_adapter, digest, read_adapter
 from toy.models import ParameterTree, model_for
-from toy.models.lens import lens_shapes
+from toy.models.lens import lens_shapes, without_lens
 from toy.models.parameters import check_arrays
 from toy.run_options import CONFIGS
 from toy.switch import eager_ops
@@ -143,7 +143,7 @@ def _from_run(path):
         config = CONFIGS[checkpoint.config["arch"]](**checkpoint.config["model"])
         shapes, donor = model_for(config).parameter_shapes(config), {}
         if checkpoint.config.get("lens"):
-            donor = _donor_embedding(base, shapes)
+            donor = _donor_embedding(base, shapes, path)
             shapes |= lens_shapes(config, donor["token_embd.weight"].shape[1])
         check_arrays(shapes, checkpoint.parameters)  # before memory is asked for
         tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
@@ -158,11 +158,11 @@ def _from_run(path):
 
 def _on_its_base(path, checkpoint, base):
     """The model of a LoRA run: its checkpoint has the adapters, the GGUF file at base["path"] everything else."""
-    alpha, expected = float(checkpoint.config["lora"]["alpha"]), base["fingerprint"]
-    base_path = _path_of_base(base)
+    alpha, base_path = float(checkpoint.config["lora"]["alpha"]), _path_of_base(base)
     stored = _from_gguf(base_path)
-    if fingerprint(stored.parameters) != expected or stored.tokenizer is None:
-        raise BadFileError(base_path, f"is not the base model that {path} was trained on (its weights are others)")
+    _check_base(base_path, base, stored.parameters, path)
+    if stored.tokenizer is None:
+        raise BadFileError(base_path, f"has no tokenizer, which {path} was trained with")
     config = LlamaConfig(**checkpoint.config["model"])
     shapes = {name: leaf.shape for name, leaf in stored.parameters.items()}
     if model_for(config).parameter_shapes(config) != shapes:
@@ -180,11 +180,29 @@ def _on_its_base(path, checkpoint, base):
     )
 
 
-def _donor_embedding(base, shapes):
+def embedding_of(stored):
+    """What of the parameters of a `Stored` the token embedding is made of: itself and, in a run with a lens, the lens."""
+    return {name: leaf for name, leaf in stored.parameters.items() if name.startswith("token_embd.")}
+
+
+def _donor_embedding(base, shapes, path):
     """The embedding that a warm-started model looks at through its lens, taken out of `shapes`: it is not in the run."""
-    name = "token_embd.weight"
+    name, base_path = "token_embd.weight", _path_of_base(base)
     del shapes[name]
-    return {name: read_trained(_path_of_base(base)).parameters[name]}
+    donor = read_trained(base_path)
+    _check_base(base_path, base, embedding_of(donor), path)
+    parameters = donor.parameters
+    if "token_embd.lens" in parameters:  # the donor looked through a lens itself
+        _, parameters = without_lens(donor.config, parameters)
+    return {name: parameters[name]}
+
+
+def _check_base(base_path, base, leaves, path):
+    """Raise BadFileError unless `leaves` are, byte for byte, the frozen weights that the run of checkpoint `path` used."""
+    if base["digest"] != digest(leaves):
+        raise BadFileError(
+            base_path, f"is not the base model that {path} was trained on (its weights, or their types, are others)"
+        )
 
 
 def _path_of_base(base):

@@ -147,6 +147,18 @@ def fingerprint(base):
     return digest.hexdigest()
 
 
+def digest(leaves):
+    """SHA-256 of weights as they are stored: names, types, shapes and bytes. leaves: dict of names to float32 arrays or
+    `toy.quantized.QuantizedMatrix`."""
+    result = hashlib.sha256()
+    for name in sorted(leaves):
+        leaf = leaves[name]
+        data, kind = (leaf, "F32") if isinstance(leaf, np.ndarray) else (leaf.raw, leaf.type)
+        result.update(repr((name, kind, leaf.shape)).encode())
+        result.update(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    return result.hexdigest()
+
+
 def check_adapter(parameters, config=None):
     """-> the rank. Raises ValueError unless there are pairs of one rank that fit the matrices of `config` (None: any)."""
     shapes = None if config is None else gguf_models.parameter_shapes(config)
