@@ -162,6 +162,7 @@ def test_lora_curves_of_all_backends_agree(backend, gguf):
         ({"alpha": float("nan")}, "alpha must be a positive number"),
         ({"targets": ()}, "targets must be some of q, k, v, o, gate, up, down: none"),
         ({"targets": ("q", "qkv")}, "'qkv' is not one"),
+        ({"targets": 3}, "3 is not one"),
         ({"t_seq": 25}, "does not fit the context of 24"),
     ],
 )

@@ -355,3 +355,24 @@ def test_resume_takes_the_same_value_in_other_words(files, tmp_path):
 def test_a_directory_as_the_model(toy_command, files, tmp_path, recipe):
     code, _, err = toy_command("train", recipe, "--model", files, "--out", tmp_path / "run")
     assert code == 2 and "is a directory" in err and "toy export" in err
+
+
+def test_a_run_decays_what_it_trains(files, tmp_path):
+    own = {
+        "model": str(files / "llama.gguf"),
+        "corpus": str(files / "text.txt"),
+        "backend": "numpy",
+        **SMALL,
+        "steps": 3,
+    }
+    norms = []
+    for decay in (0.0, 5.0):
+        training = run(FullFinetuneOptions(weight_decay=decay, **own), tmp_path / str(decay))
+        norms.append({name: np.linalg.norm(array) for name, array in training.recipe.parameters().items()})
+    assert all(norms[1][name] < 0.95 * norm for name, norm in norms[0].items())
+
+
+@pytest.mark.parametrize("recipe", [LoRAOptions, FullFinetuneOptions])
+def test_a_run_on_a_file_needs_a_context(recipe):
+    with pytest.raises(ValueError, match="context must be a whole number, got None"):
+        recipe(model="model.gguf", context=None)

@@ -153,7 +153,7 @@ class LoRAOptions(FromModelOptions):
     alpha: float | None = None
     targets: tuple = ("q",)
 
-    _sizes: ClassVar[tuple] = (*RunOptions._sizes, "rank")
+    _sizes: ClassVar[tuple] = (*RunOptions._sizes, "context", "rank")
 
     def __post_init__(self):
         super().__post_init__()
@@ -169,6 +169,8 @@ class FullFinetuneOptions(FromModelOptions):
 
     lr: float = 3e-5
     freeze_embeddings: bool = False
+
+    _sizes: ClassVar[tuple] = (*RunOptions._sizes, "context")
 
 
 @dataclass(frozen=True)

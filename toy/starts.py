@@ -247,9 +247,6 @@ class WarmStartStart(Start):
             base["digest"] = digest(embedding_of(self.donor))
         return {"base": base, "lens": self.options.lens}
 
-    def has_gguf(self):
-        return super().has_gguf() and self.recipe.arch == "llama" if self.options.lens else super().has_gguf()
-
     def write_gguf(self, path, parameters, tokenizer):
         config = self.recipe.engine.config
         if self.options.lens:

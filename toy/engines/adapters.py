@@ -1,6 +1,7 @@
 """LoRA adapters as the weights of an engine: which matrices get them, how they start."""
 
 import numbers
+from collections.abc import Iterable
 
 from toy.adamw import AdamW
 from toy.config import LlamaConfig, check_positive_int
@@ -53,7 +54,7 @@ def adapter_fill(seed, init_scale=1.0):
 
 def check_targets(targets):
     """The targets in the order of `TARGETS`. Raises ValueError for unknown ones and for none."""
-    targets = [targets] if isinstance(targets, str) else list(targets)
+    targets = list(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else [targets]
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets:
         given = f"{unknown[0]!r} is not one" if unknown else "none was given"
