@@ -142,7 +142,10 @@ def lora():
     *_LOOP,
 )
 def full_finetune():
-    """Train every weight of the model in a GGUF file further, in float32 (16 bytes of memory a weight)."""
+    """Train every weight of the model in a GGUF file further, in float32.
+
+    A weight takes 16 bytes of memory, and about 30 while a checkpoint is written.
+    """
 
 
 @recipe_command(
