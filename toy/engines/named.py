@@ -97,7 +97,8 @@ class LlamaSeqEngine(EngineHandle):
         return self
 
     def upload_lora_q_init(self, seed=0, init_scale=1.0):
-        """Start the adapters anew: A small and random from `seed`, B zero. Also between steps. Returns self."""
+        """Start the adapters anew: A small and random from `seed`, B zero. Between steps too; the moments then go on until a
+        step with is_first=True. Returns self."""
         if self._rank is None:
             raise RuntimeError("upload_lora_q_init: call enable_lora_q(rank) first")
         options = RecipeOptions(1, seed=seed, init_scale=init_scale)
