@@ -30,7 +30,7 @@ EXPECTED = {
     "08_from_numpy_to_llama_cpp",
 }
 MAX_BYTES = 500_000
-TIMEOUT = 180  # seconds for a whole notebook, on a slow and busy machine
+TIMEOUT = 400  # seconds for a whole notebook, on a slow and busy machine
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
