@@ -431,6 +431,10 @@ NORM_AND_FACTOR = kernel_capsule(norm_and_factor_node)
 SCALED = kernel_capsule(scaled_node)
 
 
+# by id of the capsule: what each kernel is called, "linear_backward_weight"
+NAMES = {id(value): name.lower() for name, value in dict(globals()).items() if type(value).__name__ == "PyCapsule"}
+
+
 def attention_scratch_floats(t_k):
     """Floats of scratch that one thread of the attention kernels needs for t_k keys."""
     cdef Attention a

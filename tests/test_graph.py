@@ -173,3 +173,14 @@ def test_the_graph_written_head_by_head_gives_the_engines_curve():
     expected, found = np.array(losses).T
     assert expected[-1] < 1.0
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_the_table_of_a_graph_names_the_kernels(kernels):
+    config = toy.GPT2Config(11, d_model=8, n_heads=2, d_ff=12, n_layers=1, context_length=6)
+    recipe = toy.recipes.FromScratch("ggml", "cpu").realize(config, toy.RecipeOptions(t_seq=6))
+    explanation = recipe.explain()
+    names = [node.name for node in explanation.nodes if node.op == "CUSTOM"]
+    kernels_used = {name.rsplit(" ", 1)[0] for name in names}
+    assert {"embedding", "layer_norm", "linear", "attention_backward", "gelu_backward", "adamw"} <= kernels_used
+    assert len(set(names)) == len(names)
+    assert "linear 1" in str(explanation)

@@ -152,6 +152,7 @@ class CpuGraphOps(_GraphOps):
         self.n_threads = graph.backend.n_threads
         self.scratch = {}  # by size: nodes that need some use the same memory, one after the other
         self.again = {}  # by id: (cheap result, what records it once more)
+        self.nodes = {}  # by name of a kernel: how many nodes there are of it
 
     def integers(self, role, n, limit):
         ids = Integers(role, n, limit)
@@ -159,8 +160,20 @@ class CpuGraphOps(_GraphOps):
         self.graph.limit(narrow, -1 if role == "labels" else 0, limit, role)
         ids.narrow = narrow
         # int64, what the kernels read: two int32 each
-        ids.tensor = self.graph.custom(self.kernels.WIDEN, [narrow], (n, 2), dtype="i32", n_tasks=1)
+        ids.tensor = self._node(self.kernels.WIDEN, [narrow], (n, 2), dtype="i32", n_tasks=1)
         return ids
+
+    def _node(self, kernel, *arguments, **options):
+        """A node that a kernel computes, named after it: "linear 3"."""
+        return self.graph.custom(kernel, *arguments, name=self._name(kernel), **options)
+
+    def _node_into(self, kernel, *arguments, **options):
+        return self.graph.custom_into(kernel, *arguments, name=self._name(kernel), **options)
+
+    def _name(self, kernel):
+        name = self.kernels.NAMES[id(kernel)]
+        self.nodes[name] = self.nodes.get(name, 0) + 1
+        return f"{name} {self.nodes[name]}"
 
     # -- embedding ----------------------------------------------------------------------------------------------------
 
@@ -168,12 +181,12 @@ class CpuGraphOps(_GraphOps):
         self.used(table)
         inputs, shape = [token_ids.tensor, table], (token_ids.n, table.shape[1])
         if not _is_quantized(table):
-            return self.graph.custom(self.kernels.EMBEDDING, inputs, shape), (token_ids, table)
+            return self._node(self.kernels.EMBEDDING, inputs, shape), (token_ids, table)
         kind = self.kernels.quantized_type(table.dtype)
         if kind is None:
             out = self.graph.get_rows(table, token_ids.narrow)
         else:
-            out = self.graph.custom(self.kernels.QUANTIZED_EMBEDDING, inputs, shape, params=kind)
+            out = self._node(self.kernels.QUANTIZED_EMBEDDING, inputs, shape, params=kind)
         return out, (token_ids, table)
 
     def embedding_backward(self, d_out, cache, d_table):
@@ -190,7 +203,7 @@ class CpuGraphOps(_GraphOps):
         if _is_quantized(weight):
             return self._quantized_linear(x, weight, bias), (None, weight)
         inputs = [x, weight] if bias is None else [x, weight, bias]
-        return self.graph.custom(self.kernels.LINEAR, inputs, (x.shape[0], weight.shape[0])), (x, weight)
+        return self._node(self.kernels.LINEAR, inputs, (x.shape[0], weight.shape[0])), (x, weight)
 
     def linear_backward(self, d_y, cache, d_weight, d_bias=None):
         x, weight = cache
@@ -201,7 +214,7 @@ class CpuGraphOps(_GraphOps):
             d_x = self._quantized_linear_backward(d_y, weight)
         else:
             shape = (d_y.shape[0], weight.shape[1])
-            d_x = self.graph.custom(self.kernels.LINEAR_BACKWARD_INPUT, [d_y, weight], shape)
+            d_x = self._node(self.kernels.LINEAR_BACKWARD_INPUT, [d_y, weight], shape)
         if d_weight is not None:
             self._weight_gradient(d_y, x, d_weight, d_bias)
         elif d_bias is not None:
@@ -217,7 +230,7 @@ class CpuGraphOps(_GraphOps):
         scratch = self._quantized_scratch(weight)
         inputs = [x, weight, scratch] if bias is None else [x, weight, scratch, bias]
         shape = (x.shape[0], weight.shape[0])
-        return self.graph.custom(self.kernels.QUANTIZED_LINEAR, inputs, shape, params=kind, writes=[scratch])
+        return self._node(self.kernels.QUANTIZED_LINEAR, inputs, shape, params=kind, writes=[scratch])
 
     def _quantized_linear_backward(self, d_y, weight):
         kind = self.kernels.quantized_type(weight.dtype)
@@ -225,7 +238,7 @@ class CpuGraphOps(_GraphOps):
             return self._banded_linear_backward(d_y, weight)
         scratch = self._quantized_scratch(weight)
         kernel, shape = self.kernels.QUANTIZED_LINEAR_BACKWARD_INPUT, (d_y.shape[0], weight.shape[1])
-        return self.graph.custom(kernel, [d_y, weight, scratch], shape, params=kind, writes=[scratch])
+        return self._node(kernel, [d_y, weight, scratch], shape, params=kind, writes=[scratch])
 
     def _quantized_scratch(self, weight):
         n_out, n_in = weight.shape
@@ -256,11 +269,9 @@ class CpuGraphOps(_GraphOps):
             d_bias.tensor = d_bias.tensor or self.graph.blank(d_bias.shape)
             inputs.append(d_bias.tensor)
         if first:  # nothing to add to: the product is written, which saves filling a matrix with zeros
-            d_weight.tensor = self.graph.custom(
-                kernel, inputs, d_weight.shape, params=struct.pack("q", 0), writes=inputs[2:]
-            )
+            d_weight.tensor = self._node(kernel, inputs, d_weight.shape, params=struct.pack("q", 0), writes=inputs[2:])
         else:
-            d_weight.tensor = self.graph.custom_into(kernel, d_weight.tensor, inputs, params=struct.pack("q", 1))
+            d_weight.tensor = self._node_into(kernel, d_weight.tensor, inputs, params=struct.pack("q", 1))
         self.contributed(d_weight, d_bias)
 
     # -- norms --------------------------------------------------------------------------------------------------------
@@ -278,7 +289,7 @@ class CpuGraphOps(_GraphOps):
         inputs = [x, parameters[0], statistics, *parameters[1:]]
 
         def record():
-            return self.graph.custom(kernel, inputs, x.shape, params=struct.pack("f", eps), writes=[statistics])
+            return self._node(kernel, inputs, x.shape, params=struct.pack("f", eps), writes=[statistics])
 
         return self._cheap(record(), record), (x, parameters[0], statistics)
 
@@ -292,7 +303,7 @@ class CpuGraphOps(_GraphOps):
         x, gamma, statistics = cache
         slots = [slot for slot in slots if slot is not None]
         partials = [self.graph.blank((self.n_threads, x.shape[1])) for _ in slots]  # one row a thread
-        d_x = self.graph.custom(kernel, [d_y, x, gamma, statistics, *partials], x.shape, writes=partials)
+        d_x = self._node(kernel, [d_y, x, gamma, statistics, *partials], x.shape, writes=partials)
         for slot, partial in zip(slots, partials):
             self._into(slot, self.kernels.ADD_PARTIALS, [partial])
         self.contributed(*slots)
@@ -302,28 +313,28 @@ class CpuGraphOps(_GraphOps):
 
     def gelu(self, x):
         def record():
-            return self.graph.custom(self.kernels.GELU, [x], x.shape)
+            return self._node(self.kernels.GELU, [x], x.shape)
 
         return self._cheap(record(), record), (x,)
 
     def gelu_backward(self, d_y, cache):
-        return self.graph.custom(self.kernels.GELU_BACKWARD, [cache[0], d_y], d_y.shape)
+        return self._node(self.kernels.GELU_BACKWARD, [cache[0], d_y], d_y.shape)
 
     def silu(self, x):
-        return self.graph.custom(self.kernels.SILU, [x], x.shape), (x,)
+        return self._node(self.kernels.SILU, [x], x.shape), (x,)
 
     def silu_backward(self, d_y, cache):
-        return self.graph.custom(self.kernels.SILU_BACKWARD, [cache[0], d_y], d_y.shape)
+        return self._node(self.kernels.SILU_BACKWARD, [cache[0], d_y], d_y.shape)
 
     def swiglu(self, gate, up):
         def record():
-            return self.graph.custom(self.kernels.SWIGLU, [gate, up], gate.shape)
+            return self._node(self.kernels.SWIGLU, [gate, up], gate.shape)
 
         return self._cheap(record(), record), (gate, up)
 
     def swiglu_backward(self, d_y, cache):
         rows, width = d_y.shape
-        both = self.graph.custom(self.kernels.SWIGLU_BACKWARD, [*cache, d_y], (rows, 2 * width))
+        both = self._node(self.kernels.SWIGLU_BACKWARD, [*cache, d_y], (rows, 2 * width))
         return self.split(both, (width, width))
 
     # -- rope ---------------------------------------------------------------------------------------------------------
@@ -341,7 +352,7 @@ class CpuGraphOps(_GraphOps):
     def _turn(self, x, cache, direction):
         positions, cosines, sines, n_heads = cache
         numbers = struct.pack("2q", n_heads, direction)
-        return self.graph.custom(self.kernels.ROPE, [x, positions.tensor, cosines, sines], x.shape, params=numbers)
+        return self._node(self.kernels.ROPE, [x, positions.tensor, cosines, sines], x.shape, params=numbers)
 
     def _table(self, array):
         array = array.astype(np.float32)
@@ -358,7 +369,7 @@ class CpuGraphOps(_GraphOps):
         log_sum = self.graph.blank((batch * n_heads, q.shape[0] // batch))
         scratch = self._scratch(k.shape[0] // batch)
         inputs = [q, k, v, log_sum, scratch]
-        out = self.graph.custom(self.kernels.ATTENTION, inputs, q.shape, params=numbers, writes=[log_sum, scratch])
+        out = self._node(self.kernels.ATTENTION, inputs, q.shape, params=numbers, writes=[log_sum, scratch])
         return out, (inputs, out, numbers)
 
     def attention_backward(self, d_out, cache):
@@ -367,7 +378,7 @@ class CpuGraphOps(_GraphOps):
         shape = (d_out.shape[0], sum(widths))
         scratch = inputs[4]
         kernel, inputs = self.kernels.ATTENTION_BACKWARD, [*inputs, d_out, out]
-        both = self.graph.custom(kernel, inputs, shape, params=numbers, writes=[scratch])
+        both = self._node(kernel, inputs, shape, params=numbers, writes=[scratch])
         return _Columns(self.split(both, widths), both)
 
     def _scratch(self, t_k):
@@ -394,16 +405,14 @@ class CpuGraphOps(_GraphOps):
         source = labels if dense else labels.tensor
         statistics = self.graph.blank((4, logits.shape[0]))
         numbers = struct.pack("q", int(dense))
-        statistics = self.graph.custom_into(self.kernels.CROSS_ENTROPY, statistics, [logits, source], params=numbers)
-        loss = self.graph.custom(self.kernels.MEAN_LOSS, [statistics], (2,), n_tasks=1)
+        statistics = self._node_into(self.kernels.CROSS_ENTROPY, statistics, [logits, source], params=numbers)
+        loss = self._node(self.kernels.MEAN_LOSS, [statistics], (2,), n_tasks=1)
         return loss, (logits, source, statistics, loss, numbers)
 
     def cross_entropy_backward(self, cache):
         logits, source, statistics, loss, numbers = cache
         # the gradient takes the place of the logits, which nothing reads any more
-        return self.graph.custom_into(
-            self.kernels.CROSS_ENTROPY_BACKWARD, logits, [source, statistics, loss], params=numbers
-        )
+        return self._node_into(self.kernels.CROSS_ENTROPY_BACKWARD, logits, [source, statistics, loss], params=numbers)
 
     def loss_value(self, loss):
         """The mean loss, of a computed graph."""
@@ -411,7 +420,7 @@ class CpuGraphOps(_GraphOps):
 
     def squares(self, slot):
         """A tensor that holds the sum of squares of a gradient, for `norm_and_factor`."""
-        return self.graph.custom(self.kernels.SQUARES, [slot.tensor], (2 * self.n_threads,))
+        return self._node(self.kernels.SQUARES, [slot.tensor], (2 * self.n_threads,))
 
     def norm_and_factor(self, squares, clip):
         """(2,): the L2 norm of the whole gradient, and the factor that makes it at most `clip` (None: any length)."""
@@ -419,11 +428,11 @@ class CpuGraphOps(_GraphOps):
         for part in squares[1:]:
             whole = self.graph.concat(whole, part, axis=0)
         numbers = struct.pack("d", np.inf if clip is None else clip)
-        return self.graph.custom(self.kernels.NORM_AND_FACTOR, [whole], (2,), params=numbers, n_tasks=1)
+        return self._node(self.kernels.NORM_AND_FACTOR, [whole], (2,), params=numbers, n_tasks=1)
 
     def scaled(self, gradient, factor):
         """The gradient times the factor of `norm_and_factor`."""
-        return self.graph.custom(self.kernels.SCALED, [gradient, factor], gradient.shape)
+        return self._node(self.kernels.SCALED, [gradient, factor], gradient.shape)
 
     def finish_gradient(self, gradient):
         """What the optimizer gets when every use of a parameter has added to its gradient: here, just that."""
@@ -431,7 +440,7 @@ class CpuGraphOps(_GraphOps):
 
     def adamw_step(self, weight, gradient, m, v, hp):
         inputs = [weight, gradient, m, v, hp]
-        self.graph.custom(self.kernels.ADAMW, inputs, (1,), writes=[weight, m, v])
+        self._node(self.kernels.ADAMW, inputs, (1,), writes=[weight, m, v])
 
     def compute(self):
         self.kernels.compute(self.graph)
@@ -444,7 +453,7 @@ class CpuGraphOps(_GraphOps):
 
     def _into(self, slot, kernel, inputs):
         self._zeros(slot)
-        slot.tensor = self.graph.custom_into(kernel, slot.tensor, inputs)
+        slot.tensor = self._node_into(kernel, slot.tensor, inputs)
 
 
 class NativeGraphOps(_GraphOps):
