@@ -204,7 +204,8 @@ def _fetch_from_hub(repository, file, progress):
         raise ValueError(f"{file!r} is no path in a repository")
     hub = optional_package("huggingface_hub", "fetching from the Hugging Face hub")
     errors = optional_package("huggingface_hub.errors", "fetching from the Hugging Face hub", "huggingface_hub")
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    constants = optional_package("huggingface_hub.constants", "fetching from the Hugging Face hub", "huggingface_hub")
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT  # the library itself looks only when it is imported
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     folder = cache_dir() / "hub"
     try:
