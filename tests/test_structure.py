@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "trained": SETTINGS | {"data", "engines", "files", "models", "quantized", "run_options"},
     "starts": SETTINGS | {"data", "export", "files", "models", "recipes", "run_options", "trained"},
     "evaluation": {"models", "trained"},
-    "export": {"files", "models", "trained"},
+    "export": {"files", "models", "quantized"},
     "plots": {"files", "optional"},
     "gradcheck": SETTINGS | {"models", "ops"},
 }

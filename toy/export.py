@@ -5,7 +5,7 @@ import numpy as np
 from toy.files.gguf_models import architecture_of
 from toy.files.gguf_write import write_adapter, write_gguf
 from toy.models.lens import without_lens
-from toy.trained import dequantized
+from toy.quantized import dequantized
 
 
 def check_exportable(stored):

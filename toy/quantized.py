@@ -200,3 +200,8 @@ def _package(type_name):
         return gguf.quants, gguf.GGMLQuantizationType[type_name]
     except KeyError:
         raise ValueError(f"tensors of type {type_name} need a newer `gguf` package: pip install -U gguf") from None
+
+
+def dequantized(leaf):
+    """A leaf of a parameter tree as a float32 array: an array as it is, a `QuantizedMatrix` dequantised as a whole."""
+    return leaf.dequantize() if isinstance(leaf, QuantizedMatrix) else leaf

@@ -19,6 +19,7 @@ from toy.files.gguf_write import check_adapter, digest, read_adapter
 from toy.models import ParameterTree, model_for
 from toy.models.lens import lens_shapes, without_lens
 from toy.models.parameters import check_arrays
+from toy.quantized import dequantized
 from toy.run_options import CONFIGS
 from toy.switch import eager_ops
 
@@ -102,11 +103,6 @@ def read_trained(path, adapter=None):
         raise ValueError(f"{adapter} cannot be put on {path}: LoRA adapters belong to a llama, this is a {stored.arch}")
     read = read_adapter(adapter, stored.config, base=stored.parameters)
     return stored._replace(adapters=read.parameters, alpha=read.alpha)
-
-
-def dequantized(leaf):
-    """A leaf of a parameter tree as a float32 array."""
-    return leaf if isinstance(leaf, np.ndarray) else leaf.dequantize()
 
 
 def _begins_like_gguf(path):

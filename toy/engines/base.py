@@ -11,6 +11,7 @@ from toy.engines.weights import random_weights
 from toy.models import model_for
 from toy.models.base import check_range
 from toy.models.parameters import ParameterTree, check_arrays
+from toy.quantized import dequantized
 from toy.switch import eager_ops
 
 
@@ -95,10 +96,7 @@ class Engine:
         generation and inspection."""
         ops, leaves = eager_ops(self.backend), dict(self.weights.borrowed)
         if ops.name == "reference":  # numpy would dequantise a matrix anew for every token
-            leaves = {
-                name: np.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf.dequantize()
-                for name, leaf in leaves.items()
-            }
+            leaves = {name: dequantized(leaf) for name, leaf in leaves.items()}
         tree = ParameterTree(leaves | self.parameters())
         return self.model_class.from_config(self.config, ops=ops, parameters=tree, **self.weights.model_options)
 

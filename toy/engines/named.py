@@ -9,7 +9,7 @@ from toy.engines.adapters import adapter_fill, adapter_weights
 from toy.engines.base import with_model_options
 from toy.engines.handle import EngineHandle
 from toy.engines.source import borrowed_parameters, checked_config, finetuned_weights
-from toy.engines.weights import random_fill, random_weights
+from toy.engines.weights import filled, random_fill, random_weights
 from toy.models.llama import Llama
 
 
@@ -104,7 +104,7 @@ class LlamaSeqEngine(EngineHandle):
         options = RecipeOptions(1, seed=seed, init_scale=init_scale)
         self._adapter_start = (options.seed, options.init_scale)
         if self.engine is not None:
-            self.engine.load_parameters(self._started_adapters())
+            self.engine.load_parameters(filled(self.engine.weights.own, adapter_fill(*self._adapter_start)))
         return self
 
     def enable_full_finetune(self):
@@ -169,18 +169,9 @@ class LlamaSeqEngine(EngineHandle):
         if gguf is not None:
             base = borrowed_parameters(gguf, config)
         else:
-            base = {name: np.empty(shape, np.float32) for name, shape in Llama.parameter_shapes(config).items()}
-            fill = random_fill(config, options)
-            for name, array in base.items():
-                fill(name, array)
+            base = filled(Llama.parameter_shapes(config), random_fill(config, options))
         seed, init_scale = self._adapter_start
         return adapter_weights(config, base, self._rank, RecipeOptions(1, seed=seed, init_scale=init_scale))
-
-    def _started_adapters(self):
-        arrays = {name: np.empty(shape, np.float32) for name, shape in self.engine.weights.own.items()}
-        for name, array in arrays.items():
-            adapter_fill(*self._adapter_start)(name, array)
-        return arrays
 
 
 class LlamaSeqEngineMetal(LlamaSeqEngine):

@@ -60,10 +60,10 @@ def borrowed_parameters(gguf, config):
     return leaves
 
 
-def _is_finite(leaf, rows=2048):
+def _is_finite(leaf):
     if isinstance(leaf, np.ndarray):
         return np.isfinite(leaf).all()
-    return all(np.isfinite(leaf.rows(i, min(i + rows, leaf.shape[0]))).all() for i in range(0, leaf.shape[0], rows))
+    return all(np.isfinite(leaf.rows(band.start, band.stop)).all() for band in leaf.bands())
 
 
 class Source:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from toy.models import model_for
 from toy.models.parameters import initialize_array
 
@@ -46,6 +48,14 @@ class Weights:
     def kept_shapes(self):
         """Those of the engine's own parameters that are not trained."""
         return {name: shape for name, shape in self.own.items() if name not in self.trained}
+
+
+def filled(shapes, fill):
+    """dict of the names of `shapes` to new float32 arrays with the values that fill(name, out) writes."""
+    arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+    for name, array in arrays.items():
+        fill(name, array)
+    return arrays
 
 
 def random_weights(config, options):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from toy.adamw import AdamW
 from toy.config import GPT2Config
 from toy.models.base import LanguageModel, backward_order
+from toy.models.parameters import gpt2_stds
 
 NORM_EPS = 1e-5
 
@@ -69,17 +70,7 @@ class GPT2(LanguageModel):
     @staticmethod
     def parameter_stds(config):
         """As published: Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0."""
-        stds = {}
-        for name in GPT2.parameter_shapes(config):
-            if name.endswith("bias"):
-                stds[name] = "zeros"
-            elif name.endswith("norm.weight"):
-                stds[name] = "ones"
-            elif name.endswith(("attn_output.weight", "ffn_down.weight")):
-                stds[name] = 0.02 / (2 * config.n_layers) ** 0.5
-            else:
-                stds[name] = 0.02
-        return stds
+        return gpt2_stds(GPT2.parameter_shapes(config), config.n_layers)
 
     # -- forward ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ Without a lens in the parameter tree these are the plain lookup and the plain he
 
 import dataclasses
 
-import numpy as np
+from toy.quantized import dequantized
 
 
 def lens_shapes(config, donor_width):
@@ -57,7 +57,7 @@ def without_lens(config, parameters):
     all. parameters: dict of names to arrays; the donor's embedding may be a `toy.quantized.QuantizedMatrix`."""
     parameters = dict(parameters)
     lens_in, donor = parameters.pop("token_embd.lens"), parameters.pop("token_embd.weight")
-    donor = donor if isinstance(donor, np.ndarray) else donor.dequantize()  # (V, E)
+    donor = dequantized(donor)  # (V, E)
     embedding = {"token_embd.weight": donor @ lens_in.T}  # (V, D)
     if "output.lens" in parameters:
         embedding["output.weight"] = donor @ parameters.pop("output.lens")  # (V, D)

@@ -16,6 +16,7 @@ from toy.config import LlamaConfig
 from toy.models.base import LanguageModel, backward_order
 from toy.models.lens import embed, embed_backward, unembed, unembed_backward
 from toy.models.lora import project, project_backward
+from toy.models.parameters import gpt2_stds
 
 
 class BlockCache(NamedTuple):
@@ -84,18 +85,8 @@ class Llama(LanguageModel):
 
     @staticmethod
     def parameter_stds(config):
-        """Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0 (as in `gpt2.py`)."""
-        stds = {}
-        for name in Llama.parameter_shapes(config):
-            if name.endswith("bias"):
-                stds[name] = "zeros"
-            elif name.endswith("norm.weight"):
-                stds[name] = "ones"
-            elif name.endswith(("attn_output.weight", "ffn_down.weight")):
-                stds[name] = 0.02 / (2 * config.n_layers) ** 0.5
-            else:
-                stds[name] = 0.02
-        return stds
+        """Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0 (as GPT-2)."""
+        return gpt2_stds(Llama.parameter_shapes(config), config.n_layers)
 
     def head(self, tree):
         """The output matrix in a parameter or gradient tree, and its lens (None: it has none)."""

@@ -111,8 +111,8 @@ def check_arrays(shapes, mapping, what="parameters"):
     if missing or unknown:
         raise ValueError(
             f"{what}: the names do not match this model"
-            + (f"; missing: {_some(missing)}" if missing else "")
-            + (f"; unknown: {_some(unknown)}" if unknown else "")
+            + (f"; missing: {some_names(missing)}" if missing else "")
+            + (f"; unknown: {some_names(unknown)}" if unknown else "")
         )
     for name, shape in shapes.items():
         array = np.asarray(mapping[name])
@@ -156,6 +156,22 @@ def initialize(tree, init_stds, seed, init_scale=1.0):
     """Fill `tree` with its initial weights. init_stds: dict of names to what `initialize_array` takes as `std`."""
     for name, leaf in tree.items():
         initialize_array(name, leaf, init_stds[name], seed, init_scale)
+
+
+def gpt2_stds(names, n_layers):
+    """What GPT-2 (Radford et al. 2019, section 2.3) starts from, for parameters with GGUF names, as dict for `initialize`:
+    Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0."""
+    stds = {}
+    for name in names:
+        if name.endswith("bias"):
+            stds[name] = "zeros"
+        elif name.endswith("norm.weight"):
+            stds[name] = "ones"
+        elif name.endswith(("attn_output.weight", "ffn_down.weight")):
+            stds[name] = 0.02 / (2 * n_layers) ** 0.5
+        else:
+            stds[name] = 0.02
+    return stds
 
 
 def initialize_array(name, out, std, seed, init_scale=1.0):
@@ -209,5 +225,7 @@ def _allocate(shapes, dtype):
     return leaves, flat
 
 
-def _some(names, most=5):
+def some_names(names, most=5):
+    """The first names, for an error message, and how many more there are."""
+    names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

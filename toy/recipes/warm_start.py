@@ -9,7 +9,7 @@ from toy.engines.source import Source
 from toy.engines.weights import Weights, random_fill
 from toy.models import model_for
 from toy.models.lens import lens_shapes
-from toy.models.parameters import initialize_array
+from toy.models.parameters import initialize_array, some_names
 
 EMBEDDING = "token_embd.weight"
 
@@ -53,7 +53,9 @@ def warm_weights(config, source, options, take="*", lens=False):
     if lens and take == "*":  # of a donor of another width, only what fits
         taken = {name for name in taken if reader.shapes.get(name) == shapes[name]}
     elif not taken:
-        raise ValueError(f"no parameter of the model is called like {' or '.join(patterns)}: they are {_some(shapes)}")
+        raise ValueError(
+            f"no parameter of the model is called like {' or '.join(patterns)}: they are {some_names(shapes, 4)}"
+        )
     for name in sorted(taken):
         if name not in reader.shapes:
             raise ValueError(f"{reader.name} has no {name}: leave it out of `take`, it then starts random")
@@ -95,8 +97,3 @@ def _donor_embedding(config, reader):
             "they must be the same"
         )
     return reader.leaf(EMBEDDING)
-
-
-def _some(names, most=4):
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
