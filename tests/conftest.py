@@ -75,6 +75,21 @@ def torch_models():
     return importlib.import_module("torch_models")
 
 
+@pytest.fixture
+def toy_command(capsys):
+    """Runs a command line in this process -> (exit code, stdout, stderr)."""
+
+    from toy import cli
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return exit.value.code, output.out, output.err
+
+    return run
+
+
 def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it puts into the background
         signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests press Ctrl-C

@@ -17,7 +17,7 @@ import pytest
 from single_thread import single_thread  # noqa: F401 (autouse)
 
 import toy
-from toy import cli, cli_progress, training
+from toy import cli_progress, training
 from toy.files import read_checkpoint, read_events
 
 ROOT = Path(__file__).parent.parent
@@ -29,19 +29,6 @@ SMALL = ["--batch=3", "--context=8", "--d-model=8", "--layers=1", "--heads=2", "
 def in_an_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-
-
-@pytest.fixture
-def toy_command(capsys):
-    """Runs a command line in this process -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return exit.value.code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture

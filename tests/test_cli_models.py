@@ -16,7 +16,6 @@ pytest.importorskip("jinja2", reason="jinja2 is not installed (pip install jinja
 
 import model_files
 
-from toy import cli
 from toy.data import load_corpus
 from toy.evaluation import evaluate_text
 from toy.files.gguf import GGUF
@@ -40,19 +39,6 @@ def lora_run(files, toy_command):
     code, _, err = toy_command("train", "lora", "--model=llama.gguf", "--corpus=text.txt", *sizes, "--out=run")
     assert code == 0, err
     return Path("run")
-
-
-@pytest.fixture
-def toy_command(capsys):
-    """Runs a command line in this process -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return exit.value.code, output.out, output.err
-
-    return run
 
 
 def one_sentence(text):

@@ -9,7 +9,6 @@ import pytest
 from single_thread import single_thread  # noqa: F401 (autouse)
 
 import toy
-from toy import cli
 from toy.data import make_tokenizer
 from toy.engines.adapters import TARGETS
 from toy.export import export_model
@@ -191,17 +190,6 @@ def test_warm_start_of_a_run_that_began_with_a_model(files, tmp_path, kind):
     ids = first.tokenizer.encode(TEXT[:16])
     difference = second.model().forward(ids)[0] - first.model().forward(ids)[0]
     assert np.abs(difference).max() < 1e-4
-
-
-@pytest.fixture
-def toy_command(capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize("recipe", OPTIONS)
