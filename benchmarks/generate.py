@@ -21,7 +21,7 @@ from timing import processors, restart_with
 
 def toy_contender(path, prompt, n_new, backend):
     """-> a function that generates once and returns (seconds of the prompt, seconds of a new token, ids)."""
-    from toy.generation import generate
+    from toy.models.generation import generate
     from toy.trained import load_trained
 
     model = load_trained(path, backend=backend).model

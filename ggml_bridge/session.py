@@ -33,8 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import ggml_bridge
-from ggml_bridge import ops
+from ggml_bridge import library, ops
 
 
 class Step(NamedTuple):
@@ -68,7 +67,7 @@ class Session:
     """
 
     def __init__(self, device="cpu", n_threads=None, graph_capacity=65536):
-        self._backend = ggml_bridge.Backend(device, n_threads)
+        self._backend = library.start().Backend(device, n_threads)
         try:
             self._graph = self._backend.graph(graph_capacity)
         except Exception:
@@ -141,7 +140,7 @@ class Session:
     # --- checks
 
     def _tensor(self, value, verb, what):
-        if not isinstance(value, ggml_bridge.Tensor):
+        if not isinstance(value, library.start().Tensor):
             raise TypeError(f"{verb}: {what} must be a Tensor, not {type(value).__name__}")
         if value.owner is not self._graph and value.owner is not self._backend:
             value.shape  # noqa: B018  raises RuntimeError when its session is closed

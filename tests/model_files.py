@@ -4,7 +4,7 @@ import numpy as np
 from test_gguf_tokenizer import bpe_metadata
 
 import toy
-from toy import gradcheck
+from toy.checks import gradcheck
 from toy.data.gguf_tokenizer import GGUFTokenizer
 from toy.files.gguf_write import write_adapter, write_gguf
 from toy.models import model_for

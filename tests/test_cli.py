@@ -17,7 +17,8 @@ import pytest
 from single_thread import single_thread  # noqa: F401 (autouse)
 
 import toy
-from toy import cli_progress, training
+from toy import training
+from toy.cli import progress as cli_progress
 from toy.files import read_checkpoint, read_events
 
 ROOT = Path(__file__).parent.parent
@@ -472,7 +473,7 @@ def test_backends_says_when_toy_backend_is_wrong(toy_command, monkeypatch):
 
 
 def test_gradcheck_shows_a_row_per_gradient_and_fails_when_one_is_wrong(toy_command, monkeypatch):
-    from toy import gradcheck
+    from toy.checks import gradcheck
 
     rows = gradcheck.check_all(seed=0)
     monkeypatch.setattr(gradcheck, "check_all", lambda seed: rows)

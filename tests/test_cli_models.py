@@ -17,11 +17,11 @@ pytest.importorskip("jinja2", reason="jinja2 is not installed (pip install jinja
 import model_files
 
 from toy.data import load_corpus
-from toy.evaluation import evaluate_text
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import read_adapter
-from toy.generation import generate
-from toy.trained import chat_prompt, load_trained
+from toy.models.generation import generate
+from toy.trained.evaluate import evaluate_text
+from toy.trained.load import chat_prompt, load_trained
 
 TEXT = "hello 12, hello. Größe 3 €\n" * 12
 

@@ -8,11 +8,11 @@ from rich.console import Console
 
 import toy
 from toy.data.tokenizers import CharTokenizer
-from toy.describe import algorithm, describe
 from toy.files import gguf_write
 from toy.files.errors import BadFileError
 from toy.files.gguf_write import write_adapter, write_gguf
 from toy.models import model_for
+from toy.trained.describe import algorithm, describe
 
 LLAMA = toy.LlamaConfig(7, 32, 4, 2, 48, 3, 16)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import toy
-from toy import selftest
+from toy.checks import selftest
 from toy.files.gguf_write import write_gguf
 
 DEVICE = os.environ.get("TOY_TEST_DEVICE", "")

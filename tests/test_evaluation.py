@@ -1,4 +1,4 @@
-"""toy.evaluation: the log-probability of every token, against plain computations."""
+"""toy.trained.evaluate: the log-probability of every token, against plain computations."""
 
 import math
 from itertools import pairwise
@@ -8,11 +8,12 @@ import pytest
 from single_thread import single_thread  # noqa: F401 (autouse)
 
 import toy
-from toy import evaluation, gradcheck
+from toy.checks import gradcheck
 from toy.data import ByteTokenizer, CharTokenizer
-from toy.evaluation import TextEvaluator, evaluate_text, log_probability_of, token_bytes, window_ends
 from toy.models import model_for
 from toy.ops import reference
+from toy.trained import evaluate as evaluation
+from toy.trained.evaluate import TextEvaluator, evaluate_text, log_probability_of, token_bytes, window_ends
 
 CONTEXT = 12
 SIZES = dict(vocab_size=256, d_model=16, n_heads=2, d_ff=32, n_layers=2, context_length=CONTEXT)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import toy
-from toy.data.gguf_tokenizer import load_tokenizer
+from toy.data.open_tokenizer import load_tokenizer
 from toy.data.tokenizers import ByteTokenizer, CharTokenizer
 from toy.files.errors import BadFileError
 from toy.files.gguf import GGUF, MAX_STRING, MAX_STRINGS

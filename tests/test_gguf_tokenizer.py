@@ -6,7 +6,8 @@ from fetch_test_data import COMMAND, vocabularies
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toy.data.gguf_tokenizer import GGUFTokenizer, load_tokenizer
+from toy.data.gguf_tokenizer import GGUFTokenizer
+from toy.data.open_tokenizer import load_tokenizer
 from toy.data.tokenizers import ByteTokenizer, CharTokenizer, UnknownCharacterError
 from toy.files import gguf_write
 from toy.files.errors import BadFileError

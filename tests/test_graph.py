@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import toy
-from toy import selftest
+from toy.checks import selftest
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

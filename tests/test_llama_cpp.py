@@ -16,16 +16,16 @@ from fetch_test_data import COMMAND, smollm2
 import toy
 from toy.data.batches import training_batch
 from toy.data.corpora import python_documentation
-from toy.data.gguf_tokenizer import load_tokenizer
+from toy.data.open_tokenizer import load_tokenizer
 from toy.data.tokenizers import ByteTokenizer, CharTokenizer
-from toy.export import export_adapter, export_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import write_adapter, write_gguf
 from toy.models.parameters import ParameterTree
 from toy.ops import reference
-from toy.run_options import LoRAOptions
 from toy.trained import load_trained, read_trained
+from toy.trained.export import export_adapter, export_model
 from toy.training import Training
+from toy.training.options import LoRAOptions
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
 pytestmark = pytest.mark.llama_cpp

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import toy
-from toy import gradcheck
 from toy.adamw import check_row
-from toy.generation import generate, sample
+from toy.checks import gradcheck
 from toy.models import model_for
 from toy.models.base import KeyValueCache
+from toy.models.generation import generate, sample
 from toy.ops import reference
 
 V = 13

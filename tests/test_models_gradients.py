@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import toy
-from toy import gradcheck
+from toy.checks import gradcheck
 from toy.models import ParameterTree, model_for
 from toy.ops import reference
 

@@ -8,8 +8,8 @@ from conftest import needs_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toy import gradcheck
 from toy.adamw import AdamW
+from toy.checks import gradcheck
 from toy.ops import reference
 
 F64_BAR = 1e-9  # of the largest element, float64 against PyTorch in float64

@@ -11,13 +11,13 @@ from single_thread import single_thread  # noqa: F401 (autouse)
 import toy
 from toy.data import make_tokenizer
 from toy.engines.adapters import TARGETS
-from toy.export import export_model
 from toy.files import BadFileError, checkpoints, read_checkpoint, read_events
 from toy.files.gguf_write import read_adapter, write_gguf
 from toy.models import model_for
-from toy.run_options import OPTIONS, FullFinetuneOptions, LoRAOptions, TrainingOptions, WarmStartOptions
 from toy.trained import load_trained, read_trained
+from toy.trained.export import export_model
 from toy.training import Training
+from toy.training.options import OPTIONS, FullFinetuneOptions, LoRAOptions, TrainingOptions, WarmStartOptions
 
 pytest.importorskip("gguf", reason="quantised files need the gguf package")
 

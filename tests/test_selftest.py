@@ -2,7 +2,7 @@
 
 import pytest
 
-from toy import selftest
+from toy.checks import selftest
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -17,13 +17,13 @@ from model_files import ALPHA, CONTEXT, RANK
 from toy.data import ByteTokenizer, tokenizer_from_json
 from toy.data.gguf_tokenizer import GGUFTokenizer
 from toy.engines import model_from
-from toy.export import merge_adapters
 from toy.files import BadFileError, read_checkpoint, write_checkpoint
 from toy.files.gguf import GGUF
 from toy.quantized import QuantizedMatrix
-from toy.run_options import FullFinetuneOptions, LoRAOptions, TrainingOptions, WarmStartOptions
-from toy.trained import chat_prompt, load_trained, read_trained, text_ids
+from toy.trained.export import merge_adapters
+from toy.trained.load import chat_prompt, load_trained, read_trained, text_ids
 from toy.training import Training
+from toy.training.options import FullFinetuneOptions, LoRAOptions, TrainingOptions, WarmStartOptions
 
 IDS = np.array([5, 77, 200, 3, 41, 9])
 

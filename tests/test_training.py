@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from single_thread import single_thread  # noqa: F401 (autouse)
 
-from toy import schedules
 from toy.config import RecipeOptions
 from toy.files import BadFileError, read_checkpoint, read_events
-from toy.generation import generate
+from toy.models.generation import generate
 from toy.recipes import FromScratch
 from toy.switch import BackendUnavailableError
 from toy.trained import load_trained
-from toy.training import DivergedError, Training, TrainingOptions
+from toy.training import DivergedError, Training, TrainingOptions, schedules
 
 TEXT = "".join(f"{i} squared is {i * i}, and then comes {i + 1}.\n" for i in range(300))
 SMALL = {

@@ -80,7 +80,7 @@ OPS = {
 
 
 def run_case(case, cotangent):
-    """The output and the gradients of a `toy.gradcheck.Case`, as float64 arrays, by autograd."""
+    """The output and the gradients of a `toy.checks.gradcheck.Case`, as float64 arrays, by autograd."""
     inputs = {name: _leaf(array) for name, array in case.inputs.items()}
     settings = {
         name: torch.as_tensor(value, dtype=torch.float64)

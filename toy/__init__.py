@@ -2,12 +2,11 @@
 
 from toy import engines, recipes
 from toy.adamw import AdamW
+from toy.config import VERSION as __version__
 from toy.config import GPT2Config, LlamaConfig, RecipeOptions, TransformerConfig
 from toy.files.gguf import GGUF
 from toy.models import GPT2, Gradients, Llama, TransformerLM
 from toy.switch import BackendUnavailableError, backends, set_backend, set_num_threads, use_backend
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GGUF",
@@ -21,6 +20,7 @@ __all__ = [
     "RecipeOptions",
     "TransformerConfig",
     "TransformerLM",
+    "__version__",
     "backends",
     "engines",
     "recipes",

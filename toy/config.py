@@ -6,6 +6,8 @@ Every value is checked when the object is made: a config that exists is one that
 import math
 from dataclasses import dataclass
 
+VERSION = "0.1.0"  # of the package: pyproject.toml reads it here
+
 
 def check_positive_int(name, value):
     """`value` as a Python int. Raises ValueError (naming `name`) unless it is an integer of at least 1."""

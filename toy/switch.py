@@ -146,11 +146,6 @@ def eager_ops(backend="auto"):
     return ops_for(chosen)
 
 
-def default_ops():
-    """The eager op table of the backend that is chosen right now."""
-    return eager_ops()
-
-
 def _ambient_choice():
     local = _local_choice.get()
     if local not in (None, "auto"):

@@ -2,7 +2,8 @@
 
 from toy.data.batches import Batch, Split, split, training_batch, validation_batches
 from toy.data.corpora import Corpus, CorpusError, load_corpus
-from toy.data.tokenizers import ByteTokenizer, CharTokenizer, UnknownCharacterError, make_tokenizer, tokenizer_from_json
+from toy.data.open_tokenizer import load_tokenizer, make_tokenizer, tokenizer_from_json
+from toy.data.tokenizers import ByteTokenizer, CharTokenizer, UnknownCharacterError
 
 __all__ = [
     "Batch",
@@ -13,6 +14,7 @@ __all__ = [
     "Split",
     "UnknownCharacterError",
     "load_corpus",
+    "load_tokenizer",
     "make_tokenizer",
     "split",
     "tokenizer_from_json",

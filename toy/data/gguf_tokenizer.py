@@ -1,7 +1,7 @@
 """The tokenizers inside GGUF files.
 
 Byte-level BPE (`tokenizer.ggml.model` "gpt2") and the SentencePiece kind ("llama") are run by the `tokenizers` library;
-the character and byte vocabularies that `toy.files.gguf_vocabulary` writes are read back as what they were.
+`toy.data.open_tokenizer` makes one of a file.
 """
 
 import codecs
@@ -10,11 +10,9 @@ import re
 
 import numpy as np
 
-from toy.data.tokenizers import ByteTokenizer, CharTokenizer, UnknownCharacterError
-from toy.files.errors import BadFileError
-from toy.files.gguf import GGUF
+from toy.data.tokenizers import UnknownCharacterError
 from toy.files.gguf_models import short
-from toy.files.gguf_vocabulary import BYTE, BYTE_OF_CHARACTER, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from toy.files.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, bytes_of_characters
 from toy.optional import optional_package
 
 # Where text is cut before BPE, by tokenizer.ggml.pre: patterns applied one after the other, each to the pieces that the
@@ -53,20 +51,6 @@ _END_TEXTS = {
 
 _MAX_TOKEN = 1024  # characters: the longest in use are runs of spaces, a few hundred
 _SPACE = "\u2581"  # SentencePiece's visible space
-
-
-def load_tokenizer(gguf):
-    """The tokenizer of an open `toy.GGUF`: a `GGUFTokenizer`, or the Char- or ByteTokenizer it was exported from.
-
-    Raises BadFileError when it contradicts itself, ValueError when there is none or its kind is not supported, and
-    RuntimeError (with the command to type) when the `tokenizers` library is needed and missing.
-    """
-    try:
-        return _own_tokenizer(gguf.metadata) or GGUFTokenizer(gguf.metadata, path=gguf.path)
-    except BrokenTokenizerError as error:
-        raise BadFileError(gguf.path, str(error)) from error
-    except ValueError as error:
-        raise ValueError(f"{gguf.path}: {error}") from error
 
 
 class BrokenTokenizerError(ValueError):
@@ -212,21 +196,6 @@ class GGUFTokenizer:
             "sha256": self.sha256,
         }
 
-    @classmethod
-    def from_json(cls, data):
-        """The inverse of `to_json`. Raises BadFileError when the file there has another tokenizer by now, FileNotFoundError
-        when it is gone."""
-        try:
-            with GGUF.open(data["path"]) as gguf:
-                tokenizer = load_tokenizer(gguf)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"the tokenizer is in {data['path']}, which is not there any more: put the file back"
-            ) from error
-        if not isinstance(tokenizer, cls) or tokenizer.sha256 != data["sha256"]:
-            raise BadFileError(data["path"], "its tokenizer is not the one that this run was trained with")
-        return tokenizer
-
     @property
     def sha256(self):
         """Of everything the tokenizer was made from."""
@@ -246,37 +215,8 @@ class GGUFTokenizer:
         if self.model == "llama":
             byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token) if kind == BYTE else None
             return bytes((int(byte[1], 16),)) if byte else token.replace(_SPACE, " ").encode()
-        data = _from_byte_characters(token)
+        data = bytes_of_characters(token)
         return token.encode() if data is None else data  # None: a token that was added without being byte-encoded
-
-
-def _own_tokenizer(metadata):
-    """The Char- or ByteTokenizer that `tokenizer_metadata` wrote, or None."""
-    tokens, model = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model")
-    if not isinstance(tokens, list) or model not in ("rwkv", "gpt2") or max(map(len, tokens), default=5) > 4:
-        return None  # the longest that it writes: \x0a, and the four bytes of a character
-    data = [_unescape(token) if model == "rwkv" else _from_byte_characters(token) for token in tokens]
-    if model == "rwkv" and data == [bytes((b,)) for b in range(256)]:
-        return ByteTokenizer()
-    try:
-        characters = [token.decode() for token in data]
-    except (UnicodeDecodeError, AttributeError):
-        return None
-    if characters and all(len(c) == 1 for c in characters) and len(set(characters)) == len(characters):
-        return CharTokenizer(characters)
-    return None
-
-
-def _unescape(token):
-    match = re.fullmatch(r"\\x([0-9a-f]{2})|[!-\[\]-~]", token)
-    return None if match is None else bytes((int(match[1], 16),)) if match[1] else token.encode()
-
-
-def _from_byte_characters(token):
-    try:
-        return bytes([BYTE_OF_CHARACTER[character] for character in token])
-    except KeyError:
-        return None
 
 
 def _byte_level_bpe(tokens, merges, pre):

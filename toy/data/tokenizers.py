@@ -94,29 +94,5 @@ class ByteTokenizer:
         return {"kind": self.kind}
 
 
-def make_tokenizer(kind, text):
-    """The tokenizer of this kind ("char" or "bytes") for training on `text`."""
-    if kind == "char":
-        return CharTokenizer.from_text(text)
-    if kind == "bytes":
-        return ByteTokenizer()
-    raise ValueError(f"tokenizer must be one of {', '.join(KINDS)}, got {kind!r}")
-
-
-def tokenizer_from_json(data):
-    """The inverse of `to_json`. Raises ValueError for anything that `to_json` does not write; for the tokenizer of a GGUF
-    file also FileNotFoundError when the file is gone, BadFileError when it has another tokenizer by now."""
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if kind == "bytes":
-        return ByteTokenizer()
-    if kind == "char" and isinstance(data.get("characters"), str):
-        return CharTokenizer(data["characters"])
-    if kind == "gguf" and isinstance(data.get("path"), str) and isinstance(data.get("sha256"), str):
-        from toy.data.gguf_tokenizer import GGUFTokenizer
-
-        return GGUFTokenizer.from_json(data)
-    raise ValueError(f"not a tokenizer: {str(data)[:80]}")
-
-
 def _code_points(text):
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)

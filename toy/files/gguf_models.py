@@ -12,10 +12,9 @@ import numpy as np
 
 from toy.config import GPT2Config, LlamaConfig
 from toy.files.errors import BadFileError
-from toy.models.gpt2 import GPT2, NORM_EPS
-from toy.models.llama import Llama
+from toy.models import architectures
+from toy.models.gpt2 import NORM_EPS
 
-ARCHITECTURES = ("llama", "gpt2")
 short = reprlib.repr  # of what a file says, for error messages: never megabytes
 _REQUIRED = object()
 
@@ -45,9 +44,10 @@ def config_of(gguf):
     if kind != "model":
         raise UnsupportedModelError(f"{gguf.path} is not a model: its general.type is {short(kind)}")
     architecture = gguf.architecture
-    if architecture not in ARCHITECTURES:
+    if architecture not in architectures.IN_GGUF:
         raise UnsupportedModelError(
-            f"{gguf.path} holds a model of architecture {architecture!r}; this library has {' and '.join(ARCHITECTURES)}"
+            f"{gguf.path} holds a model of architecture {architecture!r}; "
+            f"this library has {' and '.join(architectures.IN_GGUF)}"
         )
     keys = _Keys(gguf)
     if "token_embd.weight" not in gguf.tensors:
@@ -75,12 +75,12 @@ def parameter_shapes(config):
 
     Raises ValueError for any other config.
     """
-    return _model_class(config).parameter_shapes(config)
+    return _row(config).model.parameter_shapes(config)
 
 
 def architecture_of(config):
     """The GGUF architecture of a config. Raises ValueError when there is none."""
-    return _model_class(config).arch
+    return _row(config).name
 
 
 def metadata_of(config):
@@ -108,11 +108,10 @@ def metadata_of(config):
     return metadata
 
 
-def _model_class(config):
-    if isinstance(config, LlamaConfig):
-        return Llama
-    if isinstance(config, GPT2Config):
-        return GPT2
+def _row(config):
+    row = architectures.architecture_of(config)
+    if row.in_gguf:
+        return row
     raise ValueError(
         f"GGUF and llama.cpp have no architecture for a {type(config).__name__}: "
         "train a GPT-2 (toy.GPT2Config) or a Llama (toy.LlamaConfig) to export it"

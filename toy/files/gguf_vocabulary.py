@@ -73,3 +73,11 @@ def _byte_characters():
 
 CHARACTER_OF_BYTE = _byte_characters()
 BYTE_OF_CHARACTER = {character: b for b, character in CHARACTER_OF_BYTE.items()}
+
+
+def bytes_of_characters(token):
+    """The bytes that a token of a byte-level vocabulary stands for, None when it is not written in its characters."""
+    try:
+        return bytes([BYTE_OF_CHARACTER[character] for character in token])
+    except KeyError:
+        return None

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from toy.models.generation import generate
 from toy.models.parameters import GradientTree, ParameterTree, initialize
-from toy.switch import default_ops
 
 
 class LanguageModel:
@@ -17,11 +17,12 @@ class LanguageModel:
 
     arch = None  # the model's name on the command line
     hp_mode = None  # the AdamW convention its graphs read
+    default_ops = None  # function that gives the op table of a model made without one; `toy.engines` sets it
 
     def __init__(self, config, seed=0, *, init_scale=1.0, ops=None, dtype=np.float32, parameters=None):
         """ops: an op table (None: the one of the current backend). parameters: a ready tree; None: initialised from seed."""
         self.config = config
-        self.ops = default_ops() if ops is None else ops
+        self.ops = type(self).default_ops() if ops is None else ops
         if parameters is None:
             parameters = ParameterTree.zeros(self.parameter_shapes(config), dtype)
             initialize(parameters, self.parameter_stds(config), seed, init_scale)
@@ -93,9 +94,7 @@ class LanguageModel:
         return loss
 
     def generate(self, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=None, seed=0):
-        """The next `n_tokens` ids after `prompt_ids`, as a list (see `toy.generation.generate`)."""
-        from toy.generation import generate
-
+        """The next `n_tokens` ids after `prompt_ids`, as a list (see `toy.models.generation.generate`)."""
         return list(generate(self, prompt_ids, n_tokens, temperature, top_k, top_p, seed))
 
     def new_kv_cache(self):

@@ -10,16 +10,14 @@ from typing import NamedTuple
 from toy import recipes
 from toy.config import LlamaConfig
 from toy.data import make_tokenizer
-from toy.data.gguf_tokenizer import load_tokenizer
-from toy.export import plain_model
+from toy.data.open_tokenizer import load_tokenizer
 from toy.files.fetch import find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import digest, fingerprint, write_adapter, write_gguf
+from toy.models import ARCHITECTURES
 from toy.models.lens import without_lens
-from toy.run_options import CONFIGS
-from toy.trained import embedding_of, read_trained
-
-HAVE_GGUF = ("llama", "gpt2")  # the architectures that GGUF files and llama.cpp have
+from toy.trained.export import plain_model
+from toy.trained.load import embedding_of, read_trained
 
 
 class Choice(NamedTuple):
@@ -71,7 +69,7 @@ class Start:
 
     def has_gguf(self):
         """Whether `write_gguf` can be called."""
-        return self.recipe.arch in HAVE_GGUF
+        return ARCHITECTURES[self.recipe.arch].in_gguf
 
     def write_gguf(self, path, parameters, tokenizer):
         """Write the trained model as a GGUF file. parameters: the recipe's, by name."""
@@ -211,7 +209,7 @@ class WarmStartStart(Start):
 
     def model_config(self, vocab_size):
         o, donor = self.options, self.donor.config
-        kind = CONFIGS[o.arch]
+        kind = ARCHITECTURES[o.arch].config
         sizes = {
             "vocab_size": vocab_size, "d_model": o.d_model, "n_heads": o.heads, "d_ff": o.d_ff, "n_layers": o.layers,
             "context_length": o.context,

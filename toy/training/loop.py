@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from toy import switch
-from toy.config import RecipeOptions
+from toy.config import VERSION, RecipeOptions
 from toy.data import load_corpus, split, training_batch, validation_batches
 from toy.files import BadFileError, Checkpoint, Run, read_events
 from toy.files.events import Evaluation, EventLog, RunEnd, RunStart, Sample, Step
 from toy.files.runs import check_new_folder
-from toy.generation import generate
-from toy.run_options import OPTIONS, TrainingOptions
-from toy.starts import Choice, Start
-from toy.trained import first_prompt
+from toy.models.generation import generate
+from toy.trained.load import first_prompt
+from toy.training.options import OPTIONS, TrainingOptions
+from toy.training.start import Choice, Start
 
 SAMPLE_TEMPERATURE = 0.8
 # what may differ when a run goes on
@@ -377,10 +377,8 @@ class Training:
 
 def versions():
     """dict of the versions that a run's numbers may depend on."""
-    from toy import __version__
-
     return {
-        "toy": __version__,
+        "toy": VERSION,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),

@@ -9,11 +9,13 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from toy import schedules, switch, training
-from toy.cli_base import Phase, command, program
-from toy.cli_progress import Progress, show_choices
+from toy import switch, training
+from toy.cli.base import Phase, command, program
+from toy.cli.progress import Progress, show_choices
 from toy.data import tokenizers
-from toy.run_options import CONFIGS, FullFinetuneOptions, LoRAOptions, TrainingOptions, WarmStartOptions
+from toy.models import ARCHITECTURES
+from toy.training import schedules
+from toy.training.options import FullFinetuneOptions, LoRAOptions, TrainingOptions, WarmStartOptions
 
 
 @click.group(invoke_without_command=True)
@@ -38,7 +40,7 @@ class Names(click.ParamType):
         return value if isinstance(value, tuple) else tuple(word.strip() for word in value.split(",") if word.strip())
 
 
-_ARCHITECTURES = click.Choice(sorted(CONFIGS, reverse=True))
+_ARCHITECTURES = click.Choice(sorted(ARCHITECTURES, reverse=True))
 _MODEL = ("--model", str, "GGUF file, or the name of a fetched model (toy fetch).")
 _TEXT = [
     ("--corpus", str, "UTF-8 text file, or a folder of them.", "the documentation inside Python"),

@@ -10,17 +10,16 @@ import numpy as np
 
 from toy.config import LlamaConfig
 from toy.data import tokenizer_from_json
-from toy.data.gguf_tokenizer import load_tokenizer
+from toy.data.open_tokenizer import load_tokenizer
 from toy.engines.source import borrowed_parameters
 from toy.files import BadFileError, Run, read_checkpoint
 from toy.files.fetch import MODELS, find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import check_adapter, digest, read_adapter
-from toy.models import ParameterTree, model_for
+from toy.models import ARCHITECTURES, ParameterTree, architecture_of, model_for
 from toy.models.lens import lens_shapes, without_lens
 from toy.models.parameters import check_arrays
 from toy.quantized import dequantized
-from toy.run_options import CONFIGS
 from toy.switch import eager_ops
 
 
@@ -45,7 +44,7 @@ class Stored(NamedTuple):
 
     @property
     def arch(self):
-        return model_for(self.config).arch
+        return architecture_of(self.config).name
 
     @property
     def lora_scale(self):
@@ -136,7 +135,7 @@ def _from_run(path):
             return _on_its_base(path, checkpoint, base)
         if checkpoint.config["model"]["n_layers"] > len(checkpoint.parameters):
             raise ValueError("the config has more layers than there are tensors")
-        config = CONFIGS[checkpoint.config["arch"]](**checkpoint.config["model"])
+        config = ARCHITECTURES[checkpoint.config["arch"]].config(**checkpoint.config["model"])
         shapes, donor = model_for(config).parameter_shapes(config), {}
         if checkpoint.config.get("lens"):
             donor = _donor_embedding(base, shapes, path)

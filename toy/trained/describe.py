@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from toy.config import GPT2Config
-from toy.data.gguf_tokenizer import GGUFTokenizer, load_tokenizer
+from toy.data.gguf_tokenizer import GGUFTokenizer
+from toy.data.open_tokenizer import load_tokenizer
 from toy.files import gguf_models
 from toy.files.gguf import GGUF
 from toy.models.gpt2 import NORM_EPS

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import click
 
-from toy import switch, trained
-from toy.cli_base import Phase, command
-from toy.cli_progress import clock, compact, printable
+from toy import switch
+from toy.cli.base import Phase, command
+from toy.cli.progress import clock, compact, printable
+from toy.trained import load as trained
 
 models = click.Group()
 WEIGHT_TYPES = ("f32", "f16", "q8_0")
@@ -48,7 +49,7 @@ def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, se
     MODEL is a run directory, a checkpoint, a GGUF file, or the name of a fetched model (toy fetch). It stops early at a
     token that ends a text, if the model has such tokens.
     """
-    from toy.generation import generate as generate_ids
+    from toy.models.generation import generate as generate_ids
 
     with Phase(2, debug):
         if chat and prompt is None:
@@ -77,7 +78,7 @@ def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, se
 
 
 class Speed:
-    """Passes the ids of `toy.generation.generate` on and measures: the prompt is read before the first one comes."""
+    """Passes the ids of `toy.models.generation.generate` on and measures: the prompt is read before the first one comes."""
 
     def __init__(self, n_prompt, ids):
         self.n_prompt, self.n_generated, self._ids = n_prompt, 0, ids
@@ -124,7 +125,7 @@ def evaluate(model, adapter, corpus, context, stride, limit, tokens_out, backend
     at least context - stride others (but for the beginning of the text).
     """
     from toy.data import load_corpus
-    from toy.evaluation import TextEvaluator, token_bytes
+    from toy.trained.evaluate import TextEvaluator, token_bytes
 
     with Phase(2, debug):
         if tokens_out is not None:
@@ -194,7 +195,7 @@ def export(model, adapter, merge, lora, kind, out, force, debug):
     MODEL is as in toy generate. A LoRA run gives its adapter alone, for llama.cpp's --lora, or with --merge a whole model. A
     GGUF file is written anew in another type; with --lora, that adapter is merged in.
     """
-    from toy import export as exports
+    from toy.trained import export as exports
 
     with Phase(2, debug):
         if adapter and (merge or lora is not None):

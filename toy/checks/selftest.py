@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-import toy
+import ggml_bridge
+from toy.config import VERSION, GPT2Config, LlamaConfig, RecipeOptions, TransformerConfig
+from toy.recipes import FromScratch
 
 MODELS = {
-    "transformer": toy.TransformerConfig(65, d_model=64, n_heads=4, d_ff=256, n_layers=2, context_length=32),
-    "gpt2": toy.GPT2Config(65, d_model=64, n_heads=4, d_ff=256, n_layers=2, context_length=32),
-    "llama": toy.LlamaConfig(65, d_model=64, n_heads=4, n_kv_heads=2, d_ff=128, n_layers=2, context_length=32),
+    "transformer": TransformerConfig(65, d_model=64, n_heads=4, d_ff=256, n_layers=2, context_length=32),
+    "gpt2": GPT2Config(65, d_model=64, n_heads=4, d_ff=256, n_layers=2, context_length=32),
+    "llama": LlamaConfig(65, d_model=64, n_heads=4, n_kv_heads=2, d_ff=128, n_layers=2, context_length=32),
 }
 EXACT = {"gradient": 2e-5, "loss": 1e-3}  # float32 throughout: the CPU
 HALF = {"gradient": 2e-2, "loss": 2e-2}  # products of halves, summed in float32
@@ -88,8 +90,8 @@ class _Run(NamedTuple):
 
 
 def _realize(backend, device, config):
-    options = toy.RecipeOptions(t_seq=config.context_length, t_batch=BATCH, seed=0)
-    return toy.recipes.FromScratch(backend=backend, device=device).realize(config, options, keep_gradients=True)
+    options = RecipeOptions(t_seq=config.context_length, t_batch=BATCH, seed=0)
+    return FromScratch(backend=backend, device=device).realize(config, options, keep_gradients=True)
 
 
 def _train(recipe, ids, steps):
@@ -111,9 +113,7 @@ def _check(model, what, value, bar):
 
 
 def _system(device):
-    import ggml_bridge
-
-    yield f"toy {toy.__version__}, Python {platform.python_version()}, numpy {np.__version__}, ggml {ggml_bridge.version()}"
+    yield f"toy {VERSION}, Python {platform.python_version()}, numpy {np.__version__}, ggml {ggml_bridge.version()}"
     yield f"{platform.platform()}, {platform.machine()}, {sys.byteorder}-endian"
     for found in ggml_bridge.devices():
         memory = f"{found.memory_total / 2**30:.1f} GiB"

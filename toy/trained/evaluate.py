@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from toy.trained import text_ids
+from toy.trained.load import text_ids
 
 _ROWS = 2048  # tokens of a batch of windows
 _LOGITS = 2**23  # numbers: the logits of a large vocabulary are made so many at a time

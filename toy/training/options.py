@@ -5,13 +5,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from toy import schedules
 from toy.config import check_positive_int
 from toy.data.tokenizers import KINDS
 from toy.engines.adapters import check_alpha, check_targets
-from toy.models import MODELS
-
-CONFIGS = {model.arch: config for config, model in MODELS.items()}  # "transformer", "gpt2", ...
+from toy.models import ARCHITECTURES
+from toy.training import schedules
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class TrainingOptions(RunOptions):
     _optional_sizes: ClassVar[tuple] = ("eval_every", "sample_every", "save_every", "threads", "d_ff", "kv_heads")
 
     def __post_init__(self):
-        _check_name("arch", self.arch, CONFIGS)
+        _check_name("arch", self.arch, ARCHITECTURES)
         super().__post_init__()
 
     def resolved(self):
@@ -123,7 +121,7 @@ class TrainingOptions(RunOptions):
             sizes["n_kv_heads"] = self.kv_heads or self.heads
         elif self.kv_heads is not None:
             raise ValueError(f"kv_heads belongs to arch llama: {self.arch} has as many key/value heads as heads")
-        return CONFIGS[self.arch](**sizes)
+        return ARCHITECTURES[self.arch].config(**sizes)
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ class WarmStartOptions(FromModelOptions):
 
     def __post_init__(self):
         if self.arch is not None:
-            _check_name("arch", self.arch, CONFIGS)
+            _check_name("arch", self.arch, ARCHITECTURES)
         _check_name("tokenizer", self.tokenizer, ("donor", *KINDS))
         object.__setattr__(self, "take", (self.take,) if isinstance(self.take, str) else tuple(self.take))
         super().__post_init__()

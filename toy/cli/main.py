@@ -13,8 +13,11 @@ from pathlib import Path
 
 import click
 
-from toy import __version__, cli_models, cli_train, switch
-from toy.cli_base import Failure, Phase, command
+from toy import switch
+from toy.cli import models as cli_models
+from toy.cli import train as cli_train
+from toy.cli.base import Failure, Phase, command
+from toy.config import VERSION
 
 
 def main(arguments=None):
@@ -37,7 +40,7 @@ def main(arguments=None):
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="toy")
+@click.version_option(VERSION, prog_name="toy")
 @click.pass_context
 def cli(context):
     """Learn how a transformer is trained, then train one fast.
@@ -127,7 +130,7 @@ def gradcheck(seed, debug):
     from rich.markup import escape
     from rich.table import Table
 
-    from toy import gradcheck as checks
+    from toy.checks import gradcheck as checks
 
     with Phase(1, debug):
         rows = checks.check_all(seed=seed)
@@ -154,7 +157,7 @@ def gradcheck(seed, debug):
 @click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Of each loss curve.")
 def selftest(device, steps, debug):
     """Train on a ggml device and on numpy and compare: a report to paste. Ends with 1 when they differ too much."""
-    from toy import selftest as tests
+    from toy.checks import selftest as tests
 
     with Phase(2, debug):
         switch.resolve("ggml", device)
@@ -170,7 +173,7 @@ def describe(file, debug):
     """Show what is in a GGUF file: sizes, tensor types, tokenizer, and the algorithm with this model's numbers."""
     from rich.console import Console
 
-    from toy.describe import describe as card
+    from toy.trained.describe import describe as card
 
     with Phase(2, debug):
         Console(highlight=False).print(card(file))

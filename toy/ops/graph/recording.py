@@ -1,0 +1,130 @@
+"""What both spellings of the graph table share: slots, feeds, weights that stay quantised. See `toy.ops.graph`."""
+
+import numpy as np
+
+from toy.ops.reference import QUANTIZED_IS_FROZEN
+
+# numbers of a quantised weight that ggml's own operations dequantise at a time: 8 MB, whatever the size of the matrix
+_BAND = 2**21
+
+
+class Slot:
+    """Where the gradient of one parameter is collected. tensor: None before the first contribution."""
+
+    def __init__(self, name, parameter):
+        self.name, self.parameter, self.tensor = name, parameter, None
+        self.uses = 0  # forward uses that have not had their backward yet
+
+    @property
+    def shape(self):
+        return self.parameter.shape
+
+
+class Integers:
+    """An integer vector (N,) that is filled at every step. role: "token_ids", "positions" or "labels".
+
+    tensor: what the ops read; narrow: the same numbers as ggml's own operations read them (`CpuGraphOps`)."""
+
+    ndim = 1
+
+    def __init__(self, role, n, limit):
+        self.role, self.n, self.limit, self.tensor, self.narrow = role, n, limit, None, None
+
+
+class GraphOps:
+    """What both spellings share. graph: a `ggml_bridge.Graph`. slots: dict of parameter tensors' ids to their `Slot`s;
+    parameters without one are frozen. finished: called with each slot whose gradient is complete."""
+
+    def __init__(self, graph, slots=None, finished=None):
+        self.graph = graph
+        self.feeds = []
+        self.slots = slots or {}
+        self.finished = finished or (lambda slot: None)
+        self.token_rows = None  # set by integers()
+        self.row_numbers = {}  # by size: 0, 1, 2, ... for reading the rows of a quantised weight
+
+    def integers(self, role, n, limit):
+        """A vector of n integers in 0 .. limit-1 (labels: from -1) that `feeds` fills at every step."""
+        return Integers(role, n, limit)
+
+    def feed(self, shape, dtype, function):
+        """A graph input whose value at each step is function(arrays by role)."""
+        tensor = self.graph.input(shape, dtype)
+        self.feeds.append((tensor, function))
+        return tensor
+
+    def constant(self, array):
+        """A graph input that is uploaded once."""
+        tensor = self.graph.input(array.shape, "i32" if array.dtype.kind in "iu" else "f32")
+        self.feeds.append((tensor, array))
+        return tensor
+
+    def used(self, *parameters):
+        """Count a forward use of parameters (None is allowed), each of which will have one backward."""
+        for parameter in parameters:
+            slot = self.slots.get(id(parameter))
+            if slot is not None:
+                if is_quantized(parameter):
+                    raise ValueError(f"{slot.name}: {QUANTIZED_IS_FROZEN}")
+                slot.uses += 1
+
+    def contributed(self, *slots):
+        """Count down a backward use of each slot (None is allowed); the last one finishes its gradient."""
+        for slot in slots:
+            if slot is not None:
+                slot.uses -= 1
+                if slot.uses == 0:
+                    self.finished(slot)
+
+    # -- quantised weights, by ggml's own operations -------------------------------------------------------------------
+    # mul_mat with a quantised operand would round the other one; so a band of rows is read as float32 (GET_ROWS) and then
+    # multiplied, a band at a time, and read again for the backward.
+
+    def _bands(self, weight):
+        """Yields (start, stop, rows start to stop-1 as float32)."""
+        n_out, n_in = weight.shape
+        if n_out not in self.row_numbers:
+            self.row_numbers[n_out] = self.constant(np.arange(n_out, dtype=np.int32))
+        numbers, step = self.row_numbers[n_out], max(1, _BAND // n_in)
+        for start in range(0, n_out, step):
+            stop = min(start + step, n_out)
+            yield start, stop, self.graph.get_rows(weight, self.graph.slice(numbers, 0, start, stop))
+
+    def _banded_linear(self, x, weight, bias):
+        """x (N, in) -> (N, out): the bands give columns of y."""
+        parts = [self.graph.mul_mat(band, x) for _, _, band in self._bands(weight)]
+        while len(parts) > 1:  # in pairs: every column is copied log2(bands) times at most
+            pairs = zip(parts[::2], parts[1::2])
+            parts = [self.graph.concat(a, b, axis=1) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
+        return parts[0] if bias is None else self.graph.add(parts[0], bias)
+
+    def _banded_linear_backward(self, d_y, weight):
+        """d_y (N, out) -> (N, in): the sum over the bands."""
+        graph, d_x = self.graph, None
+        for start, stop, band in self._bands(weight):
+            columns = graph.cont(graph.slice(d_y, 1, start, stop))  # (N, rows of the band)
+            part = graph.mul_mat(graph.cont(graph.transpose(band)), columns)
+            d_x = part if d_x is None else graph.add(d_x, part)
+        return d_x
+
+    # -- what is the same in both spellings ---------------------------------------------------------------------------
+
+    def add(self, a, b):
+        return self.graph.add(a, b)
+
+    def scale(self, x, factor):
+        return self.graph.scale(x if x.is_contiguous else self.graph.cont(x), factor)
+
+    def split(self, x, widths):
+        ends = np.cumsum(widths).tolist()
+        return tuple(self.graph.slice(x, 1, end - width, end) for width, end in zip(widths, ends))
+
+
+def is_quantized(weight):
+    """Whether a weight tensor is of a type that the ops must dequantise; half precision counts as one."""
+    return weight is not None and weight.dtype != "f32"
+
+
+def check_trained(weight):
+    if is_quantized(weight):
+        raise ValueError(QUANTIZED_IS_FROZEN)
