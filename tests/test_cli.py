@@ -506,7 +506,7 @@ def test_help(toy_command, arguments):
 
 def test_every_training_option_is_on_the_command_line(toy_command):
     _, out, _ = toy_command(*TRAIN, "--help")
-    for field in dataclasses.fields(training.TrainingOptions):
+    for field in dataclasses.fields(training.FromScratchOptions):
         assert f"--{field.name.replace('_', '-')} " in out
 
 
@@ -551,7 +551,7 @@ def test_words_for_numbers():
 
 def test_the_config_of_a_run_made_here_names_all_options(run_folder):
     config = json.loads((run_folder / "config.json").read_text())
-    assert config["training"].keys() == {field.name for field in dataclasses.fields(training.TrainingOptions)}
+    assert config["training"].keys() == {field.name for field in dataclasses.fields(training.FromScratchOptions)}
 
 
 def test_describe_and_fetch_say_what_is_wrong(toy_command, tmp_path):

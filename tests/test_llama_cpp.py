@@ -24,8 +24,7 @@ from toy.models.parameters import ParameterTree
 from toy.ops import reference
 from toy.trained import load_trained, read_trained
 from toy.trained.export import export_adapter, export_model
-from toy.training import Training
-from toy.training.options import LoRAOptions
+from toy.training import LoRAOptions, Training
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
 pytestmark = pytest.mark.llama_cpp

@@ -16,8 +16,7 @@ from toy.files.gguf_write import read_adapter, write_gguf
 from toy.models import model_for
 from toy.trained import load_trained, read_trained
 from toy.trained.export import export_model
-from toy.training import Training
-from toy.training.options import OPTIONS, FullFinetuneOptions, LoRAOptions, TrainingOptions, WarmStartOptions
+from toy.training import RECIPES, FromScratchOptions, FullFinetuneOptions, LoRAOptions, Training, WarmStartOptions
 
 pytest.importorskip("gguf", reason="quantised files need the gguf package")
 
@@ -171,7 +170,7 @@ def test_resume_knows_the_kind_of_run(files, tmp_path):
 
 def test_warm_start_of_a_run(files, tmp_path):
     text = str(files / "text.txt")
-    first = TrainingOptions(corpus=text, backend="numpy", d_model=16, layers=1, heads=2, **SMALL)
+    first = FromScratchOptions(corpus=text, backend="numpy", d_model=16, layers=1, heads=2, **SMALL)
     run(first, tmp_path / "first")
     second = Training(WarmStartOptions(model=str(tmp_path / "first"), corpus=text, backend="numpy", **SMALL))
     assert second.config == Training(first).config
@@ -192,10 +191,10 @@ def test_warm_start_of_a_run_that_began_with_a_model(files, tmp_path, kind):
     assert np.abs(difference).max() < 1e-4
 
 
-@pytest.mark.parametrize("recipe", OPTIONS)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_option_is_on_the_command_line(toy_command, recipe):
     _, out, _ = toy_command("train", recipe, "--help")
-    for field in dataclasses.fields(OPTIONS[recipe]):
+    for field in dataclasses.fields(RECIPES[recipe].options_class):
         assert f"--{field.name.replace('_', '-')} " in out
 
 

@@ -22,8 +22,7 @@ from toy.files.gguf import GGUF
 from toy.quantized import QuantizedMatrix
 from toy.trained.export import merge_adapters
 from toy.trained.load import chat_prompt, load_trained, read_trained, text_ids
-from toy.training import Training
-from toy.training.options import FullFinetuneOptions, LoRAOptions, TrainingOptions, WarmStartOptions
+from toy.training import FromScratchOptions, FullFinetuneOptions, LoRAOptions, Training, WarmStartOptions
 
 IDS = np.array([5, 77, 200, 3, 41, 9])
 
@@ -130,7 +129,7 @@ def run(files, tmp_path, monkeypatch):
             "eval_batches": 1,
             "lr": 0.05,
         }
-        model = {} if kind is TrainingOptions else {"model": str(tmp_path / "base.gguf")}
+        model = {} if kind is FromScratchOptions else {"model": str(tmp_path / "base.gguf")}
         training = Training(kind(**{**common, **model, **options}), out=tmp_path / "run")
         for _ in training.run():
             pass

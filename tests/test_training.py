@@ -17,7 +17,7 @@ from toy.models.generation import generate
 from toy.recipes import FromScratch
 from toy.switch import BackendUnavailableError
 from toy.trained import load_trained
-from toy.training import DivergedError, Training, TrainingOptions, schedules
+from toy.training import DivergedError, FromScratchOptions, Training, schedules
 
 TEXT = "".join(f"{i} squared is {i * i}, and then comes {i + 1}.\n" for i in range(300))
 SMALL = {
@@ -53,7 +53,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def options(corpus, backend):
-    """Makes TrainingOptions of a small run on each backend."""
+    """Makes FromScratchOptions of a small run on each backend."""
 
     def make(**changes):
         own = {
@@ -64,7 +64,7 @@ def options(corpus, backend):
             "lr": 0.01,
             "warmup": 3,
         }
-        return TrainingOptions(**{**SMALL, **own, **changes})
+        return FromScratchOptions(**{**SMALL, **own, **changes})
 
     return make
 
@@ -75,7 +75,7 @@ def numpy_options(corpus):
 
     def make(**changes):
         own = {"corpus": corpus, "backend": "numpy", "steps": 20, "lr": 0.01}
-        return TrainingOptions(**{**SMALL, **own, **changes})
+        return FromScratchOptions(**{**SMALL, **own, **changes})
 
     return make
 
@@ -183,14 +183,14 @@ def test_wrong_schedules_are_refused(arguments, problem):
 )
 def test_options_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
-        TrainingOptions(**{name: value})
+        FromScratchOptions(**{name: value})
 
 
 def test_defaults_that_depend_on_others_are_resolved():
-    resolved = TrainingOptions(steps=400, d_model=96).resolved()
+    resolved = FromScratchOptions(steps=400, d_model=96).resolved()
     assert (resolved.d_ff, resolved.eval_every, resolved.save_every, resolved.sample_every) == (384, 40, 40, 100)
-    assert TrainingOptions(steps=3).resolved().eval_every == 1
-    assert TrainingOptions(steps=3, schedule="cosine").resolved().warmup == 0
+    assert FromScratchOptions(steps=3).resolved().eval_every == 1
+    assert FromScratchOptions(steps=3, schedule="cosine").resolved().warmup == 0
 
 
 @pytest.mark.parametrize(

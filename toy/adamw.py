@@ -29,13 +29,29 @@ class HyperParameterRow(np.ndarray):
     def __array_finalize__(self, source):
         self.mode = getattr(source, "mode", 0)
 
+    def __reduce__(self):  # pickle and copy keep the mode
+        rebuild, arguments, state = super().__reduce__()
+        return rebuild, arguments, (state, self.mode)
+
+    def __setstate__(self, state):
+        state, self.mode = state
+        super().__setstate__(state)
+
 
 @dataclass
 class AdamW:
-    """The optimizer's settings; `hp_for_step(k)` gives the row for step k.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2); `hp_for_step(k)` gives the row of seven numbers for step k.
 
-    Make one with `AdamW.for_from_scratch()`, `AdamW.for_lora()` or, best, with `recipe.adamw()`, which knows the mode
-    that the recipe's model reads.
+    For every weight w with gradient g, and moments m and v that start at zero:
+
+        m = beta1*m + (1-beta1)*g
+        v = beta2*v + (1-beta2)*g*g
+        w = w*(1 - lr*weight_decay) - lr * (m*s5) / (sqrt(v*s6) + eps)
+
+    `AdamW.bias_corrected()`: s5 = 1/(1-beta1^t), s6 = 1/(1-beta2^t) at step t = 1, 2, ...: the published AdamW.
+    `AdamW.constant_slots()`: s5 = beta1, s6 = beta2, this library's convention for some of its graphs.
+    Which of them a model reads is its `hp_mode`; `recipe.adamw()` makes the right one. `for_lora` and `for_from_scratch` are
+    the same two by the names of the recipes that read them.
     """
 
     MODE_UNSET: ClassVar[int] = 0
@@ -51,14 +67,17 @@ class AdamW:
     mode: int = MODE_UNSET
 
     @classmethod
-    def for_from_scratch(cls, lr=0.001, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0):
-        """The convention of the from-scratch, warm-start and vit graphs: slots 5 and 6 are beta1 and beta2."""
+    def constant_slots(cls, lr=0.001, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0):
+        """Slots 5 and 6 are beta1 and beta2: what the from-scratch, warm-start and ViT graphs read."""
         return cls(lr, beta1, beta2, eps, weight_decay, bias_correct=False, mode=cls.MODE_FROM_SCRATCH)
 
     @classmethod
-    def for_lora(cls, lr=0.001, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
-        """The convention of the lora, gpt2 and full-finetune graphs: slots 5 and 6 are the bias corrections."""
+    def bias_corrected(cls, lr=0.001, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
+        """Slots 5 and 6 are the bias corrections of Adam: what the GPT-2, LoRA and full-finetune graphs read."""
         return cls(lr, beta1, beta2, eps, weight_decay, bias_correct=True, mode=cls.MODE_LORA)
+
+    for_from_scratch = constant_slots
+    for_lora = bias_corrected
 
     def hp(self, step=None, lr=None):
         """The row for one step, shape (1, 7), float32 (computed in float64).

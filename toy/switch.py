@@ -19,7 +19,7 @@ class BackendUnavailableError(RuntimeError):
     """A backend or device was asked for that is not there; the message says how to get it."""
 
 
-class Backend(NamedTuple):
+class BackendInfo(NamedTuple):
     """One row of `toy.backends()`. reason: why it is not available, empty when it is. threads: None where unknown."""
 
     name: str
@@ -30,7 +30,7 @@ class Backend(NamedTuple):
     description: str
 
 
-class Choice(NamedTuple):
+class Resolved(NamedTuple):
     """A resolved backend. reason: why this one, in words fit for a log line."""
 
     backend: str
@@ -40,6 +40,7 @@ class Choice(NamedTuple):
 
 _TABLES = {"numpy": "toy.ops.reference", "cython": "toy.ops.accelerated"}  # the eager op tables
 _FASTEST_FIRST = ("ggml", "cython", "numpy")
+MOST_THREADS = 1024  # what the kernels' pool can hold
 BACKEND_NAMES = ("auto", "numpy", "cython", "ggml")
 _DESCRIPTIONS = {
     "numpy": "the textbook: readable numpy",
@@ -71,12 +72,12 @@ def use_backend(name):
 
 
 def backends():
-    """A `Backend` row for every backend, the fastest first: available or not, and why not."""
+    """A `BackendInfo` row for every backend, the fastest first: available or not, and why not."""
     return [_describe(name) for name in _FASTEST_FIRST]
 
 
 def resolve(backend="auto", device="auto"):
-    """The backend and device to use -> `Choice`.
+    """The backend and device to use -> `Resolved`.
 
     Raises ValueError for an unknown name or a device the backend does not have, and BackendUnavailableError for a backend
     that is not there.
@@ -92,12 +93,12 @@ def resolve(backend="auto", device="auto"):
         missing = [f"{row.name}: {row.reason}" for row in rows[: [row.name for row in rows].index(chosen)]]
         origin = "auto: the fastest available" + (f" ({'; '.join(missing)})" if missing else "")
     if chosen == "ggml":
-        return Choice(chosen, _ggml_device(device), origin)
+        return Resolved(chosen, _ggml_device(device), origin)
     if device not in ("auto", "cpu"):
         raise ValueError(
             f"device {device!r} is not a device of backend {chosen!r}, which runs on 'cpu' only: backend='ggml' has others"
         )
-    return Choice(chosen, "cpu", origin)
+    return Resolved(chosen, "cpu", origin)
 
 
 def set_num_threads(n):
@@ -108,15 +109,46 @@ def set_num_threads(n):
     """
     global _n_threads
     n = check_positive_int("the number of threads", n)
+    if n > MOST_THREADS:
+        raise ValueError(f"the number of threads must be at most {MOST_THREADS}, got a number of {len(str(n))} digits")
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(n, user_api="blas")
-    with contextlib.suppress(ImportError):
-        ops_for("cython")
-        from toy._kernels import threads
-
-        threads.set_num_threads(n)
+    if (kernels := _kernel_threads()) is not None:
+        kernels.set_num_threads(n)
     _n_threads = n
+
+
+def _kernel_threads():
+    """The module that says how many threads the compiled kernels use, None where they are not built."""
+    try:
+        ops_for("cython")
+    except ImportError:
+        return None
+    from toy._kernels import threads
+
+    return threads
+
+
+@contextlib.contextmanager
+def use_num_threads(n):
+    """`set_num_threads(n)` inside the `with` block, what was before it afterwards. None: nothing is changed."""
+    if n is None:
+        yield
+        return
+    global _n_threads
+    from threadpoolctl import threadpool_limits
+
+    before, kernels = _n_threads, _kernel_threads()
+    kernels_before = kernels and kernels.get_num_threads()
+    with threadpool_limits(user_api="blas"):  # remembers the limits there are, and puts them back
+        try:
+            set_num_threads(n)
+            yield
+        finally:
+            _n_threads = before
+            if kernels is not None:
+                kernels.set_num_threads(kernels_before)
 
 
 def _follow_environment_threads():
@@ -173,8 +205,8 @@ def _describe(name):
     try:
         threads, version = facts()
     except (ImportError, BackendUnavailableError) as error:
-        return Backend(name, False, str(error), None, "", _DESCRIPTIONS[name])
-    return Backend(name, True, "", threads, version, _DESCRIPTIONS[name])
+        return BackendInfo(name, False, str(error), None, "", _DESCRIPTIONS[name])
+    return BackendInfo(name, True, "", threads, version, _DESCRIPTIONS[name])
 
 
 def _numpy_facts():

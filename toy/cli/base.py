@@ -42,8 +42,9 @@ class Phase:
         raise Failure(message + self.hint(), self.exit_code, self.debug) from error
 
 
-def command(group, name):
-    """A click command with --debug, whose body gets `debug` and ends quietly when nobody reads its output any more."""
+def command(group, name, kind=click.Command):
+    """A click command (of class `kind`) with --debug, whose body gets `debug` and ends quietly when nobody reads its output
+    any more."""
 
     def decorate(function):
         @functools.wraps(function)
@@ -57,7 +58,7 @@ def command(group, name):
         # click reads the parameters backwards: the first one is shown last
         debug = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error.")
         body.__dict__.setdefault("__click_params__", []).insert(0, debug)
-        return group.command(name)(body)
+        return group.command(name, cls=kind)(body)
 
     return decorate
 

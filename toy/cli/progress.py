@@ -21,13 +21,13 @@ def show_choices(choices):
 class Progress:
     """Shows the events of a run: a live line in a terminal, otherwise a line per validation or at least every 10 seconds."""
 
-    def __init__(self, steps, first_step):
+    def __init__(self, steps, first_step, unit="token"):
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        self.steps, self.first_step = steps, first_step
-        self.step, self.validation = first_step, None
+        self.steps, self.first_step, self.unit = steps, first_step, unit
+        self.step, self.validation, self.accuracy = first_step, None, None
         self.losses, self.rates = Recent(), Recent()  # of the last steps
         self.started = self.last_line = time.monotonic()
         self.console = Console(highlight=False)
@@ -60,7 +60,7 @@ class Progress:
             self.losses.add(event.loss)
             self.rates.add(event.wall_us / event.tokens)
         elif event.kind == "eval":
-            self.validation = event.loss
+            self.validation, self.accuracy = event.loss, event.accuracy
             self._print(self.line())
         elif event.kind == "sample":
             self._print(indented(printable(event.text), self.console.width if self.bar is not None else None))
@@ -74,8 +74,9 @@ class Progress:
     def summary(self):
         numbers = [f"loss {self.losses.mean():.3f}"] if self.losses.count else []
         numbers += [f"validation loss {self.validation:.3f}"] if self.validation is not None else []
+        numbers += [f"{100 * self.accuracy:.1f} % right"] if self.accuracy is not None else []
         seconds = time.monotonic() - self.started
-        return f"done: {self.steps} steps in {clock(seconds)}, {', '.join(numbers)} nats per token"
+        return f"done: {self.steps} steps in {clock(seconds)}, {', '.join(numbers)} nats per {self.unit}"
 
     def _numbers(self):
         numbers = []
@@ -83,8 +84,10 @@ class Progress:
             numbers.append(f"loss {self.losses.mean():.3f}")
         if self.validation is not None:
             numbers.append(f"val {self.validation:.3f}")
+        if self.accuracy is not None:
+            numbers.append(f"{100 * self.accuracy:.1f} % right")
         if self.rates.count:
-            numbers.append(f"{compact(1e6 / self.rates.mean())} tok/s")
+            numbers.append(f"{compact(1e6 / self.rates.mean())} {_SHORT.get(self.unit, self.unit)}/s")
             seconds = (time.monotonic() - self.started) / (self.step - self.first_step)
             numbers.append(f"{clock(seconds * (self.steps - self.step))} left")
         return "  ".join(numbers)
@@ -98,6 +101,9 @@ class Progress:
     def _refresh(self):
         self.bar.update(self.task, completed=self.step, line=self._numbers())
         self.bar.refresh()
+
+
+_SHORT = {"token": "tok", "image": "img"}
 
 
 class Recent:

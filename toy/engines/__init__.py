@@ -5,16 +5,14 @@ import numpy as np
 from toy.engines.handle import EngineHandle, build, check_options
 from toy.engines.named import GPT2SeqEngine, LlamaSeqEngine, LlamaSeqEngineMetal
 from toy.models import ParameterTree, model_for
-from toy.models.base import LanguageModel
+from toy.models.base import Model
 from toy.switch import eager_ops
 
 __all__ = [
     "EngineHandle", "GPT2SeqEngine", "LlamaSeqEngine", "LlamaSeqEngineMetal", "build", "check_options", "model_from",
 ]  # fmt: skip
 
-LanguageModel.default_ops = staticmethod(
-    eager_ops
-)  # models are handed their op table; this is the one when nobody says
+Model.default_ops = staticmethod(eager_ops)  # models are handed their op table; this is the one when nobody says
 
 
 def model_from(config, parameters, backend="auto"):

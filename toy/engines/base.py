@@ -9,7 +9,6 @@ import numpy as np
 from toy.adamw import AdamW, check_row
 from toy.engines.weights import random_weights
 from toy.models import model_for
-from toy.models.base import check_range
 from toy.models.parameters import ParameterTree, check_arrays
 from toy.quantized import dequantized
 from toy.switch import eager_ops
@@ -29,9 +28,11 @@ def with_model_options(config, options):
 
 
 class Engine:
-    """A model realized for training: its weights, moments and one training step of fixed shape (t_batch, t_seq).
+    """A model realized for training: its weights, moments and one training step of a fixed shape.
 
-    Subclasses run it (`_train`, `_evaluate`, `_logits`) on an op table; this class checks what goes in.
+    A step knows inputs by role, labels and the hyper-parameter row; what the roles are, and what a batch of them must be, is
+    said by the model (`batch`, a `toy.models.inputs.Batch`). Subclasses run it (`_train`, `_evaluate`, `_logits`) on an op
+    table; this class has checked what goes in.
     """
 
     def __init__(self, config, options, choice, weights=None):
@@ -41,14 +42,19 @@ class Engine:
         self.backend, self.device, self.backend_reason = choice
         self.weights = weights = weights or random_weights(config, options)
         self.model_class = model_for(config)
+        self.batch = self.model_class.batch_type(config, options.t_batch, options.t_seq)
         self.arch = self.model_class.arch
         self.hp_mode = self.model_class.hp_mode if weights.hp_mode is None else weights.hp_mode
         self.grad_norm = float("nan")  # L2 norm of the last step's whole gradient, before clipping
-        if options.t_seq > config.context_length:
-            raise ValueError(
-                f"t_seq {options.t_seq} does not fit the context of {config.context_length}: "
-                "choose a shorter t_seq or a longer context_length"
-            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """Free what the engine holds outside of Python's memory. Nothing can be called after it."""
 
     @property
     def n_parameters(self):
@@ -60,36 +66,33 @@ class Engine:
         """Parameters that are trained."""
         return sum(math.prod(shape) for shape in self.weights.trained_shapes.values())
 
-    # -- the public contract ------------------------------------------------------------------------------------------
-
     def adamw(self, lr=0.001, **fields):
         """An `AdamW` in the convention this model reads (see `hp_mode`). fields: beta1, beta2, eps, weight_decay."""
-        make = AdamW.for_lora if self.hp_mode == AdamW.MODE_LORA else AdamW.for_from_scratch
+        make = AdamW.bias_corrected if self.hp_mode == AdamW.MODE_LORA else AdamW.constant_slots
         return make(lr=lr, **fields)
 
-    def step(self, token_ids, positions, labels, hp, is_first=False):
+    def step(self, inputs, labels, hp, is_first=False):
         """ONE training step: forward, mean cross-entropy, backward, clip, AdamW -> the loss before the update, a float.
 
-        token_ids: int (t_batch, t_seq), or (t_seq,) when t_batch is 1. positions: int (t_seq,), None = 0 .. t_seq-1.
-        labels: int in the shape of token_ids, -1 = not counted, or float rows (t_batch*t_seq, vocab_size).
-        hp: the (1, 7) row of `AdamW.hp_for_step`. is_first: also zero the AdamW moments (gradients always start at zero).
+        inputs: dict of role to array, see `batch.roles`. labels: int in the shape `batch.label_shape`, -1 = not counted, or
+        float rows (N, n_classes). hp: the (1, 7) row of `AdamW.hp_for_step`. is_first: also zero the AdamW moments (gradients
+        always start at zero).
         Raises ValueError for a wrong shape, dtype, id, label, position or row; nothing is changed then.
         """
-        batch = self._check_batch(token_ids, positions, labels)
+        arrays, labels = self.batch.check(**inputs), self.batch.check_labels(labels)
         row = check_row(hp, self.hp_mode)
         if not isinstance(is_first, (bool, np.bool_)):
             raise ValueError(f"is_first must be True or False, got {is_first!r}")
-        return self._train(*batch, row, bool(is_first))
+        return self._train(arrays, labels, row, bool(is_first))
 
-    def evaluate(self, token_ids, labels, positions=None):
+    def evaluate(self, inputs, labels):
         """The mean cross-entropy of a batch without any update (arguments and errors as `step`)."""
-        return self._evaluate(*self._check_batch(token_ids, positions, labels))
+        return self._evaluate(self.batch.check(**inputs), self.batch.check_labels(labels))
 
-    def logits(self, token_ids, positions=None):
-        """token_ids: int (t_batch, t_seq) -> float32 (t_batch, t_seq, vocab_size)."""
-        ids = self._check_ids(token_ids)
-        logits = self._logits(ids, self._check_positions(positions))
-        return np.array(logits, np.float32).reshape(self.options.t_batch, self.options.t_seq, -1)
+    def logits(self, inputs):
+        """inputs: as for `step` -> float32 logits, the shape of the labels and the classes: (t_batch, t_seq, vocab_size)."""
+        logits = self._logits(self.batch.check(**inputs))
+        return np.array(logits, np.float32).reshape(*self.batch.label_shape, -1)
 
     def model_copy(self):
         """A model object on an eager op table with a copy of the present weights (borrowed ones are not copied): for
@@ -100,11 +103,6 @@ class Engine:
         tree = ParameterTree(leaves | self.parameters())
         return self.model_class.from_config(self.config, ops=ops, parameters=tree, **self.weights.model_options)
 
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def _check_batch(self, token_ids, positions, labels):
-        return self._check_ids(token_ids), self._check_positions(positions), self._check_labels(labels)
-
     def _check_moments(self, state):
         if not (isinstance(state, Mapping) and state.keys() == {"m", "v"}):
             raise ValueError('the optimizer state must be {"m": {name: array}, "v": {name: array}}')
@@ -113,59 +111,3 @@ class Engine:
         for name, array in state["v"].items():
             if (np.asarray(array) < 0).any():
                 raise ValueError(f"optimizer state v: {name} holds negative numbers, and AdamW takes their roots")
-
-    def _check_ids(self, token_ids):
-        """-> contiguous int64 (N,)."""
-        ids = self._rows("token_ids", np.asarray(token_ids))
-        check_range("token_ids", ids, 0, self.config.vocab_size)
-        return ids
-
-    def _check_positions(self, positions):
-        """-> contiguous int64 (N,): the positions of every sequence of the batch."""
-        t_seq = self.options.t_seq
-        if positions is None:
-            positions = np.arange(t_seq)
-        positions = np.asarray(positions)
-        if positions.shape != (t_seq,) or positions.dtype.kind not in "iu":
-            raise ValueError(
-                f"positions must be integers of shape {(t_seq,)} or None, got {positions.dtype} {positions.shape}"
-            )
-        check_range("positions", positions, 0, self.config.context_length)
-        return np.tile(positions.astype(np.int64), self.options.t_batch)
-
-    def _check_labels(self, labels):
-        """-> contiguous int64 (N,) or float32 (N, V)."""
-        labels = np.asarray(labels)
-        if labels.dtype.kind in "iu":
-            labels = self._rows("labels", labels)
-            check_range("labels", labels, -1, self.config.vocab_size)
-            if (labels < 0).all():
-                raise ValueError(
-                    "labels: every label is -1 (not counted), so there is nothing to learn from this batch"
-                )
-            return labels
-        wanted = (self.options.t_batch * self.options.t_seq, self.config.vocab_size)
-        if labels.dtype.kind != "f" or labels.shape != wanted:
-            raise ValueError(
-                f"labels must be integers {self._batch_shape()} or float rows {wanted}, got {labels.dtype} {labels.shape}"
-            )
-        labels = np.ascontiguousarray(labels, np.float32)
-        if not np.isfinite(labels).all() or (labels < 0).any():
-            raise ValueError("labels: float rows must be finite and not negative (one distribution per row)")
-        if not labels.any():
-            raise ValueError("labels: every row is zero, so there is nothing to learn from this batch")
-        return labels
-
-    def _rows(self, name, ids):
-        if ids.dtype.kind not in "iu":
-            raise ValueError(f"{name} must be integers, got {ids.dtype}")
-        shape = self._batch_shape()
-        if ids.shape != shape and not (shape[0] == 1 and ids.shape == shape[1:]):
-            flat = f" or {shape[1:]}" if shape[0] == 1 else ""
-            raise ValueError(f"{name} must have shape {shape}{flat} (t_batch, t_seq), got {ids.shape}")
-        if ids.dtype.kind == "u":
-            check_range(name, ids, 0, 2**31)  # before the cast, so that a huge unsigned id does not turn negative
-        return np.ascontiguousarray(ids.reshape(-1), dtype=np.int64)
-
-    def _batch_shape(self):
-        return (self.options.t_batch, self.options.t_seq)

@@ -64,13 +64,13 @@ class EagerEngine(Engine):
         self.m.load(state["m"])
         self.v.load(state["v"])
 
-    def _train(self, token_ids, positions, labels, hp, is_first):
+    def _train(self, inputs, labels, hp, is_first):
         grads = self.grads
         grads.fill_zero()
         if is_first:
             self.m.flat.fill(0)
             self.v.flat.fill(0)
-        logits, cache = self.model.forward_rows(token_ids, positions, self.options.t_batch)
+        logits, cache = self._forward(inputs)
         loss = self.model.backward((logits, cache), labels, grads, release_cache=True)
         self.grad_norm = math.sqrt(self.ops.sum_of_squares(grads.flat))
         gradient = grads.flat
@@ -81,12 +81,14 @@ class EagerEngine(Engine):
         self._round_weights()
         return loss
 
-    def _evaluate(self, token_ids, positions, labels):
-        logits, _ = self.model.forward_rows(token_ids, positions, self.options.t_batch)
-        return self.ops.cross_entropy(logits, labels)[0]
+    def _evaluate(self, inputs, labels):
+        return self.ops.cross_entropy(self._forward(inputs)[0], labels)[0]
 
-    def _logits(self, token_ids, positions):
-        return self.model.forward_rows(token_ids, positions, self.options.t_batch)[0]
+    def _logits(self, inputs):
+        return self._forward(inputs)[0]
+
+    def _forward(self, inputs):
+        return self.model.forward_rows(**inputs, batch=self.options.t_batch)
 
     def _round_weights(self):
         for tree, rounded in self._rounded:

@@ -105,25 +105,25 @@ class GraphEngine(Engine):
 
     # -- the hooks of Engine ------------------------------------------------------------------------------------------
 
-    def _train(self, token_ids, positions, labels, hp, is_first):
+    def _train(self, inputs, labels, hp, is_first):
         if is_first:
             for moments in (self.m, self.v):
                 for tensor in moments.values():
                     tensor.zero()
         recorded = self._training("integers" if labels.ndim == 1 else "dense")
-        recorded.run(token_ids=token_ids, positions=positions, labels=labels, hp=hp)
+        recorded.run(**inputs, labels=labels, hp=hp)
         self._last_kind = recorded.kind
         self.grad_norm = float(recorded.norm.download()[0])
         return recorded.loss()
 
-    def _evaluate(self, token_ids, positions, labels):
+    def _evaluate(self, inputs, labels):
         recorded = self._forward("integers" if labels.ndim == 1 else "dense")
-        recorded.run(token_ids=token_ids, positions=positions, labels=labels)
+        recorded.run(**inputs, labels=labels)
         return recorded.loss()
 
-    def _logits(self, token_ids, positions):
+    def _logits(self, inputs):
         recorded = self._forward(None)
-        recorded.run(token_ids=token_ids, positions=positions)
+        recorded.run(**inputs)
         return recorded.logits.download()
 
     # -- recording ----------------------------------------------------------------------------------------------------
@@ -151,20 +151,23 @@ class _Recorded:
     """A graph, the tensors to fill before each run, and what comes out."""
 
     def __init__(self, engine, kind, slots=None, finished=None):
-        config, options = engine.config, engine.options
         self.kind, self.computed = kind, False
         self.graph = engine.bridge.graph()
         self.ops = ops = engine.ops_class(self.graph, slots, finished)
-        n = options.t_batch * options.t_seq
-        self.token_ids = ops.integers("token_ids", n, config.vocab_size)
-        self.positions = ops.integers("positions", n, config.context_length)
+        batch = engine.batch
+        self.inputs = {role: self._input(role, needed) for role, needed in batch.inputs.items()}
         if kind == "integers":
-            self.labels = ops.integers("labels", n, config.vocab_size)
+            self.labels = ops.integers("labels", batch.n_rows, batch.n_classes)
         elif kind == "dense":
-            self.labels = ops.feed((n, config.vocab_size), "f32", lambda arrays: arrays["labels"])
+            self.labels = ops.feed((batch.n_rows, batch.n_classes), "f32", lambda arrays: arrays["labels"])
         self.model = engine.model_class.from_config(
-            config, ops=ops, parameters=ParameterTree(engine.tensors), **engine.weights.model_options
+            engine.config, ops=ops, parameters=ParameterTree(engine.tensors), **engine.weights.model_options
         )
+
+    def _input(self, role, needed):
+        if needed.limit is not None:
+            return self.ops.integers(role, *needed.shape, needed.limit)
+        return self.ops.feed(needed.shape, "f32", lambda arrays: arrays[role])
 
     def allocate(self):
         self.graph.allocate()
@@ -188,7 +191,7 @@ class _ForwardGraph(_Recorded):
 
     def __init__(self, engine, kind):
         super().__init__(engine, kind)
-        logits, _ = self.model.forward_rows(self.token_ids, self.positions, engine.options.t_batch)
+        logits, _ = self.model.forward_rows(**self.inputs, batch=engine.options.t_batch)
         self.logits = self.graph.output(logits)
         if kind is not None:
             loss, _ = self.ops.cross_entropy(logits, self.labels)
@@ -207,7 +210,7 @@ class _TrainingGraph(_Recorded):
         self.later = engine.keep_gradients or options.grad_clip is not None  # every update at the end
         self.squares = []
         self.hp = ops.feed((1, 7), "f32", lambda arrays: arrays["hp"])
-        logits, cache = self.model.forward_rows(self.token_ids, self.positions, options.t_batch)
+        logits, cache = self.model.forward_rows(**self.inputs, batch=options.t_batch)
         loss, loss_cache = ops.cross_entropy(logits, self.labels)
         self.loss_tensor = graph.output(loss)
         d_logits = ops.cross_entropy_backward(loss_cache)

@@ -6,7 +6,8 @@ from toy.switch import resolve
 
 
 def build(config, options, choice, weights=None, keep_gradients=False):
-    """The engine of a config on a resolved backend (`toy.switch.Choice`). weights: `Weights`, None = random, all trained."""
+    """The engine of a config on a resolved backend (`toy.switch.Resolved`). weights: `Weights`, None = random, all
+    trained."""
     if choice.backend == "ggml":
         from toy.engines.graph import GraphEngine
 
@@ -17,13 +18,10 @@ def build(config, options, choice, weights=None, keep_gradients=False):
 class EngineHandle:
     """An object that is made first and realized later: `backend` and `device` now, the model with `realize`.
 
-    Everything a realized engine can do (`step`, `evaluate`, `logits`, `parameters`, `load_parameters`, `gradients`,
-    `optimizer_state`, `load_optimizer_state`, `adamw`, `n_parameters`, `n_trained`, `grad_norm`, `hp_mode`, `arch`) is
-    passed on to it.
-    Raises RuntimeError for any of these before `realize`.
+    All that needs the model raises RuntimeError before `realize`. `with recipe:` closes it at the end of the block.
     """
 
-    engine = None
+    engine = None  # the `toy.engines.base.Engine` after `realize`
 
     def __init__(self, backend="auto", device="auto"):
         self._choice = resolve(backend, device)
@@ -34,15 +32,127 @@ class EngineHandle:
         self.engine = build(config, options, self._choice, weights, keep_gradients)
         return self
 
-    def __getattr__(self, name):
-        if name.startswith("_"):
-            raise AttributeError(name)
+    def _ready(self, verb):
+        """The engine, for something that needs it. verb: what was called, for the error message."""
         if self.engine is None:
-            raise RuntimeError(f"{type(self).__name__}.{name}: call realize() first")
-        return getattr(self.engine, name)
+            raise RuntimeError(f"{type(self).__name__}.{verb}: call realize() first")
+        return self.engine
 
-    def __dir__(self):
-        return sorted({*super().__dir__(), *(dir(self.engine) if self.engine else ())})
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.engine is not None:
+            self.engine.close()
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def step(self, token_ids, positions=None, labels=None, hp=None, is_first=False):
+        """ONE training step: forward, mean cross-entropy, backward, clip, AdamW -> the loss before the update, a float.
+
+        token_ids: int (t_batch, t_seq), or (t_seq,) when t_batch is 1; of an image model the images, float
+        (t_batch, height, width, channels). positions: int (t_seq,), None = 0 .. t_seq-1. labels: int in the shape of
+        token_ids (images: (t_batch,)), -1 = not counted, or float rows (N, number of classes). hp: the (1, 7) row of
+        `AdamW.hp_for_step`. is_first: also zero the AdamW moments (gradients always start at zero).
+        Raises ValueError for a wrong shape, dtype, id, label, position or row; nothing is changed then.
+        """
+        engine = self._ready("step")
+        if labels is None or hp is None:
+            missing = "labels" if labels is None else "hp"
+            raise ValueError(f"step: {missing} is missing: step(token_ids, labels=..., hp=adamw.hp_for_step(k))")
+        return engine.step(self._by_role(token_ids, positions), labels, hp, is_first)
+
+    def evaluate(self, token_ids, labels, positions=None):
+        """The mean cross-entropy of a batch without any update (arguments and errors as `step`)."""
+        return self._ready("evaluate").evaluate(self._by_role(token_ids, positions), labels)
+
+    def logits(self, token_ids, positions=None):
+        """token_ids: int (t_batch, t_seq) -> float32 (t_batch, t_seq, vocab_size); images -> (t_batch, classes)."""
+        return self._ready("logits").logits(self._by_role(token_ids, positions))
+
+    def adamw(self, lr=0.001, **fields):
+        """An `AdamW` in the convention this model reads (see `hp_mode`). fields: beta1, beta2, eps, weight_decay."""
+        return self._ready("adamw").adamw(lr=lr, **fields)
+
+    def _by_role(self, first, positions):
+        role = self.engine.batch.roles[0]
+        return {role: first} if positions is None else {role: first, "positions": positions}
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def parameters(self):
+        """dict of names to float32 copies of the (master) weights that the engine holds; a frozen base is not among them."""
+        return self._ready("parameters").parameters()
+
+    def load_parameters(self, mapping):
+        """Copy weights in. Raises ValueError for wrong names, shapes or numbers; nothing is changed then."""
+        self._ready("load_parameters").load_parameters(mapping)
+
+    def gradients(self):
+        """dict of names to copies of the last step's gradients, before clipping. On ggml after `keep_gradients=True`."""
+        return self._ready("gradients").gradients()
+
+    def optimizer_state(self):
+        """{"m": {name: array}, "v": {name: array}}: copies of the AdamW moments."""
+        return self._ready("optimizer_state").optimizer_state()
+
+    def load_optimizer_state(self, state):
+        """Copy moments in, all or nothing; errors as `load_parameters`."""
+        self._ready("load_optimizer_state").load_optimizer_state(state)
+
+    def model_copy(self):
+        """A model object on an eager op table with a copy of the present weights: for generation and inspection."""
+        return self._ready("model_copy").model_copy()
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def explain(self):
+        """What a training step runs: nodes or op calls in order, with shapes and bytes; str() of it is a table."""
+        return self._ready("explain").explain()
+
+    def close(self):
+        """Free what the engine holds outside of Python's memory. Nothing can be called after it."""
+        self._ready("close").close()
+
+    @property
+    def config(self):
+        """The model's config."""
+        return self._ready("config").config
+
+    @property
+    def options(self):
+        """The `RecipeOptions` it was realized with."""
+        return self._ready("options").options
+
+    @property
+    def arch(self):
+        """The name of the model's architecture."""
+        return self._ready("arch").arch
+
+    @property
+    def model_class(self):
+        """The class of the model."""
+        return self._ready("model_class").model_class
+
+    @property
+    def hp_mode(self):
+        """The AdamW convention that the model reads: AdamW.MODE_FROM_SCRATCH or AdamW.MODE_LORA."""
+        return self._ready("hp_mode").hp_mode
+
+    @property
+    def n_parameters(self):
+        """Parameters of the whole model, frozen ones too."""
+        return self._ready("n_parameters").n_parameters
+
+    @property
+    def n_trained(self):
+        """Parameters that are trained."""
+        return self._ready("n_trained").n_trained
+
+    @property
+    def grad_norm(self):
+        """L2 norm of the last step's whole gradient, before clipping; NaN before the first step."""
+        return self._ready("grad_norm").grad_norm
 
 
 def check_options(options):

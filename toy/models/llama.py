@@ -16,7 +16,7 @@ from toy.config import LlamaConfig
 from toy.models.base import LanguageModel, backward_order
 from toy.models.lens import embed, embed_backward, unembed, unembed_backward
 from toy.models.lora import project, project_backward
-from toy.models.parameters import gpt2_stds
+from toy.models.parameters import residual_stream_stds
 
 
 class BlockCache(NamedTuple):
@@ -55,10 +55,6 @@ class Llama(LanguageModel):
         super().__init__(config, seed, **options)
         self.lora_scale = lora_scale
 
-    @classmethod
-    def from_config(cls, config, seed=0, **options):
-        return cls(config, seed, **options)
-
     @staticmethod
     def parameter_shapes(c: LlamaConfig):
         """dict of parameter names to shapes; matrices are (out, in)."""
@@ -86,7 +82,7 @@ class Llama(LanguageModel):
     @staticmethod
     def parameter_stds(config):
         """Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0 (as GPT-2)."""
-        return gpt2_stds(Llama.parameter_shapes(config), config.n_layers)
+        return residual_stream_stds(Llama.parameter_shapes(config), config.n_layers)
 
     def head(self, tree):
         """The output matrix in a parameter or gradient tree, and its lens (None: it has none)."""

@@ -56,9 +56,7 @@ class ParameterTree(Namespace):
     @classmethod
     def zeros(cls, shapes, dtype=np.float32):
         """A tree of zeros. shapes: dict of names to shapes."""
-        tree = cls.__new__(cls)
-        ParameterTree.__init__(tree, *_allocate(shapes, dtype))
-        return tree
+        return cls(*_allocate(shapes, dtype))
 
     def __getitem__(self, name):
         return self._leaves[name]
@@ -85,6 +83,32 @@ class ParameterTree(Namespace):
     def n_parameters(self):
         return sum(int(np.prod(leaf.shape)) for leaf in self._leaves.values())
 
+    def summary(self):
+        """The tree as text: every name with its shape and count; blocks of the same shapes are shown once."""
+        lines = [f"{self.n_parameters:,} parameters"]
+        blocks = {}  # (list name, shapes of a block) -> [indices, lines, count]
+        for name, leaf in self.items():
+            row = (name, tuple(leaf.shape), int(np.prod(leaf.shape)))
+            head, _, rest = name.partition(".")
+            index, _, inner = rest.partition(".")
+            if index.isdigit():
+                blocks.setdefault((head, int(index)), []).append((inner, *row[1:]))
+            else:
+                lines.append(_summary_line(*row))
+        for (head, index), rows in blocks.items():
+            if (head, index - 1) in blocks and blocks[head, index - 1] == rows:
+                continue
+            last = index
+            while blocks.get((head, last + 1)) == rows:
+                last += 1
+            which = f"{head}.{index}" if last == index else f"{head}.{index} to {head}.{last}, each"
+            lines.append(f"{which}: {sum(count for *_, count in rows):,}")
+            lines += ["  " + _summary_line(*row) for row in rows]
+        return "\n".join(lines)
+
+    def __repr__(self):
+        return f"{type(self).__name__}: {self.summary()}"
+
     def copies(self):
         """dict of names to float32 copies of the arrays."""
         return {name: np.array(leaf, dtype=np.float32) for name, leaf in self.items()}
@@ -102,6 +126,10 @@ class ParameterTree(Namespace):
     def check(self, mapping, what="parameters"):
         """Raise the errors of `load` without changing anything."""
         check_arrays(self.shapes, mapping, what)
+
+
+def _summary_line(name, shape, count):
+    return f"{name:<28} {' x '.join(map(str, shape)):>16} {count:>14,}"
 
 
 def check_arrays(shapes, mapping, what="parameters"):
@@ -131,6 +159,10 @@ class GradientTree(ParameterTree):
     Backward passes add to every array and to `loss`; `fill_zero()` starts anew.
     """
 
+    def __init__(self, leaves, flat=None):
+        super().__init__(leaves, flat)
+        self.loss = 0.0
+
     def __setattr__(self, name, value):
         if name == "loss":
             self.__dict__["loss"] = value
@@ -142,10 +174,7 @@ class GradientTree(ParameterTree):
         """The mirror of `tree`; trainable: names of the parameters that have a gradient (None: all), the others get None."""
         names = set(tree if trainable is None else trainable)
         leaves, flat = _allocate({name: shape for name, shape in tree.shapes.items() if name in names}, tree.dtype)
-        gradients = cls.__new__(cls)
-        ParameterTree.__init__(gradients, {name: leaves.get(name) for name in tree}, flat)
-        gradients.loss = 0.0
-        return gradients
+        return cls({name: leaves.get(name) for name in tree}, flat)
 
     def fill_zero(self):
         self.flat.fill(0)
@@ -158,9 +187,10 @@ def initialize(tree, init_stds, seed, init_scale=1.0):
         initialize_array(name, leaf, init_stds[name], seed, init_scale)
 
 
-def gpt2_stds(names, n_layers):
-    """What GPT-2 (Radford et al. 2019, section 2.3) starts from, for parameters with GGUF names, as dict for `initialize`:
-    Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0."""
+def residual_stream_stds(names, n_layers):
+    """What GPT-2 (Radford et al. 2019, section 2.3) and models after it start from, for GGUF names, as a dict
+    for `initialize`: Normal(0, 0.02), projections into the residual stream scaled by 1/sqrt(2 n_layers), gains 1, biases
+    0."""
     stds = {}
     for name in names:
         if name.endswith("bias"):

@@ -47,7 +47,8 @@ class Cache(NamedTuple):
 
 
 class TransformerLM(LanguageModel):
-    """A decoder-only transformer language model.
+    """A decoder-only transformer language model, made from its sizes or, like the other models, from a `TransformerConfig`:
+    `TransformerLM(config, seed=0)`.
 
     seed, init_scale: of the initialisation. ops: an op table (None: the current backend's). dtype: float32, or float64 with
     the reference table. parameters: a ready tree to use instead. Raises ValueError as `TransformerConfig` does.
@@ -56,13 +57,15 @@ class TransformerLM(LanguageModel):
     arch = "transformer"
     hp_mode = AdamW.MODE_FROM_SCRATCH
 
-    def __init__(self, vocab_size, d_model, d_ff, n_heads, n_layers, context_length, seed=0, **options):
-        config = TransformerConfig(vocab_size, d_model, n_heads, d_ff, n_layers, context_length)
+    def __init__(
+        self, vocab_size, d_model=None, d_ff=None, n_heads=None, n_layers=None, context_length=None, seed=0, **options
+    ):
+        config, sizes = vocab_size, (d_model, d_ff, n_heads, n_layers, context_length)
+        if not isinstance(config, TransformerConfig):
+            config = TransformerConfig(vocab_size, d_model, n_heads, d_ff, n_layers, context_length)
+        elif any(size is not None for size in sizes):
+            raise TypeError("TransformerLM takes a config or the sizes, not both: TransformerLM(config, seed=0)")
         super().__init__(config, seed, **options)
-
-    @classmethod
-    def from_config(cls, c, seed=0, **options):
-        return cls(c.vocab_size, c.d_model, c.d_ff, c.n_heads, c.n_layers, c.context_length, seed, **options)
 
     @staticmethod
     def parameter_shapes(c):
@@ -214,4 +217,3 @@ class Gradients(GradientTree):
         shapes = parameter_shapes(vocab_size, d_model, d_ff, n_heads, d_head, n_layers, context_length)
         zeros = GradientTree.zeros(shapes, dtype)
         super().__init__(dict(zeros.items()), zeros.flat)
-        self.loss = 0.0

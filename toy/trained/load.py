@@ -13,7 +13,7 @@ from toy.data import tokenizer_from_json
 from toy.data.open_tokenizer import load_tokenizer
 from toy.engines.source import borrowed_parameters
 from toy.files import BadFileError, Run, read_checkpoint
-from toy.files.fetch import MODELS, find_model
+from toy.files.fetch import FETCHABLE, find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import check_adapter, digest, read_adapter
 from toy.models import ARCHITECTURES, ParameterTree, architecture_of, model_for
@@ -87,10 +87,10 @@ def read_trained(path, adapter=None):
     Raises FileNotFoundError for a path where nothing is and for a base that is gone, BadFileError for a damaged file,
     ValueError for a sound one that does not serve: another architecture, an adapter for another base.
     """
-    if not Path(path).exists() and str(path) not in MODELS:
+    if not Path(path).exists() and str(path) not in FETCHABLE:
         raise FileNotFoundError(
             f"there is no run directory, checkpoint or GGUF file {str(path)!r}, and no model of that name to fetch "
-            f"(there are: {', '.join(MODELS)})"
+            f"(there are: {', '.join(FETCHABLE)})"
         )
     path = find_model(path)
     stored = _from_gguf(path) if path.suffix == ".gguf" or _begins_like_gguf(path) else _from_run(path)

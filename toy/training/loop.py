@@ -1,6 +1,7 @@
-"""The training loop: batches, schedule, evaluation, samples, events, checkpoints and resume. It knows no backend.
+"""The training loop: schedule, evaluation, samples, events, checkpoints and resume. It knows no backend, no text and no
+recipe.
 
-    training = Training(TrainingOptions(steps=500), out="runs/first")
+    training = Training(FromScratchOptions(steps=500), out="runs/first")
     for event in training.run():
         ...                       # RunStart, Step, Evaluation, Sample, RunEnd: draw them, print them, or do nothing
 
@@ -16,69 +17,89 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from toy import switch
-from toy.config import VERSION, RecipeOptions
-from toy.data import load_corpus, split, training_batch, validation_batches
+from toy.config import VERSION
 from toy.files import BadFileError, Checkpoint, Run, read_events
 from toy.files.events import Evaluation, EventLog, RunEnd, RunStart, Sample, Step
 from toy.files.runs import check_new_folder
-from toy.models.generation import generate
-from toy.trained.load import first_prompt
-from toy.training.options import OPTIONS, TrainingOptions
-from toy.training.start import Choice, Start
-
-SAMPLE_TEMPERATURE = 0.8
-# what may differ when a run goes on
-RESUMABLE = (
-    "steps", "corpus", "model", "eval_every", "sample_every", "save_every", "keep", "backend", "device", "threads",
-)  # fmt: skip
+from toy.training.start import Decision
+from toy.training.table import RECIPES
 
 
 class DivergedError(RuntimeError):
     """The loss, a gradient or a weight is no longer a finite number."""
 
 
+class _Resumed(NamedTuple):
+    """What `Training.resume` found. unchanged: names of the options that the run takes from before."""
+
+    run: Run
+    checkpoint: Checkpoint | None
+    unchanged: frozenset
+
+
 class Training:
-    """A run that is ready to go. Making it reads and checks everything and writes nothing.
+    """A run that is ready to go. Making it reads and checks everything, writes nothing, and changes nothing in the process.
 
-    options: `TrainingOptions`, `LoRAOptions`, `FullFinetuneOptions` or `WarmStartOptions`. out: the run directory to make
-    (None: nothing is written, the events are all there is).
-    Raises ValueError (CorpusError, ...) for anything that cannot be trained on, BackendUnavailableError for a backend
-    that is not there.
+    options: the options of a recipe (`FromScratchOptions`, `LoRAOptions`, ...). out: the run directory to make (None:
+    nothing is written, the events are all there is). resumed: what `Training.resume` passes on. Raises ValueError
+    (CorpusError, ...) for anything that cannot be trained on, BackendUnavailableError for a backend that is not there.
 
-    Attributes: options, start (what the run begins with), config (of the model), corpus, tokenizer, split, recipe, schedule,
+    Attributes: options, start (what the run begins with: data, tokenizer, recipe), config (of the model), recipe, schedule,
     step (updates done), stopped_by (the signal that ended `run`, None without one).
     """
 
-    def __init__(self, options, out=None):
-        if out is not None:
+    def __init__(self, options, out=None, *, resumed=None):
+        if out is not None and resumed is None:
             check_new_folder(out)
         self.out = None if out is None else Path(out)
-        self._prepare(options)
-        self._run = None
+        options = options.resolved()
+        self.schedule = options.make_schedule()
+        self.start = start = RECIPES[options.recipe](options)
+        self.recipe = start.recipe
+        start.read()
+        self.options, self.config = start.options, start.config
+        try:
+            with switch.use_num_threads(options.threads):
+                start.realize()
+        except MemoryError as error:
+            raise ValueError(f"there is not enough memory for a model of this size ({error})") from error
+        numbers = {name: getattr(options, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")}
+        self._adamw = self.recipe.adamw(**{name: value for name, value in numbers.items() if value is not None})
+        self._adamw.hp_for_step(0)  # numbers out of range are told now
+        self.step, self.stopped_by = 0, None
+        self._loss = None  # of the last step
+        self._log = None
+        self._evaluated, self._sampled = set(), set()  # the steps that have it already
+        self._saved = None  # the step of the newest checkpoint
+        self._run, self._unchanged = None, frozenset()
+        if resumed is not None:
+            self._go_on(resumed)
 
     @classmethod
     def resume(cls, folder, recipe=None, **changes):
         """The run in `folder` (a path), ready to go on from its newest checkpoint: weights, moments and step.
 
         recipe: the name of the one it must be of, None: any.
-        changes: options by name. Those of RESUMABLE may differ: steps (the total, more than are done), corpus and model (a
-        new place of the same text, of the same file), what does not change the numbers, and backend, device and threads,
-        which round a little differently.
+        changes: options by name. Those that are marked as resumable may differ: steps (the total, more than are done), corpus
+        and model (a new place of the same text, of the same file), what does not change the numbers, and backend, device and
+        threads, which round a little differently.
         Raises BadFileError for a damaged run, ValueError for a change that is not possible.
         """
         run = Run.open(folder)
-        options, as_it_ran, text = _read_config(run)
+        options, as_it_ran = _read_config(run)
         if recipe not in (None, options.recipe):
             raise ValueError(
                 f"the run in {folder} is of another kind: toy train {options.recipe} --resume goes on with it"
             )
+        resumable = {field.name for field in dataclasses.fields(options) if field.metadata.get("resumable")}
         for name, value in changes.items():
             value = getattr(dataclasses.replace(options, **{name: value}), name)  # as the options themselves spell it
-            if name not in RESUMABLE and value != getattr(options, name):
+            if name not in resumable and value != getattr(options, name):
                 raise ValueError(
                     f"the run in {folder} was begun with {name} {getattr(options, name)} and cannot go on with {value}: "
                     "leave the option out, or start a new run"
@@ -93,91 +114,77 @@ class Training:
             )
         if done >= steps:
             raise ValueError(f"the run in {folder} has done its {done} steps: give it more steps to go on")
-        training = cls.__new__(cls)
-        training.out = run.folder
-        training._prepare(dataclasses.replace(options, **{**as_it_ran, **changes}))
-        training._run = run
-        training._unchanged = as_it_ran.keys() - changes.keys()
-        training._check_same(run, text)
-        if checkpoint is not None:
-            training._load(checkpoint, run.latest_checkpoint())
-        return training
+        resumed = _Resumed(run, checkpoint, as_it_ran.keys() - changes.keys())
+        return cls(dataclasses.replace(options, **{**as_it_ran, **changes}), run.folder, resumed=resumed)
 
-    def _prepare(self, options):
-        options = options.resolved()
-        self.schedule = options.make_schedule()
-        self.start = Start.of(options)
-        self.recipe = self.start.recipe
-        self.corpus = load_corpus(options.corpus)
-        self.options = options = dataclasses.replace(self.start.options, corpus=self.corpus.path)
-        self.tokenizer = self.start.make_tokenizer(self.corpus.text)
-        self.split = split(self.tokenizer.encode(self.corpus.text), options.val_fraction, options.context)
-        self.config = self.start.model_config(self.tokenizer.vocab_size)
-        if options.threads is not None:
-            switch.set_num_threads(options.threads)
-        try:
-            self.start.realize(
-                self.config,
-                RecipeOptions(
-                    t_seq=options.context, t_batch=options.batch, seed=options.seed, grad_clip=options.clip or None
-                ),
-            )
-        except MemoryError as error:
-            raise ValueError(f"there is not enough memory for a model of this size ({error})") from error
-        self._adamw = self.recipe.adamw(lr=options.lr, weight_decay=options.weight_decay)
-        self._validation = validation_batches(
-            self.split.validation, options.batch, options.context, options.eval_batches, options.seed
-        )
-        self.step, self.stopped_by = 0, None
-        self._loss = None  # of the last step
-        self._log = None
-        self._evaluated, self._sampled = set(), set()  # the steps that have it already
-        self._saved = None  # the step of the newest checkpoint
-        self._unchanged = set()  # the options that a resumed run takes from before
+    def _go_on(self, resumed):
+        run, checkpoint, self._unchanged = resumed
+        self.start.check_same(run)
+        if run.config.get("model") != _json_of(self.config):
+            raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
+        self._run = run
+        if checkpoint is not None:
+            try:
+                self.recipe.load_parameters(checkpoint.parameters)
+                self.recipe.load_optimizer_state(checkpoint.moments)
+            except ValueError as error:
+                raise BadFileError(run.latest_checkpoint(), str(error)) from error
+            self.step = self._saved = checkpoint.step
 
     # -- what the run is ----------------------------------------------------------------------------------------------
 
     @property
-    def tokens_per_step(self):
-        return self.options.batch * self.options.context
+    def tokenizer(self):
+        """Of a run on text."""
+        return self.start.tokenizer
+
+    @property
+    def corpus(self):
+        """Of a run on text."""
+        return self.start.corpus
+
+    @property
+    def split(self):
+        """Of a run on text: its token ids, to train on and to validate."""
+        return self.start.split
 
     def has_checkpoint(self):
         """Whether there is a checkpoint on the disk to go on from."""
         return self._run is not None and self._run.latest_checkpoint() is not None
+
+    def written(self):
+        """(what, path) of everything a reader of the run may want, of what is there."""
+        names = {"picture": "loss.png", "samples": "samples.txt", "weights": "weights"}
+        return [(what, self.out / name) for what, name in names.items() if (self.out / name).exists()]
 
     def model(self):
         """A readable model object with a copy of the present weights."""
         return self.recipe.model_copy()
 
     def choices(self):
-        """What was chosen and why, as a list of `Choice`."""
-        o, c, r = self.options, self.config, self.recipe
+        """What was chosen and why, as a list of `Decision`."""
+        o, r, s = self.options, self.recipe, self.start
         before = dict.fromkeys(self._unchanged, "as before")
         threads = "as asked for" if o.threads else "the backend's own choice"
         trained = "" if r.n_trained == r.n_parameters else f"{r.n_trained:,} of them are trained"
         decay = "" if o.schedule == "constant" else f" down to {o.lr * o.lr_floor:g} at step {o.steps}"
+        rounds, classes = o.steps * s.per_step / s.n_train, r.engine.batch.n_classes
         return [
-            *([Choice("resumed", f"after step {self.step}")] if self._run is not None else []),
-            Choice("backend", r.backend, before.get("backend", r.backend_reason)),
-            Choice("device", r.device),
-            Choice("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
-            Choice("corpus", self.corpus.source, "" if o.corpus else "the default; --corpus FILE names another"),
-            Choice("tokens", f"{len(self.split.train):,} to train on, {len(self.split.validation):,} to validate"),
-            *self.start.choices(),
-            Choice("vocabulary", f"{c.vocab_size}", self.start.vocabulary()),
-            Choice("model", f"{r.arch}: {c.n_layers} layers, {c.n_heads} heads, {c.d_model} wide, context {o.context}"),
-            Choice("parameters", f"{r.n_parameters:,}", trained),
-            Choice("steps", f"{o.steps:,} of {o.batch} x {o.context} tokens", f"{self._epochs():.2g} times the text"),
-            Choice("learning rate", f"{o.lr:g}", f"{o.schedule}{decay}, {o.warmup} steps of warm-up"),
-            Choice("ln(V)", f"{math.log(c.vocab_size):.3f}", "nats per token, the loss of a uniform guess"),
-            Choice("directory", "none, nothing is written" if self.out is None else str(self.out)),
+            *([Decision("resumed", f"after step {self.step}")] if self._run is not None else []),
+            Decision("backend", r.backend, before.get("backend", r.backend_reason)),
+            Decision("device", r.device),
+            Decision("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
+            *s.decisions(),
+            Decision("parameters", f"{r.n_parameters:,}", trained),
+            Decision("steps", f"{o.steps:,} of {s.per_step:,} {s.unit}s", f"{rounds:.2g} times the training part"),
+            Decision("learning rate", f"{o.lr:g}", f"{o.schedule}{decay}, {o.warmup} steps of warm-up"),
+            Decision("ln(V)", f"{math.log(classes):.3f}", f"nats per {s.unit}, the loss of a uniform guess"),
+            Decision("directory", "none, nothing is written" if self.out is None else str(self.out)),
         ]
 
     def _threads(self):
-        return next(row.threads for row in switch.backends() if row.name == self.recipe.backend)
-
-    def _epochs(self):
-        return self.options.steps * self.tokens_per_step / len(self.split.train)
+        used = next(row.threads for row in switch.backends() if row.name == self.recipe.backend)
+        return self.options.threads or used
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -193,6 +200,7 @@ class Training:
         resumed = self._run is not None
         with contextlib.ExitStack() as stack:
             self._log = self._open_files(stack)
+            stack.enter_context(switch.use_num_threads(self.options.threads))
             stop = stack.enter_context(_StopSignals(on_stop))
             try:
                 yield self._emit(self._run_start(resumed))
@@ -213,11 +221,11 @@ class Training:
 
     def _steps(self, stop):
         """Train up to the last step. What is due after a step is done before the next one, by a resumed run if need be."""
-        o = self.options
+        o, samples_every = self.options, getattr(self.options, "sample_every", None)
         while self.step == o.steps or not stop.requested:
             if self._due(o.eval_every, self._evaluated):
                 yield self._emit(self._evaluate())
-            if self._due(o.sample_every, self._sampled) and self.step > 0:
+            if samples_every is not None and self._due(samples_every, self._sampled) and self.step > 0:
                 yield self._emit(self._sample())
             if self.step == o.steps:
                 return
@@ -227,13 +235,12 @@ class Training:
                 yield self._emit(self._train_step())
 
     def _train_step(self):
-        o, k = self.options, self.step
-        lr = self.schedule(k)
+        k, lr = self.step, self.schedule(self.step)
         started = time.perf_counter()
-        batch = training_batch(self.split.train, o.batch, o.context, o.seed, k)
+        inputs, labels = self.start.training_batch(k)
         hp = self._adamw.hp_for_step(k, lr=lr)
         with np.errstate(all="ignore"):  # the next lines say it in words
-            loss = float(self.recipe.step(batch.token_ids, None, batch.labels, hp, is_first=k == 0))
+            loss = float(self.recipe.step(inputs, labels=labels, hp=hp, is_first=k == 0))
         wall_us = round((time.perf_counter() - started) * 1e6)
         grad_norm = float(self.recipe.grad_norm)
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
@@ -241,23 +248,19 @@ class Training:
                 raise self._diverged(f"the {name} became {value} at step {k + 1}")
         self.step, self._loss = k + 1, loss
         return Step(
-            step=k + 1, loss=loss, lr=lr, grad_norm=grad_norm, tokens=self.tokens_per_step, wall_us=max(1, wall_us)
+            step=k + 1, loss=loss, lr=lr, grad_norm=grad_norm, tokens=self.start.per_step, wall_us=max(1, wall_us)
         )
 
     def _evaluate(self):
         with np.errstate(all="ignore"):
-            losses = [self.recipe.evaluate(batch.token_ids, batch.labels) for batch in self._validation]
-        loss = float(np.mean(losses))
-        if not math.isfinite(loss):
-            raise self._diverged(f"the validation loss became {loss} at step {self.step}")
+            found = self.start.validate()
+        if not math.isfinite(found["loss"]):
+            raise self._diverged(f"the validation loss became {found['loss']} at step {self.step}")
         self._evaluated.add(self.step)
-        return Evaluation(step=self.step, loss=loss)
+        return Evaluation(step=self.step, **found)
 
     def _sample(self):
-        prompt = first_prompt(self.tokenizer, self.split.train)
-        n_tokens, seed = self.options.sample_tokens, [self.options.seed, self.step]
-        ids = generate(self.model(), prompt, n_tokens, temperature=SAMPLE_TEMPERATURE, seed=seed)
-        text = self.tokenizer.decode(ids)
+        text = self.start.sample(self.step)
         self._sampled.add(self.step)
         if self._run is not None:
             self._run.append_sample(self.step, text)
@@ -305,7 +308,7 @@ class Training:
         self._log.sync()  # the events first: a checkpoint must never know more than the log
         gguf = None
         if self.start.has_gguf():
-            gguf = functools.partial(self.start.write_gguf, parameters=parameters, tokenizer=self.tokenizer)
+            gguf = functools.partial(self.start.write_gguf, parameters=parameters)
         checkpoint = Checkpoint(self.step, self._run.config, parameters, moments)
         self._run.write_checkpoint(checkpoint, self.options.keep, gguf)
         self._saved = self.step
@@ -316,33 +319,13 @@ class Training:
 
             plot_runs([self._run.folder], self._run.picture_path)
 
-    def _load(self, checkpoint, path):
-        try:
-            self.recipe.load_parameters(checkpoint.parameters)
-            self.recipe.load_optimizer_state(checkpoint.moments)
-        except ValueError as error:
-            raise BadFileError(path, str(error)) from error
-        self.step = self._saved = checkpoint.step
-
-    def _check_same(self, run, text):
-        if text["sha256"] != self.corpus.sha256:
-            raise ValueError(
-                f"{self.corpus.source} is not the text this run was trained on ({text['source']}): "
-                "give that text with --corpus, or start a new run"
-            )
-        now = self._describe()
-        if any(_without_path(run.config.get(name)) != _without_path(now[name]) for name in ("model", "tokenizer")):
-            raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
-        if _without_path(run.config.get("base")) != _without_path(now.get("base")):
-            raise ValueError(f"{self.options.model} is not the model that the run in {run.folder} began with")
-
     def _run_start(self, resumed):
         return RunStart(
             step=self.step,
             steps=self.options.steps,
             arch=self.recipe.arch,
             n_parameters=self.recipe.n_parameters,
-            vocab_size=self.config.vocab_size,
+            vocab_size=self.recipe.engine.batch.n_classes,
             backend=self.recipe.backend,
             device=self.recipe.device,
             seed=self.options.seed,
@@ -359,16 +342,8 @@ class Training:
             "recipe": self.options.recipe,
             "arch": self.recipe.arch,
             "model": _json_of(self.config),
-            "tokenizer": self.tokenizer.to_json(),
             "training": _json_of(self.options),
             **self.start.describe(),
-            "corpus": {
-                "source": self.corpus.source,
-                "path": self.corpus.path,
-                "sha256": self.corpus.sha256,
-                "train_tokens": len(self.split.train),
-                "validation_tokens": len(self.split.validation),
-            },
             "n_parameters": self.recipe.n_parameters,
             "backend": {"name": self.recipe.backend, "device": self.recipe.device, "threads": self._threads()},
             "versions": versions(),
@@ -386,12 +361,11 @@ def versions():
 
 
 def _read_config(run):
-    """The options in a config.json; the backend, device and threads it really ran on (they round alike); the text."""
+    """The options in a config.json, and the backend, device and threads it really ran on (they round alike)."""
     try:
-        kind = OPTIONS[run.config.get("recipe", TrainingOptions.recipe)]
-        options, ran, text = kind(**run.config["training"]), run.config["backend"], run.config["corpus"]
-        as_it_ran = {"backend": ran["name"], "device": ran["device"], "threads": ran["threads"]}
-        return options, as_it_ran, {"sha256": text["sha256"], "source": text["source"]}
+        kind = RECIPES[run.config.get("recipe", "from-scratch")].options_class
+        options, ran = kind(**run.config["training"]), run.config["backend"]
+        return options, {"backend": ran["name"], "device": ran["device"], "threads": ran["threads"]}
     except (KeyError, TypeError, ValueError) as error:
         raise BadFileError(run.config_path, f"its training options are wrong ({error})") from error
 
@@ -400,11 +374,6 @@ def _json_of(record):
     """A dataclass as JSON would give it back: lists for tuples."""
     items = dataclasses.asdict(record).items()
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
-
-
-def _without_path(record):
-    """What of a config.json's entry stays the same when a file moves."""
-    return {key: value for key, value in record.items() if key != "path"} if isinstance(record, dict) else record
 
 
 class _StopSignals:

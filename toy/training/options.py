@@ -1,75 +1,100 @@
-"""Everything a run can be told, one dataclass for each kind of training. A None is chosen by `resolved`."""
+"""What every kind of training can be told: each option once, with its default, its help and its bounds.
+
+A recipe's options are a dataclass in the recipe's own file. Its fields become the flags of `toy train`: the name, the type
+and the default are the field's, the rest stands in its metadata (`option`).
+"""
 
 import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from toy.config import check_positive_int
-from toy.data.tokenizers import KINDS
-from toy.engines.adapters import check_alpha, check_targets
-from toy.models import ARCHITECTURES
+from toy.config import WEIGHT_DTYPES, check_positive_int
+from toy.switch import BACKEND_NAMES
 from toy.training import schedules
+
+# the sections of `toy train RECIPE --help`
+DATA, MODEL, STEPS, REPORTS, MACHINE = "Data", "Model", "Training", "Reports and files", "Machine"
+LARGEST = 2**31 - 1  # of whole numbers: sizes, steps, seeds
+
+
+def option(default, help, group, *, shown=None, choices=None, resumable=False, at_least=None):
+    """A field of an options dataclass.
+
+    shown: the default in words, where the value does not say it. choices: the values there are. resumable: whether a run
+    may go on with another value. at_least: the smallest value of a whole number; None there means "not said", not a bound.
+    """
+    metadata = {
+        "help": help, "group": group, "shown": shown, "choices": choices, "resumable": resumable, "at_least": at_least,
+    }  # fmt: skip
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def again(name, default, of, **changes):
+    """The option `name` of the options class `of` with another default, and other words where `changes` has them."""
+    field = next(field for field in dataclasses.fields(of) if field.name == name)
+    return dataclasses.field(default=default, metadata={**field.metadata, **changes})
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What every kind of training can be told. Raises ValueError for a value out of range.
-
-    batch, context: sequences in a step, tokens in a sequence. lr_floor: where the cosine ends, as a fraction of lr.
-    clip: largest gradient norm, 0 = off. eval_every, sample_every, save_every: in steps. keep: how many checkpoints stay.
-    val_fraction: the part of the text, at its end, that is never trained on. threads: of BLAS and the kernels, None = their
-    own choice.
-    """
+    """What every kind of training can be told. Raises ValueError for a value out of range."""
 
     recipe: ClassVar[str]  # the name on the command line and in config.json
 
-    corpus: str | None = None
-    steps: int = 1000
-    batch: int = 12
-    context: int | None = 64
-    lr: float = 1e-3
-    schedule: str = "constant"
-    warmup: int | None = None
-    lr_floor: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    eval_every: int | None = None
-    eval_batches: int = 16
-    sample_every: int | None = None
-    sample_tokens: int = 200
-    save_every: int | None = None
-    keep: int = 2
-    val_fraction: float = 0.1
-    seed: int = 0
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-
-    _sizes: ClassVar[tuple] = ("steps", "batch", "eval_batches", "sample_tokens", "keep")
-    _optional_sizes: ClassVar[tuple] = ("context", "eval_every", "sample_every", "save_every", "threads")
+    steps: int = option(1000, "Training steps in all.", STEPS, resumable=True, at_least=1)
+    batch: int = option(12, "Sequences in a step.", STEPS, at_least=1)
+    lr: float = option(1e-3, "Learning rate.", STEPS)
+    schedule: str = option("constant", "Learning rate after the warm-up.", STEPS, choices=schedules.NAMES)
+    warmup: int | None = option(None, "Steps of linear warm-up.", STEPS, shown="20", at_least=0)
+    lr_floor: float = option(0.1, "Where the cosine ends, as a fraction of --lr.", STEPS)
+    weight_decay: float = option(0.0, "AdamW's weight decay.", STEPS)
+    beta1: float = option(0.9, "AdamW's decay of the mean gradient.", STEPS)
+    beta2: float | None = option(
+        None, "AdamW's decay of the mean square.", STEPS, shown="0.999 bias-corrected, else 0.95"
+    )
+    eps: float = option(1e-8, "AdamW's epsilon.", STEPS)
+    clip: float = option(1.0, "Largest gradient norm, 0 = no clipping.", STEPS)
+    seed: int = option(0, "Of the weights, the batches and the samples.", STEPS, at_least=0)
+    eval_every: int | None = option(
+        None,
+        "Steps between validations.",
+        REPORTS,
+        shown="a tenth of the steps, at most 500",
+        resumable=True,
+        at_least=1,
+    )
+    save_every: int | None = option(
+        None, "Steps between checkpoints.", REPORTS, shown="as --eval-every", resumable=True, at_least=1
+    )
+    keep: int = option(2, "Checkpoints to keep.", REPORTS, resumable=True, at_least=1)
+    weight_dtype: str = option(
+        "f32", "Type of the weights a step computes with; float32 masters stay.", MACHINE, choices=WEIGHT_DTYPES
+    )
+    backend: str = option("auto", f"One of {', '.join(BACKEND_NAMES)}.", MACHINE, resumable=True)
+    device: str = option("auto", "Device of the backend.", MACHINE, resumable=True)
+    threads: int | None = option(
+        None, "Threads of BLAS and the kernels.", MACHINE, shown="the backend's own choice", resumable=True, at_least=1
+    )
 
     def __post_init__(self):
-        given = [name for name in self._optional_sizes if getattr(self, name) is not None]
-        for name in (*self._sizes, *given):
-            object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        for field in dataclasses.fields(self):
+            value, at_least = getattr(self, field.name), field.metadata.get("at_least")
+            if at_least is not None and not (value is None and field.default is None):
+                object.__setattr__(self, field.name, check_whole(field.name, value, at_least))
+            choices = field.metadata.get("choices")
+            if choices is not None and value is not None and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("weight_decay", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, got {self.val_fraction}")
         self.make_schedule()
 
     def resolved(self):
         """The same options with every None that depends on others filled in."""
-        tenth = max(1, self.steps // 10)
-        eval_every = self.eval_every or min(tenth, 500)
+        eval_every = self.eval_every or min(max(1, self.steps // 10), 500)
         return dataclasses.replace(
-            self,
-            warmup=self._default_warmup(),
-            eval_every=eval_every,
-            sample_every=self.sample_every or min(max(1, self.steps // 4), 2000),
-            save_every=self.save_every or eval_every,
+            self, warmup=self._default_warmup(), eval_every=eval_every, save_every=self.save_every or eval_every
         )
 
     def make_schedule(self):
@@ -84,56 +109,44 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class TrainingOptions(RunOptions):
-    """A run from scratch. kv_heads: key/value heads of a llama, None = as many as heads."""
+class TextOptions(RunOptions):
+    """What training on text can be told besides. Raises ValueError for a value out of range."""
 
-    recipe: ClassVar[str] = "from-scratch"
-
-    arch: str = "transformer"
-    tokenizer: str = "char"
-    d_model: int = 128
-    d_ff: int | None = None
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int | None = None
-
-    _sizes: ClassVar[tuple] = (*RunOptions._sizes, "context", "d_model", "layers", "heads")
-    _optional_sizes: ClassVar[tuple] = ("eval_every", "sample_every", "save_every", "threads", "d_ff", "kv_heads")
+    corpus: str | None = option(
+        None, "UTF-8 text file, or a folder of them.", DATA, shown="the documentation inside Python", resumable=True
+    )
+    val_fraction: float = option(0.1, "Share of the text, at its end, to validate on.", DATA)
+    context: int | None = option(64, "Tokens in a sequence.", STEPS, at_least=1)
+    eval_batches: int = option(16, "Batches in a validation.", REPORTS, at_least=1)
+    sample_every: int | None = option(
+        None,
+        "Steps between samples.",
+        REPORTS,
+        shown="a quarter of the steps, at most 2000",
+        resumable=True,
+        at_least=1,
+    )
+    sample_tokens: int = option(200, "Tokens in a sample.", REPORTS, at_least=1)
 
     def __post_init__(self):
-        _check_name("arch", self.arch, ARCHITECTURES)
         super().__post_init__()
+        check_fraction("val_fraction", self.val_fraction)
 
     def resolved(self):
-        return dataclasses.replace(super().resolved(), d_ff=self.d_ff or 4 * self.d_model)
-
-    def model_config(self, vocab_size):
-        """The config of the model these options describe. Raises ValueError for sizes that do not fit each other."""
-        sizes = dict(
-            vocab_size=vocab_size,
-            d_model=self.d_model,
-            n_heads=self.heads,
-            d_ff=self.d_ff or 4 * self.d_model,
-            n_layers=self.layers,
-            context_length=self.context,
-        )
-        if self.arch == "llama":
-            sizes["n_kv_heads"] = self.kv_heads or self.heads
-        elif self.kv_heads is not None:
-            raise ValueError(f"kv_heads belongs to arch llama: {self.arch} has as many key/value heads as heads")
-        return ARCHITECTURES[self.arch].config(**sizes)
+        every = self.sample_every or min(max(1, self.steps // 4), 2000)
+        return dataclasses.replace(super().resolved(), sample_every=every)
 
 
 @dataclass(frozen=True)
-class FromModelOptions(RunOptions):
-    """What the recipes that begin with a model have in common. model: its GGUF file, or the name of a fetched model."""
+class FromModelOptions(TextOptions):
+    """What the recipes that begin with a model have in common. Raises ValueError when none is named."""
 
-    model: str = ""
-    steps: int = 100
-    batch: int = 1
-    context: int | None = 128
-    eval_batches: int = 8
-    sample_tokens: int = 60
+    model: str = option("", "GGUF file, or the name of a fetched model (toy fetch).", MODEL, resumable=True)
+    steps: int = again("steps", 100, TextOptions)
+    batch: int = again("batch", 1, TextOptions)
+    context: int | None = again("context", 128, TextOptions)
+    eval_batches: int = again("eval_batches", 8, TextOptions)
+    sample_tokens: int = again("sample_tokens", 60, TextOptions)
 
     def __post_init__(self):
         if not self.model:
@@ -141,76 +154,19 @@ class FromModelOptions(RunOptions):
         super().__post_init__()
 
 
-@dataclass(frozen=True)
-class LoRAOptions(FromModelOptions):
-    """LoRA on a llama in a GGUF file. alpha: None = rank. targets: some of q, k, v, o, gate, up, down."""
-
-    recipe: ClassVar[str] = "lora"
-
-    rank: int = 8
-    alpha: float | None = None
-    targets: tuple = ("q",)
-
-    _sizes: ClassVar[tuple] = (*RunOptions._sizes, "context", "rank")
-
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "alpha", check_alpha(self.alpha, self.rank))
-        object.__setattr__(self, "targets", check_targets(self.targets))
+def check_whole(name, value, at_least):
+    """`value` as a Python int of at least `at_least`. Raises ValueError, naming the option, otherwise."""
+    if at_least == 1:
+        value = check_positive_int(name, value)
+    elif isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < at_least:
+        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+    value = value.__index__()
+    if value > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:,}, got a number of {len(str(value))} digits")
+    return value
 
 
-@dataclass(frozen=True)
-class FullFinetuneOptions(FromModelOptions):
-    """Full fine-tuning of a GGUF model, in float32. freeze_embeddings: leave the embedding tables as they are."""
-
-    recipe: ClassVar[str] = "full-finetune"
-
-    lr: float = 3e-5
-    freeze_embeddings: bool = False
-
-    _sizes: ClassVar[tuple] = (*RunOptions._sizes, "context")
-
-
-@dataclass(frozen=True)
-class WarmStartOptions(FromModelOptions):
-    """A new model that begins with weights of another one.
-
-    model: the donor, a run directory, a checkpoint or a GGUF file. take: shell patterns of the names of the parameters to
-    take. lens: see the donor's token embedding, frozen, through a trained projection. tokenizer: "donor", "char" or "bytes".
-    Sizes: None = the donor's (with a lens: those of a small llama).
-    """
-
-    recipe: ClassVar[str] = "warm-start"
-
-    take: tuple = ("*",)
-    lens: bool = False
-    tokenizer: str = "donor"
-    steps: int = 1000
-    batch: int = 12
-    context: int | None = None
-    arch: str | None = None
-    d_model: int | None = None
-    d_ff: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    sample_tokens: int = 200
-
-    _optional_sizes: ClassVar[tuple] = (
-        *RunOptions._optional_sizes, "d_model", "d_ff", "layers", "heads", "kv_heads",
-    )  # fmt: skip
-
-    def __post_init__(self):
-        if self.arch is not None:
-            _check_name("arch", self.arch, ARCHITECTURES)
-        _check_name("tokenizer", self.tokenizer, ("donor", *KINDS))
-        object.__setattr__(self, "take", (self.take,) if isinstance(self.take, str) else tuple(self.take))
-        super().__post_init__()
-
-
-OPTIONS = {kind.recipe: kind for kind in (TrainingOptions, LoRAOptions, FullFinetuneOptions, WarmStartOptions)}
-
-
-def _check_name(name, value, known):
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+def check_fraction(name, value):
+    """Raise ValueError unless `value` lies between 0 and 1."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value}")

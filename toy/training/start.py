@@ -1,26 +1,24 @@
-"""How each kind of run begins: its tokenizer, its model, its recipe, and what it leaves behind as a GGUF file.
-
-`Start.of(options)` opens what the options name and checks all that can be checked before a text is read.
-"""
+"""How a run begins, whatever its recipe: what the training loop asks of a recipe, and what all runs on text share."""
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from toy import recipes
-from toy.config import LlamaConfig
-from toy.data import make_tokenizer
+from toy.config import RecipeOptions
+from toy.data import load_corpus, split, training_batch, validation_batches
 from toy.data.open_tokenizer import load_tokenizer
+from toy.files import BadFileError
 from toy.files.fetch import find_model
 from toy.files.gguf import GGUF
-from toy.files.gguf_write import digest, fingerprint, write_adapter, write_gguf
+from toy.files.gguf_write import write_gguf
 from toy.models import ARCHITECTURES
-from toy.models.lens import without_lens
-from toy.trained.export import plain_model
-from toy.trained.load import embedding_of, read_trained
+from toy.models.generation import generate
+from toy.trained.load import first_prompt
+
+SAMPLE_TEMPERATURE = 0.8
 
 
-class Choice(NamedTuple):
+class Decision(NamedTuple):
     """One line of what is printed at the start. reason: why this value, "" when it was simply asked for."""
 
     name: str
@@ -29,20 +27,92 @@ class Choice(NamedTuple):
 
 
 class Start:
-    """What the training loop asks of a recipe.
+    """What the training loop asks of a recipe. Made from options, it opens what they name and checks all that can be checked
+    before the data are read; `read` reads them, `realize` builds the model. Nothing is written.
 
-    options: with everything that depends on the model filled in. recipe: not realized yet.
+    options: with everything filled in that depends on the model or the data. recipe: realized by `realize`. config: of the
+    model, after `read`. `toy train` shows the docstring of a subclass as its help.
     """
 
-    recipe_class = None
+    options_class: ClassVar[type]
+    recipe_class: ClassVar[type]
+    unit: ClassVar[str]  # what the loss is a mean over, and what is counted: "token", "image"
+    next_command: ClassVar[tuple] = (
+        "write",
+        "generate",
+    )  # what to try with the trained run: in a word, and the command
 
     def __init__(self, options):
         self.options = options
         self.recipe = self.recipe_class(backend=options.backend, device=options.device)
+        self.config = None
 
-    @staticmethod
-    def of(options):
-        return _STARTS[options.recipe](options)
+    def read(self):
+        """Read the data; `config` and the options are complete then."""
+        raise NotImplementedError
+
+    def realize(self):
+        """Realize the recipe."""
+        raise NotImplementedError
+
+    def recipe_options(self, t_seq, **more):
+        """The `RecipeOptions` that follow from the run's options."""
+        o = self.options
+        return RecipeOptions(
+            t_seq=t_seq, t_batch=o.batch, seed=o.seed, grad_clip=o.clip or None, weight_dtype=o.weight_dtype, **more
+        )
+
+    # -- while it trains ----------------------------------------------------------------------------------------------
+
+    @property
+    def per_step(self):
+        """How many tokens (images) a step trains on."""
+        raise NotImplementedError
+
+    @property
+    def n_train(self):
+        """How many tokens (images) there are to train on."""
+        raise NotImplementedError
+
+    def training_batch(self, step):
+        """(inputs, labels) of a step, a function of (seed, step) alone."""
+        raise NotImplementedError
+
+    def validate(self):
+        """dict of the fields of an `Evaluation` besides its step: the mean loss over the validation part, and more."""
+        raise NotImplementedError
+
+    def sample(self, step):
+        """What the model makes at this step, as text; None for recipes that show nothing."""
+        return None
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def decisions(self):
+        """Lines about the data and the model, as a list of `Decision`."""
+        raise NotImplementedError
+
+    def describe(self):
+        """What config.json and every checkpoint say about the data and the model, as a dict."""
+        raise NotImplementedError
+
+    def check_same(self, run):
+        """Raise unless the data and the model are those that `run`, a `toy.files.Run`, began with."""
+        raise NotImplementedError
+
+    def has_gguf(self):
+        """Whether `write_gguf` can be called."""
+        return ARCHITECTURES[self.recipe.arch].in_gguf
+
+    def write_gguf(self, path, parameters):
+        """Write the trained model as a GGUF file. parameters: the recipe's, by name."""
+        raise NotImplementedError
+
+
+class TextStart(Start):
+    """What all runs on text share: a corpus, a tokenizer, windows of tokens."""
+
+    unit = "token"
 
     def make_tokenizer(self, text):
         """The tokenizer for training on `text`."""
@@ -53,50 +123,98 @@ class Start:
         raise NotImplementedError
 
     def model_config(self, vocab_size):
+        """The config of the model."""
         raise NotImplementedError
 
-    def realize(self, config, recipe_options):
-        """Realize the recipe."""
-        raise NotImplementedError
+    def base(self):
+        """What config.json says about the model that the run begins with, besides the options; a dict."""
+        return {}
 
-    def choices(self):
+    def read(self):
+        self.corpus = load_corpus(self.options.corpus)
+        self.options = o = dataclasses.replace(self.options, corpus=self.corpus.path)
+        self.tokenizer = self.make_tokenizer(self.corpus.text)
+        self.split = split(self.tokenizer.encode(self.corpus.text), o.val_fraction, o.context)
+        self.config = self.model_config(self.tokenizer.vocab_size)
+        self._validation = validation_batches(self.split.validation, o.batch, o.context, o.eval_batches, o.seed)
+
+    @property
+    def per_step(self):
+        return self.options.batch * self.options.context
+
+    @property
+    def n_train(self):
+        return len(self.split.train)
+
+    def training_batch(self, step):
+        o = self.options
+        return training_batch(self.split.train, o.batch, o.context, o.seed, step)
+
+    def validate(self):
+        losses = [self.recipe.evaluate(batch.token_ids, labels=batch.labels) for batch in self._validation]
+        return {"loss": sum(losses) / len(losses)}
+
+    def sample(self, step):
+        o = self.options
+        ids = generate(
+            self.recipe.model_copy(),
+            first_prompt(self.tokenizer, self.split.train),
+            o.sample_tokens,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=[o.seed, step],
+        )
+        return self.tokenizer.decode(ids)
+
+    def decisions(self):
+        o, c = self.options, self.config
+        model = f"{self.recipe.arch}: {c.n_layers} layers, {c.n_heads} heads, {c.d_model} wide, context {o.context}"
+        return [
+            Decision("corpus", self.corpus.source, "" if o.corpus else "the default; --corpus FILE names another"),
+            Decision("tokens", f"{self.n_train:,} to train on, {len(self.split.validation):,} to validate"),
+            *self.base_decisions(),
+            Decision("vocabulary", f"{c.vocab_size}", self.vocabulary()),
+            Decision("model", model),
+        ]
+
+    def base_decisions(self):
         """Lines about the model the run begins with."""
         return []
 
     def describe(self):
-        """What config.json says about it, besides the options."""
-        return {}
+        return {
+            "tokenizer": self.tokenizer.to_json(),
+            **self.base(),
+            "corpus": {
+                "source": self.corpus.source,
+                "path": self.corpus.path,
+                "sha256": self.corpus.sha256,
+                "train_tokens": self.n_train,
+                "validation_tokens": len(self.split.validation),
+            },
+        }
 
-    def has_gguf(self):
-        """Whether `write_gguf` can be called."""
-        return ARCHITECTURES[self.recipe.arch].in_gguf
+    def check_same(self, run):
+        try:
+            text = run.config["corpus"]
+            sha256, source = text["sha256"], text["source"]
+        except (KeyError, TypeError) as error:
+            raise BadFileError(run.config_path, f"its training options are wrong ({error})") from error
+        if sha256 != self.corpus.sha256:
+            raise ValueError(
+                f"{self.corpus.source} is not the text this run was trained on ({source}): "
+                "give that text with --corpus, or start a new run"
+            )
+        now = self.describe()
+        if without_path(run.config.get("tokenizer")) != without_path(now["tokenizer"]):
+            raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
+        if without_path(run.config.get("base")) != without_path(now.get("base")):
+            raise ValueError(f"{self.options.model} is not the model that the run in {run.folder} began with")
 
-    def write_gguf(self, path, parameters, tokenizer):
-        """Write the trained model as a GGUF file. parameters: the recipe's, by name."""
-        write_gguf(path, self.recipe.engine.config, parameters, tokenizer)
-
-
-class FromScratchStart(Start):
-    recipe_class = recipes.FromScratch
-
-    def __init__(self, options):
-        super().__init__(options)
-        options.model_config(vocab_size=1)  # sizes that do not fit are told before a long text is read
-
-    def make_tokenizer(self, text):
-        return make_tokenizer(self.options.tokenizer, text)
-
-    def vocabulary(self):
-        return "distinct characters of the text" if self.options.tokenizer == "char" else "every byte"
-
-    def model_config(self, vocab_size):
-        return self.options.model_config(vocab_size)
-
-    def realize(self, config, recipe_options):
-        self.recipe.realize(config, recipe_options)
+    def write_gguf(self, path, parameters):
+        write_gguf(path, self.recipe.config, parameters, self.tokenizer)
 
 
-class FromGGUFStart(Start):
+class FromGGUFStart(TextStart):
     """What LoRA and full fine-tuning share: an open GGUF file with its tokenizer."""
 
     def __init__(self, options):
@@ -128,133 +246,11 @@ class FromGGUFStart(Start):
     def model_config(self, vocab_size):
         return self.config
 
-    def choices(self):
+    def base_decisions(self):
         types = sorted({record.type for record in self.gguf.tensors.values()})
-        return [Choice("base", str(self.gguf.path), f"{self.gguf.architecture}, {', '.join(types)}")]
+        return [Decision("base", str(self.gguf.path), f"{self.gguf.architecture}, {', '.join(types)}")]
 
 
-class LoRAStart(FromGGUFStart):
-    recipe_class = recipes.LoRA
-
-    def check_config(self):
-        if not isinstance(self.config, LlamaConfig):
-            raise ValueError(
-                f"LoRA needs a model of architecture llama, {self.gguf.path} is a {self.gguf.architecture}"
-            )
-
-    def realize(self, config, recipe_options):
-        o = self.options
-        self.recipe.realize(self.gguf, config, o.rank, recipe_options, alpha=o.alpha, targets=o.targets)
-        self.base_digest = digest(self.recipe.engine.weights.borrowed)
-
-    def choices(self):
-        o, where = self.options, f"on {', '.join(self.options.targets)}"
-        return [*super().choices(), Choice("adapters", f"rank {o.rank}, alpha {o.alpha:g}", where)]
-
-    def describe(self):
-        o = self.options
-        return {
-            "base": {"path": o.model, "digest": self.base_digest},
-            "lora": {"rank": o.rank, "alpha": o.alpha, "targets": list(o.targets)},
-        }
-
-    def write_gguf(self, path, parameters, tokenizer):
-        """Write the adapters as the GGUF file that llama.cpp takes with --lora."""
-        write_adapter(path, self.config, parameters, self.options.alpha, base=self.gguf)
-
-
-class FullFinetuneStart(FromGGUFStart):
-    recipe_class = recipes.FullFinetune
-
-    def realize(self, config, recipe_options):
-        self.recipe.realize(self.gguf, config, recipe_options, freeze_embeddings=self.options.freeze_embeddings)
-
-    def describe(self):
-        return {"base": {"path": self.options.model, "fingerprint": fingerprint(self.gguf)}}
-
-
-class WarmStartStart(Start):
-    recipe_class = recipes.WarmStart
-
-    def __init__(self, options):
-        super().__init__(options)
-        donor = read_trained(options.model)
-        config, self.source = plain_model(donor)  # of a LoRA run: with its adapters
-        self.donor = donor = donor._replace(config=config)
-        path = Path(find_model(options.model)).absolute()
-        if options.tokenizer == "donor" and donor.tokenizer is None:
-            raise ValueError(f"{path} has no tokenizer: choose one with tokenizer char or bytes")
-        if options.lens:
-            sizes = {"arch": "llama", "d_model": 128, "layers": 4, "heads": 4, "context": 64}
-        else:
-            c = donor.config
-            sizes = {
-                "arch": donor.arch, "d_model": c.d_model, "layers": c.n_layers, "heads": c.n_heads, "d_ff": c.d_ff,
-                "kv_heads": getattr(c, "n_kv_heads", None), "context": min(c.context_length, 64),
-            }  # fmt: skip
-        chosen = {name: value for name, value in sizes.items() if getattr(options, name) is None}
-        self.options = options = dataclasses.replace(options, model=str(path), **chosen)
-        if options.d_ff is None:
-            self.options = dataclasses.replace(options, d_ff=4 * options.d_model)
-        self.model_config(vocab_size=donor.config.vocab_size)
-
-    def make_tokenizer(self, text):
-        return (
-            self.donor.tokenizer if self.options.tokenizer == "donor" else make_tokenizer(self.options.tokenizer, text)
-        )
-
-    def vocabulary(self):
-        words = {"donor": "the donor's tokenizer", "char": "distinct characters of the text", "bytes": "every byte"}
-        return words[self.options.tokenizer]
-
-    def model_config(self, vocab_size):
-        o, donor = self.options, self.donor.config
-        kind = ARCHITECTURES[o.arch].config
-        sizes = {
-            "vocab_size": vocab_size, "d_model": o.d_model, "n_heads": o.heads, "d_ff": o.d_ff, "n_layers": o.layers,
-            "context_length": o.context,
-        }  # fmt: skip
-        if kind is LlamaConfig:
-            sizes["n_kv_heads"] = o.kv_heads or o.heads
-        elif o.kv_heads is not None and o.kv_heads != o.heads:
-            raise ValueError(f"kv_heads belongs to arch llama: {o.arch} has as many key/value heads as heads")
-        if type(donor) is not kind or o.lens:
-            return kind(**sizes)
-        sizes["context_length"] = donor.context_length  # learned positions have a size; a llama's are free
-        if o.context > donor.context_length:
-            raise ValueError(
-                f"a context of {o.context} is too long: the donor was made for at most {donor.context_length}"
-            )
-        if kind is LlamaConfig and (o.d_model, o.heads) != (donor.d_model, donor.n_heads):
-            sizes["head_dim"] = None
-        return dataclasses.replace(donor, **sizes)
-
-    def realize(self, config, recipe_options):
-        o = self.options
-        take = "*" if o.take == ("*",) else o.take
-        self.recipe.realize(self.source, config, recipe_options, take=take, lens=o.lens)
-
-    def choices(self):
-        o = self.options
-        how = "its embedding through a lens" if o.lens else f"parameters like {' or '.join(o.take)}"
-        return [Choice("donor", o.model, how)]
-
-    def describe(self):
-        base = {"path": self.options.model}
-        if self.options.lens:
-            base["digest"] = digest(embedding_of(self.donor))
-        return {"base": base, "lens": self.options.lens}
-
-    def write_gguf(self, path, parameters, tokenizer):
-        config = self.recipe.engine.config
-        if self.options.lens:
-            config, parameters = without_lens(config, self.recipe.engine.weights.borrowed | parameters)
-        write_gguf(path, config, parameters, tokenizer)
-
-
-_STARTS = {
-    "from-scratch": FromScratchStart,
-    "lora": LoRAStart,
-    "full-finetune": FullFinetuneStart,
-    "warm-start": WarmStartStart,
-}
+def without_path(record):
+    """What of a config.json's entry stays the same when a file moves."""
+    return {key: value for key, value in record.items() if key != "path"} if isinstance(record, dict) else record

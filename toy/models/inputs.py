@@ -1,0 +1,124 @@
+"""What a batch is, said by the model: the arrays that one step takes, by role, and how they are checked.
+
+Engines know inputs by role, labels and the hyper-parameter row; what the roles are is said here. The checks run before
+anything is changed.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Input(NamedTuple):
+    """One argument of a model's `forward_rows`. shape: of the checked array. limit: integers 0 .. limit-1, None: float32."""
+
+    shape: tuple
+    limit: int | None = None
+
+
+def check_range(name, ids, low, high):
+    """Raise ValueError unless every id is in [low, high)."""
+    if ids.size and (ids.min() < low or ids.max() >= high):
+        wrong = ids[(ids < low) | (ids >= high)].flat[0]
+        raise ValueError(f"{name} must lie in [{low}, {high}), got {wrong}")
+
+
+class Batch:
+    """The batches of fixed shape of one engine. label_shape: of integer labels; n_classes: what a label chooses from.
+
+    roles: what `step` takes, first the one that every batch has. inputs: dict of role to `Input`, the arguments of
+    `forward_rows` besides the number of sequences or images.
+    """
+
+    roles = ()
+    inputs = {}  # noqa: RUF012 (each subclass makes its own)
+    label_names = ""  # the axes of label_shape, for error messages
+
+    def __init__(self, label_shape, n_classes):
+        self.label_shape, self.n_classes = label_shape, n_classes
+
+    @property
+    def n_rows(self):
+        """Rows of the logits, one for each label."""
+        return int(np.prod(self.label_shape))
+
+    def check(self, **given):
+        """The arrays of a step by role -> the arguments of `forward_rows`, contiguous. Raises ValueError for wrong ones."""
+        raise NotImplementedError
+
+    def check_labels(self, labels):
+        """-> contiguous int64 (N,), -1 = not counted, or float32 (N, n_classes), one distribution a row.
+
+        Raises ValueError for another shape or dtype, labels out of range, and a batch in which nothing counts.
+        """
+        labels = np.asarray(labels)
+        if labels.dtype.kind in "iu":
+            labels = self._rows("labels", labels)
+            check_range("labels", labels, -1, self.n_classes)
+            if (labels < 0).all():
+                raise ValueError(
+                    "labels: every label is -1 (not counted), so there is nothing to learn from this batch"
+                )
+            return labels
+        wanted = (self.n_rows, self.n_classes)
+        if labels.dtype.kind != "f" or labels.shape != wanted:
+            raise ValueError(
+                f"labels must be integers {self.label_shape} or float rows {wanted}, got {labels.dtype} {labels.shape}"
+            )
+        labels = np.ascontiguousarray(labels, np.float32)
+        if not np.isfinite(labels).all() or (labels < 0).any():
+            raise ValueError("labels: float rows must be finite and not negative (one distribution per row)")
+        if not labels.any():
+            raise ValueError("labels: every row is zero, so there is nothing to learn from this batch")
+        return labels
+
+    def _rows(self, name, ids):
+        """Integers in the shape of the labels -> contiguous int64 (N,)."""
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be integers, got {ids.dtype}")
+        shape = self.label_shape
+        if ids.shape != shape and not (len(shape) == 2 and shape[0] == 1 and ids.shape == shape[1:]):
+            flat = f" or {shape[1:]}" if len(shape) == 2 and shape[0] == 1 else ""
+            raise ValueError(f"{name} must have shape {shape}{flat} {self.label_names}, got {ids.shape}")
+        if ids.dtype.kind == "u":
+            check_range(name, ids, 0, 2**31)  # before the cast, so that a huge unsigned id does not turn negative
+        return np.ascontiguousarray(ids.reshape(-1), dtype=np.int64)
+
+
+class TokenBatch(Batch):
+    """Sequences of token ids: token_ids int (B, T), positions int (T,) or None for 0 .. T-1, labels int (B, T)."""
+
+    roles = ("token_ids", "positions")
+    label_names = "(t_batch, t_seq)"
+
+    def __init__(self, config, t_batch, t_seq):
+        """Raises ValueError for a t_seq that does not fit the config's context."""
+        if t_seq > config.context_length:
+            raise ValueError(
+                f"t_seq {t_seq} does not fit the context of {config.context_length}: "
+                "choose a shorter t_seq or a longer context_length"
+            )
+        super().__init__((t_batch, t_seq), config.vocab_size)
+        self.context_length = config.context_length
+        self.inputs = {
+            "token_ids": Input((self.n_rows,), config.vocab_size),
+            "positions": Input((self.n_rows,), config.context_length),
+        }
+
+    def check(self, token_ids, positions=None):
+        ids = self._rows("token_ids", np.asarray(token_ids))
+        check_range("token_ids", ids, 0, self.n_classes)
+        return {"token_ids": ids, "positions": self._check_positions(positions)}
+
+    def _check_positions(self, positions):
+        """-> contiguous int64 (N,): the positions of every sequence of the batch."""
+        t_batch, t_seq = self.label_shape
+        if positions is None:
+            positions = np.arange(t_seq)
+        positions = np.asarray(positions)
+        if positions.shape != (t_seq,) or positions.dtype.kind not in "iu":
+            raise ValueError(
+                f"positions must be integers of shape {(t_seq,)} or None, got {positions.dtype} {positions.shape}"
+            )
+        check_range("positions", positions, 0, self.context_length)
+        return np.tile(positions.astype(np.int64), t_batch)

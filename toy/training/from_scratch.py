@@ -1,0 +1,93 @@
+"""From scratch: the options of the run, and how it begins."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from toy import recipes
+from toy.data import make_tokenizer
+from toy.data.tokenizers import KINDS
+from toy.models import ARCHITECTURES
+from toy.training.options import DATA, MODEL, TextOptions, again, option
+from toy.training.start import TextStart
+
+# the architectures that read text, in the order in which they are offered
+LANGUAGE_MODELS = tuple(name for name, row in ARCHITECTURES.items() if row.reads_text)
+SIZES_OF_LLAMA = ("kv_heads", "untied", "qkv_bias")
+
+
+@dataclass(frozen=True)
+class FromScratchOptions(TextOptions):
+    """A run from random weights. Raises ValueError for a value out of range."""
+
+    recipe: ClassVar[str] = "from-scratch"
+
+    tokenizer: str = option("char", "What a token is.", DATA, choices=KINDS)
+    arch: str = option("transformer", "The model.", MODEL, choices=LANGUAGE_MODELS)
+    d_model: int = option(128, "Width of the residual stream.", MODEL, at_least=1)
+    layers: int = option(4, "Blocks.", MODEL, at_least=1)
+    heads: int = option(4, "Attention heads in a block; they divide the width.", MODEL, at_least=1)
+    kv_heads: int | None = option(
+        None, "Key/value heads of a llama; they divide the heads.", MODEL, shown="as --heads", at_least=1
+    )
+    d_ff: int | None = option(None, "Hidden width of the MLP.", MODEL, shown="4 x d-model", at_least=1)
+    untied: bool = option(False, "An output matrix of its own (llama).", MODEL)
+    qkv_bias: bool = option(False, "Biases on query, key and value (llama).", MODEL)
+    init_scale: float = option(1.0, "Multiplies the standard deviations of the first weights.", MODEL)
+    context: int = again("context", 64, TextOptions)
+
+    def resolved(self):
+        return dataclasses.replace(super().resolved(), d_ff=self.d_ff or 4 * self.d_model)
+
+    def model_config(self, vocab_size):
+        """The config of the model these options describe. Raises ValueError for sizes that do not fit each other."""
+        sizes = dict(
+            vocab_size=vocab_size,
+            d_model=self.d_model,
+            n_heads=self.heads,
+            d_ff=self.d_ff or 4 * self.d_model,
+            n_layers=self.layers,
+            context_length=self.context,
+        )
+        if self.arch == "llama":
+            sizes |= {"n_kv_heads": self.kv_heads or self.heads, "untied": self.untied, "qkv_bias": self.qkv_bias}
+        else:
+            check_no_llama_sizes(self)
+        return ARCHITECTURES[self.arch].config(**sizes)
+
+
+def check_no_llama_sizes(options):
+    """Raise ValueError when options that only a llama has were given for another model."""
+    if options.kv_heads is not None and options.kv_heads != options.heads:
+        raise ValueError(f"kv_heads belongs to arch llama: {options.arch} has as many key/value heads as heads")
+    for name in ("untied", "qkv_bias"):
+        if getattr(options, name, False):
+            raise ValueError(f"{name} belongs to arch llama: {options.arch} has no such option")
+
+
+class FromScratchStart(TextStart):
+    """Train a model from random weights.
+
+    Without options: a small transformer on the documentation inside Python, in about a minute. With --resume, options
+    may be left out; --steps may be larger than before.
+    """
+
+    options_class = FromScratchOptions
+    recipe_class = recipes.FromScratch
+
+    def __init__(self, options):
+        super().__init__(options)
+        options.model_config(vocab_size=1)  # sizes that do not fit are told before a long text is read
+
+    def make_tokenizer(self, text):
+        return make_tokenizer(self.options.tokenizer, text)
+
+    def vocabulary(self):
+        return "distinct characters of the text" if self.options.tokenizer == "char" else "every byte"
+
+    def model_config(self, vocab_size):
+        return self.options.model_config(vocab_size)
+
+    def realize(self):
+        o = self.options
+        self.recipe.realize(self.config, self.recipe_options(o.context, init_scale=o.init_scale))

@@ -1,0 +1,136 @@
+"""Warm start: the options of the run, and how it begins."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from toy import recipes
+from toy.config import LlamaConfig
+from toy.data import make_tokenizer
+from toy.data.tokenizers import KINDS
+from toy.files.fetch import find_model
+from toy.files.gguf_write import digest, write_gguf
+from toy.models import ARCHITECTURES
+from toy.models.lens import without_lens
+from toy.trained.export import plain_model
+from toy.trained.load import embedding_of, read_trained
+from toy.training.from_scratch import FromScratchOptions, check_no_llama_sizes
+from toy.training.options import DATA, MODEL, FromModelOptions, TextOptions, again, option
+from toy.training.start import Decision, TextStart
+
+DONORS = "the donor's"
+
+
+@dataclass(frozen=True)
+class WarmStartOptions(FromModelOptions):
+    """A new model that begins with weights of another one. Raises ValueError for a value out of range."""
+
+    recipe: ClassVar[str] = "warm-start"
+
+    model: str = again(
+        "model",
+        "",
+        FromModelOptions,
+        help="The donor: a run directory, a checkpoint, a GGUF file, or the name of a fetched model.",
+    )
+    take: tuple = option(("*",), "Shell patterns of the names of the parameters to take, separated by commas.", MODEL)
+    lens: bool = option(False, "See the donor's token embedding, frozen, through a trained projection (llama).", MODEL)
+    tokenizer: str = option("donor", "What a token is.", DATA, choices=("donor", *KINDS))
+    arch: str | None = again("arch", None, FromScratchOptions, shown=DONORS)
+    d_model: int | None = again("d_model", None, FromScratchOptions, shown=DONORS)
+    layers: int | None = again("layers", None, FromScratchOptions, shown=DONORS)
+    heads: int | None = again("heads", None, FromScratchOptions, shown=DONORS)
+    kv_heads: int | None = again("kv_heads", None, FromScratchOptions, shown=DONORS)
+    d_ff: int | None = again("d_ff", None, FromScratchOptions, shown=DONORS)
+    init_scale: float = again("init_scale", 1.0, FromScratchOptions)
+    steps: int = again("steps", 1000, TextOptions)
+    batch: int = again("batch", 12, TextOptions)
+    context: int | None = again("context", None, TextOptions, shown="the donor's, at most 64")
+    sample_tokens: int = again("sample_tokens", 200, TextOptions)
+
+    def __post_init__(self):
+        object.__setattr__(self, "take", (self.take,) if isinstance(self.take, str) else tuple(self.take))
+        super().__post_init__()
+
+
+class WarmStartStart(TextStart):
+    """Train a model that begins with some or all weights of another one; the others start random."""
+
+    options_class = WarmStartOptions
+    recipe_class = recipes.WarmStart
+
+    def __init__(self, options):
+        super().__init__(options)
+        donor = read_trained(options.model)
+        config, self.source = plain_model(donor)  # of a LoRA run: with its adapters
+        self.donor = donor = donor._replace(config=config)
+        path = Path(find_model(options.model)).absolute()
+        if options.tokenizer == "donor" and donor.tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer: choose one with tokenizer char or bytes")
+        if options.lens:
+            sizes = {"arch": "llama", "d_model": 128, "layers": 4, "heads": 4, "context": 64}
+        else:
+            c = donor.config
+            sizes = {
+                "arch": donor.arch, "d_model": c.d_model, "layers": c.n_layers, "heads": c.n_heads, "d_ff": c.d_ff,
+                "kv_heads": getattr(c, "n_kv_heads", None), "context": min(c.context_length, 64),
+            }  # fmt: skip
+        chosen = {name: value for name, value in sizes.items() if getattr(options, name) is None}
+        self.options = options = dataclasses.replace(options, model=str(path), **chosen)
+        if options.d_ff is None:
+            self.options = dataclasses.replace(options, d_ff=4 * options.d_model)
+        self.model_config(vocab_size=donor.config.vocab_size)
+
+    def make_tokenizer(self, text):
+        kind = self.options.tokenizer
+        return self.donor.tokenizer if kind == "donor" else make_tokenizer(kind, text)
+
+    def vocabulary(self):
+        words = {"donor": "the donor's tokenizer", "char": "distinct characters of the text", "bytes": "every byte"}
+        return words[self.options.tokenizer]
+
+    def model_config(self, vocab_size):
+        o, donor = self.options, self.donor.config
+        kind = ARCHITECTURES[o.arch].config
+        sizes = {
+            "vocab_size": vocab_size, "d_model": o.d_model, "n_heads": o.heads, "d_ff": o.d_ff, "n_layers": o.layers,
+            "context_length": o.context,
+        }  # fmt: skip
+        if kind is LlamaConfig:
+            sizes["n_kv_heads"] = o.kv_heads or o.heads
+        else:
+            check_no_llama_sizes(o)
+        if type(donor) is not kind or o.lens:
+            return kind(**sizes)
+        sizes["context_length"] = donor.context_length  # learned positions have a size; a llama's are free
+        if o.context > donor.context_length:
+            raise ValueError(
+                f"a context of {o.context} is too long: the donor was made for at most {donor.context_length}"
+            )
+        if kind is LlamaConfig and (o.d_model, o.heads) != (donor.d_model, donor.n_heads):
+            sizes["head_dim"] = None
+        return dataclasses.replace(donor, **sizes)
+
+    def realize(self):
+        o = self.options
+        take = "*" if o.take == ("*",) else o.take
+        options = self.recipe_options(o.context, init_scale=o.init_scale)
+        self.recipe.realize(self.source, self.config, options, take=take, lens=o.lens)
+
+    def base_decisions(self):
+        o = self.options
+        how = "its embedding through a lens" if o.lens else f"parameters like {' or '.join(o.take)}"
+        return [Decision("donor", o.model, how)]
+
+    def base(self):
+        base = {"path": self.options.model}
+        if self.options.lens:
+            base["digest"] = digest(embedding_of(self.donor))
+        return {"base": base, "lens": self.options.lens}
+
+    def write_gguf(self, path, parameters):
+        config = self.recipe.config
+        if self.options.lens:
+            config, parameters = without_lens(config, self.recipe.engine.weights.borrowed | parameters)
+        write_gguf(path, config, parameters, self.tokenizer)
