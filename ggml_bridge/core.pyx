@@ -361,10 +361,16 @@ cdef class Buffer:
             self.buffer = NULL
 
 
+ctypedef void (*slice_t)(void *args, int ith, int nth) noexcept nogil
+ctypedef void (*runner_t)(slice_t slice, void *args, int nth) noexcept nogil
+
+
 cdef struct Task:
     ggml_custom_op_t function
     int n_tasks
     void *params
+    runner_t runner
+    ggml_tensor *dst
 
 
 cdef void call_few(ggml_tensor *dst, int ith, int nth, void *userdata) noexcept nogil:
@@ -372,6 +378,19 @@ cdef void call_few(ggml_tensor *dst, int ith, int nth, void *userdata) noexcept 
     cdef Task *task = <Task *>userdata
     if ith < task.n_tasks:
         task.function(dst, ith, min(nth, task.n_tasks), task.params)
+
+
+cdef void call_slice(void *args, int ith, int nth) noexcept nogil:
+    cdef Task *task = <Task *>args
+    task.function(task.dst, ith, nth, task.params)
+
+
+cdef void call_on_runner(ggml_tensor *dst, int ith, int nth, void *userdata) noexcept nogil:
+    """Let the backend's runner call a kernel n_tasks times; ggml itself has one thread then."""
+    cdef Task *task = <Task *>userdata
+    if ith == 0:
+        task.dst = dst
+        task.runner(call_slice, task, task.n_tasks)
 
 
 @cython.final
@@ -659,6 +678,8 @@ cdef class Backend:
 
     device: a name from `devices()`, a backend's name ("cpu", "metal", "vulkan") or a kind ("gpu").
     n_threads: worker threads of the CPU device; None takes TOY_NUM_THREADS or the processors of this process.
+    runner: a capsule of `kernel.runner_capsule`: kernels (`Graph.custom`) are then cut into n_threads slices that the runner's
+    threads compute, and ggml itself runs the graph with one thread, because its threads spin while they wait for each other.
 
     Use it as a context manager or call `close()`: graphs are freed first, then the persistent tensors, the device and
     its threads. One graph computes at a time; a call from another thread meanwhile raises RuntimeError.
@@ -671,6 +692,7 @@ cdef class Backend:
     cdef readonly str device_name
     cdef readonly str kind
     cdef int threads
+    cdef runner_t runner
     cdef readonly bint closed
     cdef bint busy
     cdef object pid
@@ -681,8 +703,13 @@ cdef class Backend:
     cdef object graphs
     cdef object __weakref__
 
-    def __cinit__(self, device="cpu", n_threads=None):
+    def __cinit__(self, device="cpu", n_threads=None, runner=None):
         self.closed = True
+        self.runner = NULL
+        if runner is not None:
+            if not PyCapsule_IsValid(runner, "ggml_bridge.runner"):
+                raise TypeError(f"runner must be a capsule made by runner_capsule, not {type(runner).__name__}")
+            self.runner = <runner_t>PyCapsule_GetPointer(runner, "ggml_bridge.runner")
         if not has_backends:
             raise RuntimeError("ggml is not loaded: use ggml_bridge.Backend, not ggml_bridge.core.Backend")
         self.device = find_device(device)
@@ -708,10 +735,11 @@ cdef class Backend:
             return 0
         self.check_process()
         cdef ggml_threadpool *former = self.pool
-        ggml_threadpool_params_init(&parameters, self.threads)
+        cdef int threads = self.threads if self.runner == NULL else 1
+        ggml_threadpool_params_init(&parameters, threads)
         parameters.poll = POLL
         self.pool = bridge_threadpool_new(&parameters)
-        bridge_set_n_threads(self.backend, self.threads)
+        bridge_set_n_threads(self.backend, threads)
         bridge_set_threadpool(self.backend, self.pool)
         if former != NULL:
             bridge_threadpool_free(former)

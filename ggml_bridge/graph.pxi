@@ -798,13 +798,7 @@ cdef class Graph:
             if not any(target is tensor for tensor in inputs):
                 raise ValueError(f"custom: {target!r} is written but is none of the inputs")
         cdef Parameters parameters = Parameters(bytes(params), kernel)
-        cdef void *userdata = parameters.aligned
-        if n_tasks is not None:
-            parameters.task.function = <ggml_custom_op_t>function
-            parameters.task.n_tasks = self.tasks(n_tasks)
-            parameters.task.params = parameters.aligned
-            function = <void *>call_few
-            userdata = &parameters.task
+        cdef void *userdata = self.spread(parameters, &function, n_tasks)
         cdef ggml_context *ctx = self.recording()
         cdef int64_t ne[4]
         to_ne(shape, ne)
@@ -823,13 +817,7 @@ cdef class Graph:
         cdef ggml_tensor *arguments[10]
         cdef int n = self.custom_arguments(inputs, 8, arguments, "custom_into")
         cdef Parameters parameters = Parameters(bytes(params), kernel)
-        cdef void *userdata = parameters.aligned
-        if n_tasks is not None:
-            parameters.task.function = <ggml_custom_op_t>function
-            parameters.task.n_tasks = self.tasks(n_tasks)
-            parameters.task.params = parameters.aligned
-            function = <void *>call_few
-            userdata = &parameters.task
+        cdef void *userdata = self.spread(parameters, &function, n_tasks)
         cdef ggml_tensor *t = ggml_custom_inplace(
             self.recording(), x.t, arguments, n, <ggml_custom_op_t>function, GGML_N_TASKS_MAX, userdata
         )
@@ -843,6 +831,21 @@ cdef class Graph:
         if not PyCapsule_IsValid(kernel, "ggml_bridge.kernel"):
             raise TypeError(f"{op}: kernel must be a capsule made by kernel_capsule, not {type(kernel).__name__}")
         return PyCapsule_GetPointer(kernel, "ggml_bridge.kernel")
+
+    cdef void *spread(self, Parameters parameters, void **function, n_tasks) except NULL:
+        """Who calls the kernel how often: changes `function` to what ggml is to call, and returns its userdata."""
+        cdef int tasks = self.backend.threads if n_tasks is None else min(self.tasks(n_tasks), self.backend.threads)
+        parameters.task.function = <ggml_custom_op_t>function[0]
+        parameters.task.n_tasks = tasks
+        parameters.task.params = parameters.aligned
+        parameters.task.runner = self.backend.runner
+        if self.backend.runner != NULL:
+            function[0] = <void *>call_on_runner
+        elif n_tasks is not None:
+            function[0] = <void *>call_few
+        else:
+            return parameters.aligned
+        return &parameters.task
 
     cdef int custom_arguments(self, inputs, int most, ggml_tensor **arguments, str op) except -1:
         cdef int n = 0

@@ -2,7 +2,7 @@
 """The project's compiled kernels as nodes of a ggml graph: each function checks its tensors and appends one or two nodes.
 
 The arithmetic is in toy/_kernels; here a callback reads pointers, shapes and strides out of ggml's tensors and hands over
-slice `ith` of `nth`, so ggml's threads do the work. CPU only. Shapes are numpy shapes; matrices may be columns of a wider
+slice `ith` of `nth`, on ggml's threads or on the kernels' own (`POOL`). CPU only. Shapes are numpy shapes; matrices may be columns of a wider
 one wherever the kernels allow it. Every function raises ValueError for tensors that do not fit each other.
 
 `compute(graph)` runs a graph with BLAS held to one thread, which these nodes need: ggml's threads are the threads.
@@ -13,7 +13,7 @@ import struct
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memcpy, memset
 
-from ggml_bridge.kernel cimport ggml_tensor, kernel_capsule
+from ggml_bridge.kernel cimport ggml_tensor, kernel_capsule, runner_capsule, slice_t
 from toy._kernels cimport blas
 from toy._kernels.attention cimport Attention, attention_backward_, attention_forward, attention_scratch
 from toy._kernels.elementwise cimport (
@@ -30,7 +30,7 @@ from toy._kernels.quantized cimport (
     QuantizedEmbedding, QuantizedLinear, QuantizedLinearBackward, block_type, quantized_embedding_forward,
     quantized_linear_backward_input, quantized_linear_forward, quantized_scratch_floats,
 )
-from toy._kernels.threads cimport slice_start
+from toy._kernels.threads cimport Kernel, run, slice_start
 
 from toy._kernels.quantized import TYPES as QUANTIZED_TYPES
 
@@ -429,6 +429,14 @@ ADAMW = kernel_capsule(adamw_node)
 SQUARES = kernel_capsule(squares_node)
 NORM_AND_FACTOR = kernel_capsule(norm_and_factor_node)
 SCALED = kernel_capsule(scaled_node)
+
+
+cdef void run_on_pool(slice_t slice, void* args, int nth) noexcept nogil:
+    run(<Kernel> slice, args, nth)
+
+
+# the kernels' own threads, for `ggml_bridge.Backend(runner=...)`: they sleep when there is nothing to do
+POOL = runner_capsule(run_on_pool)
 
 
 # by id of the capsule: what each kernel is called, "linear_backward_weight"

@@ -3,10 +3,11 @@
 from toy import engines, recipes
 from toy.adamw import AdamW
 from toy.config import VERSION as __version__
-from toy.config import GPT2Config, LlamaConfig, RecipeOptions, TransformerConfig
+from toy.config import GPT2Config, LlamaConfig, RecipeOptions, TransformerConfig, ViTConfig
 from toy.files.gguf import GGUF
-from toy.models import GPT2, Gradients, Llama, TransformerLM
+from toy.models import GPT2, Gradients, Llama, TransformerLM, ViT
 from toy.switch import BackendUnavailableError, backends, set_backend, set_num_threads, use_backend
+from toy.trained import load
 
 __all__ = [
     "GGUF",
@@ -20,9 +21,12 @@ __all__ = [
     "RecipeOptions",
     "TransformerConfig",
     "TransformerLM",
+    "ViT",
+    "ViTConfig",
     "__version__",
     "backends",
     "engines",
+    "load",
     "recipes",
     "set_backend",
     "set_num_threads",

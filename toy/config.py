@@ -4,7 +4,7 @@ Every value is checked when the object is made: a config that exists is one that
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 VERSION = "0.1.0"  # of the package: pyproject.toml reads it here
 
@@ -94,6 +94,60 @@ class LlamaConfig:
     @property
     def d_head(self):
         return self.head_dim
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer (Dosovitskiy et al. 2021): patches as a linear layer, class token, learned positions, pre-norm
+    blocks, a linear head.
+
+    image_size: height and width in pixels. channels: numbers of a pixel. patch_size: height and width of a patch in pixels.
+    d_model, n_heads, d_ff, n_layers: as in `TransformerConfig`. n_classes: what an image is one of.
+    Raises ValueError for a value below 1, for patches that do not fill the image, and for heads that do not divide the width.
+    """
+
+    image_size: int
+    channels: int
+    patch_size: int
+    d_model: int
+    n_heads: int
+    d_ff: int
+    n_layers: int
+    n_classes: int
+
+    def __post_init__(self):
+        for field in fields(self):
+            object.__setattr__(self, field.name, check_positive_int(field.name, getattr(self, field.name)))
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size must divide image_size: {self.image_size} / {self.patch_size} leaves "
+                f"{self.image_size % self.patch_size} pixels; it could be {_divisors_near(self.image_size, self.patch_size)}"
+            )
+        _check_heads(self.d_model, self.n_heads)
+
+    @property
+    def n_patches(self):
+        """Patches in an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def n_tokens(self):
+        """Tokens of an image: its patches and the class token."""
+        return self.n_patches + 1
+
+    @property
+    def context_length(self):
+        """`n_tokens`, the `t_seq` of its `RecipeOptions`: an image has no shorter sequence."""
+        return self.n_tokens
+
+    @property
+    def patch_numbers(self):
+        """Numbers in a patch."""
+        return self.patch_size**2 * self.channels
+
+    @property
+    def d_head(self):
+        return self.d_model // self.n_heads
 
 
 WEIGHT_DTYPES = ("f32", "f16", "bf16")

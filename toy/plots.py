@@ -50,7 +50,7 @@ def draw_runs(curves, x="steps"):
         label = f"uniform guess, ln {vocab_size} = {math.log(vocab_size):.2f}"
         axes.axhline(math.log(vocab_size), color="#666666", linestyle="--", linewidth=1, label=label)
     axes.set_xlabel(X_AXES[x])
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {' or '.join(sorted({curve['unit'] for curve in curves}))})")
     if len(curves) == 1:
         axes.set_title(curves[0]["name"], fontsize=10, parse_math=False)
     axes.xaxis.set_major_formatter(_in_thousands if x == "tokens" else "{x:,g}")
@@ -63,12 +63,46 @@ def draw_runs(curves, x="steps"):
     return figure
 
 
+def plot_confusion(counts, classes, out):
+    """Draw which classes are taken for which into the file `out` (.png, .svg or .pdf). Returns the path.
+
+    counts: int (n, n), row = what it is, column = what it was taken for. classes: their names.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from toy.files.atomic import replacing
+
+    out, n = Path(out), len(classes)
+    side = min(3.2 + 0.42 * n, 30)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if n <= 40:  # more numbers could not be read
+        for i, j in zip(*np.nonzero(counts)):
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{counts[i, j]}", ha="center", va="center", color=colour, fontsize=9)
+    names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
+    axes.set_xticks(range(n), names, rotation=90 if max(map(len, names)) > 3 else 0, parse_math=False)
+    axes.set_yticks(range(n), names, parse_math=False)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    right, total = int(np.trace(counts)), int(counts.sum())
+    axes.set_title(f"{right:,} of {total:,} test images right ({100 * right / max(total, 1):.1f} %)", fontsize=10)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=150)
+    return out
+
+
 def load_curve(path):
     """The numbers of a run directory as a dict: name, vocab_size, and arrays steps, tokens, seconds, loss (one element a
     training step), val_steps, val_tokens, val_seconds, val_loss (one an evaluation)."""
     run = Run.open(path)
     try:
-        vocab_size = int(run.config["model"]["vocab_size"])
+        model = run.config["model"]
+        vocab_size = int(model["vocab_size"] if "vocab_size" in model else model["n_classes"])
         if vocab_size < 1:
             raise ValueError(vocab_size)
     except (KeyError, TypeError, ValueError):
@@ -81,6 +115,7 @@ def load_curve(path):
     curve = {
         "name": run.folder.resolve().name,
         "vocab_size": vocab_size,
+        "unit": "token" if "vocab_size" in model else "image",
         "steps": np.array([event["step"] for event in steps]),
         "tokens": np.cumsum([event["tokens"] for event in steps]),
         "seconds": np.cumsum([event["wall_us"] for event in steps]) / 1e6,

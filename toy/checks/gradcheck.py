@@ -17,12 +17,12 @@ normalised row sums to 0 whatever x is, so the sum of the outputs has gradient z
 would pass.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
-from toy.config import GPT2Config, LlamaConfig, TransformerConfig
-from toy.models import GPT2, Llama, ParameterTree, TransformerLM
+from toy.models import ARCHITECTURES, Llama, ParameterTree
 from toy.ops import reference
 
 DERIVATIVE_BAR = 1e-7  # per element, against central differences in float64
@@ -294,36 +294,36 @@ def check_model(model, rng, batch=2, entries=4, layer=None):
 
     layer: the model's name in the rows, None = that of its class.
     """
-    t_seq, vocab = model.config.context_length, model.config.vocab_size
     random_parameters(model.parameters, rng)
-    token_ids = rng.integers(0, vocab, batch * t_seq)
-    positions = np.tile(np.arange(t_seq), batch)
-    cotangent = rng.normal(size=(batch * t_seq, vocab))
+    shape = model.batch_type(model.config, batch, model.config.context_length)
+    first, _ = shape.random(rng)
+    inputs = {
+        role: array.astype(np.float64) if array.dtype.kind == "f" else array
+        for role, array in shape.check(first).items()
+    }
+    inputs["batch"] = batch
+    cotangent = rng.normal(size=(shape.n_rows, shape.n_classes))
     gradients = model.new_gradients()
-    _, cache = model.forward_rows(token_ids, positions, batch)
+    _, cache = model.forward_rows(**inputs)
     model.backward_rows(cotangent, cache, gradients)
     for name, weight in model.parameters.items():
         chosen = rng.choice(weight.size, min(entries, weight.size), replace=False)
-        measured = central_difference(
-            lambda _: model.forward_rows(token_ids, positions, batch)[0], weight, cotangent, chosen
-        )
+        measured = central_difference(lambda _: model.forward_rows(**inputs)[0], weight, cotangent, chosen)
         error = relative_error(gradients[name].ravel()[chosen], measured, scale=np.abs(gradients[name]).max())
         yield _row(layer or type(model).__name__, name, weight.shape, error, DERIVATIVE_BAR)
 
 
 def small_models():
     """(name, model): one small model of every kind, in float64 on the reference ops."""
-    sizes = {"vocab_size": 11, "d_model": 8, "n_heads": 2, "d_ff": 12, "n_layers": 2, "context_length": 5}
-    llama = LlamaConfig(**sizes, n_kv_heads=1)
-    untied = LlamaConfig(**sizes, n_kv_heads=1, head_dim=6, untied=True, qkv_bias=True)
+    options = {"ops": reference, "dtype": np.float64}
+    for row in ARCHITECTURES.values():
+        yield row.model.__name__, row.model(row.tiny, **options)
+    llama = ARCHITECTURES["llama"].tiny
+    untied = dataclasses.replace(llama, head_dim=6, untied=True, qkv_bias=True)
     adapters = {"blk.0.attn_q.lora_a": (2, 8), "blk.0.attn_q.lora_b": (8, 2)}
     with_adapters = ParameterTree.zeros(Llama.parameter_shapes(llama) | adapters, np.float64)
-    options = {"ops": reference, "dtype": np.float64}
-    yield "TransformerLM", TransformerLM.from_config(TransformerConfig(**sizes), **options)
-    yield "GPT2", GPT2.from_config(GPT2Config(**sizes), **options)
-    yield "Llama", Llama.from_config(llama, **options)
-    yield "Llama (untied, biases)", Llama.from_config(untied, **options)
-    yield "Llama (LoRA on q)", Llama.from_config(llama, parameters=with_adapters, lora_scale=0.5, ops=reference)
+    yield "Llama (untied, biases)", Llama(untied, **options)
+    yield "Llama (LoRA on q)", Llama(llama, parameters=with_adapters, lora_scale=0.5, ops=reference)
 
 
 def check_all(seed=0):

@@ -14,14 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 import ggml_bridge
-from toy.config import VERSION, GPT2Config, LlamaConfig, RecipeOptions, TransformerConfig
+from toy.config import VERSION, RecipeOptions
+from toy.models import ARCHITECTURES
 from toy.recipes import FromScratch
 
-MODELS = {
-    "transformer": TransformerConfig(65, d_model=64, n_heads=4, d_ff=256, n_layers=2, context_length=32),
-    "gpt2": GPT2Config(65, d_model=64, n_heads=4, d_ff=256, n_layers=2, context_length=32),
-    "llama": LlamaConfig(65, d_model=64, n_heads=4, n_kv_heads=2, d_ff=128, n_layers=2, context_length=32),
-}
 EXACT = {"gradient": 2e-5, "loss": 1e-3}  # float32 throughout: the CPU
 HALF = {"gradient": 2e-2, "loss": 2e-2}  # products of halves, summed in float32
 BATCH, LR = 4, 1e-3
@@ -63,10 +59,9 @@ def run(device="cpu", steps=200):
     """
     bars = EXACT if device in ("cpu", "cpu-native") else HALF
     checks = []
-    for name, config in MODELS.items():
-        ids = np.random.default_rng(0).integers(0, config.vocab_size, (BATCH, config.context_length + 1))
-        reference, tested = (_realize("numpy", "cpu", config), _realize("ggml", device, config))
-        expected, found = (_train(recipe, ids, steps) for recipe in (reference, tested))
+    for name, row in ARCHITECTURES.items():
+        reference, tested = (_realize("numpy", "cpu", row.small), _realize("ggml", device, row.small))
+        expected, found = (_train(recipe, steps) for recipe in (reference, tested))
         worst = max(_relative(found.gradients[key], expected.gradients[key]) for key in expected.gradients)
         difference = float(np.max(np.abs(np.subtract(found.losses, expected.losses))))
         explanation = tested.explain()
@@ -94,11 +89,12 @@ def _realize(backend, device, config):
     return FromScratch(backend=backend, device=device).realize(config, options, keep_gradients=True)
 
 
-def _train(recipe, ids, steps):
+def _train(recipe, steps):
+    inputs, labels = recipe.engine.batch.random(np.random.default_rng(0))
     adamw, losses, times, gradients = recipe.adamw(lr=LR), [], [], None
     for k in range(steps):
         start = time.perf_counter()
-        losses.append(recipe.step(ids[:, :-1], None, ids[:, 1:], adamw.hp_for_step(k), is_first=k == 0))
+        losses.append(recipe.step(inputs, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0))
         times.append(time.perf_counter() - start)
         gradients = gradients or recipe.gradients()
     return _Run(losses, gradients, statistics.median(times))

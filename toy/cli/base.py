@@ -1,11 +1,19 @@
 """What every command needs: errors that end it with one sentence and an exit code, and the `command` decorator."""
 
 import functools
+import json
 import os
 import sys
 from pathlib import Path
 
 import click
+
+from toy.switch import BACKEND_NAMES
+
+# what several commands take
+PATH = click.Path(path_type=Path)
+MODEL = click.argument("model", metavar="MODEL")
+BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(BACKEND_NAMES)}.")
 
 
 class Failure(click.ClickException):
@@ -61,6 +69,11 @@ def command(group, name, kind=click.Command):
         return group.command(name, cls=kind)(body)
 
     return decorate
+
+
+def as_json(record):
+    """Print one JSON object, on a line of its own."""
+    click.echo(json.dumps(record, ensure_ascii=False))
 
 
 def program():

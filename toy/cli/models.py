@@ -12,17 +12,13 @@ from pathlib import Path
 
 import click
 
-from toy import switch
-from toy.cli.base import Phase, command
+from toy.cli.base import BACKEND, MODEL, PATH, Phase, as_json, command
 from toy.cli.progress import clock, compact, printable
 from toy.trained import load as trained
 
 models = click.Group()
 WEIGHT_TYPES = ("f32", "f16", "q8_0")
-_PATH = click.Path(path_type=Path)
-_MODEL = click.argument("model", metavar="MODEL")
-_ADAPTER = click.option("--adapter", type=_PATH, help="LoRA adapter (GGUF) to put on the model.")
-_BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(switch.BACKEND_NAMES)}.")
+_ADAPTER = click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put on the model.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -31,7 +27,7 @@ _BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(sw
 
 
 @command(models, "generate")
-@_MODEL
+@MODEL
 @_ADAPTER
 @click.option("--prompt", help="Text to go on from. [default: a new line]")
 @click.option("--chat", is_flag=True, help="The prompt is a message, and the model answers it.")
@@ -42,7 +38,7 @@ _BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(sw
 @click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
 @click.option("--top-p", type=float, help="Draw from the fewest tokens whose probability reaches p.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
-@_BACKEND
+@BACKEND
 def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, seed, backend, debug):
     """Let a model write.
 
@@ -110,16 +106,18 @@ class Speed:
 
 
 @command(models, "eval")
-@_MODEL
+@MODEL
 @_ADAPTER
 @click.option("--corpus", help="UTF-8 text file, or a folder of them. [default: the documentation inside Python]")
+@click.option("--data", help="Of an image model: a data set, all of it. [default: the test part of the run's own]")
 @click.option("--context", type=int, help="Tokens in a window. [default: the model's, at most 512]")
 @click.option("--stride", type=int, help="Tokens from window to window. [default: half of --context]")
 @click.option("--limit", type=int, metavar="TOKENS", help="Read only the beginning of the text.")
-@click.option("--tokens-out", type=_PATH, metavar="FILE", help="Write every token's log-probability (.csv or .jsonl).")
-@_BACKEND
-def evaluate(model, adapter, corpus, context, stride, limit, tokens_out, backend, debug):
-    """Measure how well a model predicts a text.
+@click.option("--tokens-out", type=PATH, metavar="FILE", help="Write every token's log-probability (.csv or .jsonl).")
+@click.option("--json", "json_wanted", is_flag=True, help="One JSON object, on stdout.")
+@BACKEND
+def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, json_wanted, backend, debug):
+    """Measure how well a model predicts a text, or how often an image model is right.
 
     MODEL is as in toy generate. The text is read in windows that overlap; every token but the first is predicted once, after
     at least context - stride others (but for the beginning of the text).
@@ -132,11 +130,24 @@ def evaluate(model, adapter, corpus, context, stride, limit, tokens_out, backend
             if tokens_out.suffix not in (".csv", ".jsonl"):
                 raise ValueError(f"--tokens-out must end with .csv or .jsonl, got {str(tokens_out)!r}")
             _check_folder(tokens_out)
-        model, tokenizer, _ = trained.load_trained(model, adapter, backend)
+        if not trained.read_trained(model, adapter).reads_text:
+            texts = {"--corpus": corpus, "--context": context, "--stride": stride, "--limit": limit}
+            if given := [name for name, value in {**texts, "--tokens-out": tokens_out}.items() if value is not None]:
+                raise ValueError(
+                    f"{given[0]} is for models that read text, {model} reads images: --data names a data set"
+                )
+            return _evaluate_images(model, data, json_wanted, backend)
+        if data is not None:
+            raise ValueError(f"--data is for image models, {model} reads text: --corpus names one")
+        model, tokenizer, step = trained.load_trained(model, adapter, backend)
         text = load_corpus(corpus).text
         job = TextEvaluator(model, tokenizer, text, context, stride, limit)
     with Phase(1, debug):
         result = _with_bar(job)
+        if json_wanted:
+            numbers = {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "n_tokens")}
+            if tokens_out is None:
+                return as_json(numbers | {"checkpoint": step})
         click.echo(f"{'loss':<15}{result.loss:.4f} nats per token")
         click.echo(f"{'perplexity':<15}{result.perplexity:.4g}")
         click.echo(f"{'bits per byte':<15}{result.bits_per_byte:.4f}")
@@ -146,6 +157,18 @@ def evaluate(model, adapter, corpus, context, stride, limit, tokens_out, backend
             pieces = [token_bytes(tokenizer, i).decode("utf-8", errors="replace") for i in result.token_ids.tolist()]
             _write_tokens(tokens_out, zip(result.token_ids.tolist(), pieces, result.log_probabilities.tolist()))
             click.echo(f"{'per token':<15}{tokens_out}")
+
+
+def _evaluate_images(model, data, json_wanted, backend):
+    from toy.trained.classify import Classifier
+
+    classifier = Classifier(model, backend)
+    result = classifier.evaluate(data)
+    if json_wanted:
+        return as_json(result._asdict() | {"checkpoint": classifier.step})
+    click.echo(f"{'loss':<15}{result.loss:.4f} nats per image")
+    click.echo(f"{'right':<15}{100 * result.accuracy:.2f} %")
+    click.echo(f"{'images':<15}{result.n_images}")
 
 
 def _with_bar(job):
@@ -182,12 +205,12 @@ def _write_tokens(path, rows):
 
 
 @command(models, "export")
-@_MODEL
+@MODEL
 @click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone. [default for one]")
 @click.option("--merge", is_flag=True, help="Of a LoRA run: the whole model with the adapter in it.")
-@click.option("--lora", type=_PATH, metavar="FILE.gguf", help="Merge the adapter in this file into the model.")
+@click.option("--lora", type=PATH, metavar="FILE.gguf", help="Merge the adapter in this file into the model.")
 @click.option("--type", "kind", type=click.Choice(WEIGHT_TYPES), default="f32", show_default=True, help="Of matrices.")
-@click.option("--out", type=_PATH, metavar="FILE.gguf", help="The file to write. [default: named after MODEL, here]")
+@click.option("--out", type=PATH, metavar="FILE.gguf", help="The file to write. [default: named after MODEL, here]")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 def export(model, adapter, merge, lora, kind, out, force, debug):
     """Write a model as a GGUF file for llama.cpp.

@@ -3,13 +3,14 @@
 import numpy as np
 
 from toy.engines.handle import EngineHandle, build, check_options
-from toy.engines.named import GPT2SeqEngine, LlamaSeqEngine, LlamaSeqEngineMetal
+from toy.engines.named import GPT2SeqEngine, LlamaSeqEngine, LlamaSeqEngineMetal, ViTTinyEngine
 from toy.models import ParameterTree, model_for
 from toy.models.base import Model
 from toy.switch import eager_ops
 
 __all__ = [
-    "EngineHandle", "GPT2SeqEngine", "LlamaSeqEngine", "LlamaSeqEngineMetal", "build", "check_options", "model_from",
+    "EngineHandle", "GPT2SeqEngine", "LlamaSeqEngine", "LlamaSeqEngineMetal", "ViTTinyEngine", "build", "check_options",
+    "model_from",
 ]  # fmt: skip
 
 Model.default_ops = staticmethod(eager_ops)  # models are handed their op table; this is the one when nobody says

@@ -1,7 +1,11 @@
 """`build` picks the engine of a backend; `EngineHandle` is what recipes and named engines share."""
 
+import dataclasses
+from pathlib import Path
+
 from toy.config import RecipeOptions
 from toy.engines.eager import EagerEngine
+from toy.files import Checkpoint, write_checkpoint
 from toy.switch import resolve
 
 
@@ -99,6 +103,34 @@ class EngineHandle:
     def load_optimizer_state(self, state):
         """Copy moments in, all or nothing; errors as `load_parameters`."""
         self._ready("load_optimizer_state").load_optimizer_state(state)
+
+    def save(self, path, tokenizer=None):
+        """Write the model into the file `path` (safetensors, atomically), for `toy.load` and the commands that take a
+        checkpoint.
+
+        tokenizer: what turns its text into ids, if it is to read and write text. The AdamW moments are in it too. Raises
+        ValueError for a tokenizer of another vocabulary and a base that is in no file, OSError when the file cannot be
+        written.
+        """
+        engine = self._ready("save")
+        if tokenizer is not None and tokenizer.vocab_size != engine.batch.n_classes:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the model {engine.batch.n_classes}: they do not fit"
+            )
+        config = {
+            "arch": engine.arch,
+            "model": dataclasses.asdict(engine.config),
+            "tokenizer": None if tokenizer is None else tokenizer.to_json(),
+            "training": {},
+            **self._base_to_save(),
+        }
+        write_checkpoint(Path(path), Checkpoint(0, config, engine.parameters(), engine.optimizer_state()))
+
+    def _base_to_save(self):
+        """What `save` says of weights that are not the engine's own."""
+        if self.engine.weights.borrowed:
+            raise ValueError("save: this model looks at weights that are in no file, so it cannot be opened again")
+        return {}
 
     def model_copy(self):
         """A model object on an eager op table with a copy of the present weights: for generation and inspection."""

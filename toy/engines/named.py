@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from toy.config import GPT2Config, LlamaConfig, RecipeOptions, check_positive_int
+from toy.config import GPT2Config, LlamaConfig, RecipeOptions, ViTConfig, check_positive_int
 from toy.engines.adapters import adapter_fill, adapter_weights
 from toy.engines.base import with_model_options
 from toy.engines.handle import EngineHandle
@@ -23,6 +23,18 @@ class GPT2SeqEngine(EngineHandle):
         config = GPT2Config(vocab, d_model, n_heads, d_ff, n_layers, context)
         options = RecipeOptions(t_seq=config.context_length if t_seq is None else t_seq, t_batch=t_batch, seed=seed)
         return self._realize(config, options, keep_gradients)
+
+
+class ViTTinyEngine(EngineHandle):
+    """A small vision transformer by its own name: `realize` takes the sizes one by one."""
+
+    def realize(
+        self, image_size, channels, patch_size, d_model, n_heads, d_ff, n_layers, n_classes, seed=0, *, t_batch=1,
+        keep_gradients=False,
+    ):  # fmt: skip
+        """Build a ViT with random weights; the arguments are those of `ViTConfig`. Returns self. Errors as `ViTConfig`."""
+        config = ViTConfig(image_size, channels, patch_size, d_model, n_heads, d_ff, n_layers, n_classes)
+        return self._realize(config, RecipeOptions(config.n_tokens, t_batch, seed=seed), keep_gradients)
 
 
 class StepTensor:

@@ -5,6 +5,7 @@ from toy.models.gpt2 import GPT2
 from toy.models.llama import Llama
 from toy.models.parameters import GradientTree, ParameterTree
 from toy.models.transformer import Gradients, TransformerLM
+from toy.models.vit import ViT
 
 __all__ = [
     "ARCHITECTURES",
@@ -14,6 +15,7 @@ __all__ = [
     "Llama",
     "ParameterTree",
     "TransformerLM",
+    "ViT",
     "architecture_of",
     "model_for",
 ]

@@ -2,19 +2,23 @@
 
 from typing import NamedTuple
 
-from toy.config import GPT2Config, LlamaConfig, TransformerConfig
+from toy.config import GPT2Config, LlamaConfig, TransformerConfig, ViTConfig
 from toy.models.base import LanguageModel
 from toy.models.gpt2 import GPT2
 from toy.models.llama import Llama
 from toy.models.transformer import TransformerLM
+from toy.models.vit import ViT
 
 
 class Architecture(NamedTuple):
-    """One row. in_gguf: whether llama.cpp has it, with the model's own name as `general.architecture`."""
+    """One row. in_gguf: whether llama.cpp has it, with the model's own name as `general.architecture`. tiny, small: configs
+    to try it on, of the size for central differences and of the size for a self-test of a second."""
 
     config: type
     model: type
     in_gguf: bool
+    tiny: object
+    small: object
 
     @property
     def reads_text(self):
@@ -27,12 +31,31 @@ class Architecture(NamedTuple):
         return self.model.arch
 
 
+_TINY = {"vocab_size": 11, "d_model": 8, "n_heads": 2, "d_ff": 12, "n_layers": 2, "context_length": 5}
+_SMALL = {"vocab_size": 65, "d_model": 64, "n_heads": 4, "d_ff": 256, "n_layers": 2, "context_length": 32}
+_IMAGES = {"channels": 1, "n_layers": 2, "n_classes": 10}
+
 ARCHITECTURES = {
     row.name: row
     for row in (
-        Architecture(TransformerConfig, TransformerLM, in_gguf=False),
-        Architecture(LlamaConfig, Llama, in_gguf=True),
-        Architecture(GPT2Config, GPT2, in_gguf=True),
+        Architecture(
+            TransformerConfig, TransformerLM, False, tiny=TransformerConfig(**_TINY), small=TransformerConfig(**_SMALL)
+        ),
+        Architecture(
+            LlamaConfig,
+            Llama,
+            True,
+            tiny=LlamaConfig(**_TINY, n_kv_heads=1),
+            small=LlamaConfig(**{**_SMALL, "d_ff": 128}, n_kv_heads=2),
+        ),
+        Architecture(GPT2Config, GPT2, True, tiny=GPT2Config(**_TINY), small=GPT2Config(**_SMALL)),
+        Architecture(
+            ViTConfig,
+            ViT,
+            False,
+            tiny=ViTConfig(**_IMAGES, image_size=4, patch_size=2, d_model=8, n_heads=2, d_ff=12),
+            small=ViTConfig(**_IMAGES, image_size=8, patch_size=2, d_model=64, n_heads=4, d_ff=256),
+        ),
     )
 }
 IN_GGUF = tuple(row.name for row in ARCHITECTURES.values() if row.in_gguf)

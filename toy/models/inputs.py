@@ -46,6 +46,10 @@ class Batch:
         """The arrays of a step by role -> the arguments of `forward_rows`, contiguous. Raises ValueError for wrong ones."""
         raise NotImplementedError
 
+    def random(self, rng):
+        """A batch to try a model on: (the array of the first role, integer labels)."""
+        raise NotImplementedError
+
     def check_labels(self, labels):
         """-> contiguous int64 (N,), -1 = not counted, or float32 (N, n_classes), one distribution a row.
 
@@ -110,6 +114,10 @@ class TokenBatch(Batch):
         check_range("token_ids", ids, 0, self.n_classes)
         return {"token_ids": ids, "positions": self._check_positions(positions)}
 
+    def random(self, rng):
+        ids = rng.integers(0, self.n_classes, (self.label_shape[0], self.label_shape[1] + 1))
+        return ids[:, :-1], ids[:, 1:]
+
     def _check_positions(self, positions):
         """-> contiguous int64 (N,): the positions of every sequence of the batch."""
         t_batch, t_seq = self.label_shape
@@ -122,3 +130,56 @@ class TokenBatch(Batch):
             )
         check_range("positions", positions, 0, self.context_length)
         return np.tile(positions.astype(np.int64), t_batch)
+
+
+class ImageBatch(Batch):
+    """Images: numbers (B, height, width, channels), or (B, height, width) of one channel, and labels int (B,).
+
+    They are cut into patches, row by row of the image: patch (i, j) holds the pixels of rows i*p .. i*p+p-1 and columns j*p
+    .. j*p+p-1, then the channels, as one row of numbers.
+    """
+
+    roles = ("images", "positions")
+    label_names = "(t_batch,)"
+
+    def __init__(self, config, t_batch, t_seq):
+        """t_seq: the tokens of an image, patches and class token. Raises ValueError for another number than the config's."""
+        if t_seq != config.n_tokens:
+            raise ValueError(
+                f"t_seq must be {config.n_tokens}, the {config.n_patches} patches of an image and the class token; "
+                f"got {t_seq}"
+            )
+        super().__init__((t_batch,), config.n_classes)
+        self.config = config
+        self.inputs = {
+            "patches": Input((t_batch * config.n_patches, config.patch_numbers)),
+            "class_ids": Input((t_batch,), 1),
+            "positions": Input((t_batch * config.n_tokens,), config.n_tokens),
+        }
+
+    def check(self, images, positions=None):
+        c, images = self.config, np.asarray(images)
+        if positions is not None:
+            raise ValueError("images have no positions to give: leave positions out")
+        if images.ndim == 3 and c.channels == 1:
+            images = images[..., None]
+        wanted = (*self.label_shape, c.image_size, c.image_size, c.channels)
+        if images.shape != wanted or images.dtype.kind not in "fiu":
+            raise ValueError(
+                f"images must be numbers {wanted} (t_batch, height, width, channels), got {images.dtype} {images.shape}"
+            )
+        images = images.astype(np.float32)
+        if not np.isfinite(images).all():
+            raise ValueError("images must be finite numbers")
+        side, p = c.image_size // c.patch_size, c.patch_size
+        patches = images.reshape(-1, side, p, side, p, c.channels).swapaxes(2, 3)  # (B, side, side, p, p, channels)
+        return {
+            "patches": np.ascontiguousarray(patches.reshape(-1, c.patch_numbers)),
+            "class_ids": np.zeros(self.label_shape, np.int64),
+            "positions": np.tile(np.arange(c.n_tokens), len(images)),
+        }
+
+    def random(self, rng):
+        c = self.config
+        images = rng.normal(size=(*self.label_shape, c.image_size, c.image_size, c.channels))
+        return images, rng.integers(0, self.n_classes, self.label_shape)

@@ -25,7 +25,7 @@ from toy._kernels.loss import cross_entropy, cross_entropy_backward
 from toy._kernels.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from toy._kernels.optimizer import adamw_step, scale_, sum_of_squares
 from toy._kernels.threads import get_num_threads, set_num_threads
-from toy.ops.reference import QUANTIZED_IS_FROZEN
+from toy.ops.reference import QUANTIZED_IS_FROZEN, reshape, zeros_like
 from toy.quantized import QuantizedMatrix
 
 name = "accelerated"
@@ -109,6 +109,7 @@ __all__ = [
     "linear",
     "linear_backward",
     "name",
+    "reshape",
     "rms_norm",
     "rms_norm_backward",
     "rope",
@@ -122,4 +123,5 @@ __all__ = [
     "sum_of_squares",
     "swiglu",
     "swiglu_backward",
+    "zeros_like",
 ]

@@ -121,6 +121,16 @@ def concat(parts):
     return np.concatenate(parts, axis=1)
 
 
+def reshape(x, rows):
+    """The numbers of x (N, D) in the same order as a matrix (rows, N*D/rows). Its backward is the way back."""
+    return x.reshape(rows, -1)
+
+
+def zeros_like(x):
+    """A matrix of zeros of the shape of x: the gradient of what the loss does not see."""
+    return np.zeros_like(x)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # RMSNorm (Zhang & Sennrich 2019, eq. 4): y = x / rms(x) * gamma,  rms(x) = sqrt(mean(x^2) + eps)
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from toy.engines import EngineHandle, check_options
 from toy.engines.base import with_model_options
 from toy.engines.source import Source
 from toy.engines.weights import Weights, random_fill
+from toy.files.gguf import GGUF
+from toy.files.gguf_write import digest
 from toy.models import model_for
 from toy.models.lens import lens_shapes
 from toy.models.parameters import initialize_array, some_names
@@ -36,7 +38,16 @@ class WarmStart(EngineHandle):
         """
         check_options(opts)
         config = with_model_options(cfg, opts)
+        self._source = source if lens else None
         return self._realize(config, opts, keep_gradients, warm_weights(config, source, opts, take, lens))
+
+    def _base_to_save(self):
+        if self._source is None:
+            return {}
+        if not isinstance(self._source, GGUF):
+            return super()._base_to_save()
+        base = {"path": str(self._source.path.absolute()), "digest": digest(self.engine.weights.borrowed)}
+        return {"recipe": "warm-start", "base": base, "lens": True}
 
 
 def warm_weights(config, source, options, take="*", lens=False):

@@ -29,7 +29,7 @@ class Stored(NamedTuple):
     parameters: dict of names to float32 arrays and, out of a GGUF file, `toy.quantized.QuantizedMatrix`. adapters: dict of
     `blk.0.attn_q.lora_a` ... to arrays, empty without an adapter; alpha: theirs. tokenizer: None where there is none.
     step: of the checkpoint, None for a GGUF file. name: what the model is called, "" where nobody said.
-    base: the GGUF file that a LoRA run's adapters are for.
+    base: the GGUF file that a LoRA run's adapters are for. about: the whole config of a run, empty for a GGUF file.
     """
 
     path: Path
@@ -41,10 +41,25 @@ class Stored(NamedTuple):
     alpha: float | None = None
     name: str = ""
     base: Path | None = None
+    about: dict = {}  # noqa: RUF012 (never changed)
 
     @property
     def arch(self):
         return architecture_of(self.config).name
+
+    @property
+    def reads_text(self):
+        return architecture_of(self.config).reads_text
+
+    def model(self, backend="auto"):
+        """A model object on the eager op table of this backend. The matrices of a GGUF file stay in their own type; where the
+        compiled kernels are missing they become float32, because numpy would dequantise them anew for every token."""
+        ops, leaves = eager_ops(backend), self.parameters
+        if ops.name == "reference":
+            leaves = {name: dequantized(leaf) for name, leaf in leaves.items()}
+        options = {"lora_scale": self.lora_scale} if self.adapters else {}
+        tree = ParameterTree(leaves | self.adapters)
+        return model_for(self.config).from_config(self.config, ops=ops, parameters=tree, **options)
 
     @property
     def lora_scale(self):
@@ -64,19 +79,16 @@ class Trained(NamedTuple):
 def load_trained(path, adapter=None, backend="auto"):
     """A model that exists, ready to generate from or to be evaluated -> `Trained`.
 
-    path, adapter: as in `read_trained`. The matrices of a GGUF file stay in their own type; where the compiled kernels are
-    missing they become float32, because numpy would dequantise them anew for every token.
+    path, adapter: as in `read_trained`.
     Raises the errors of `read_trained`; ValueError for a file without a tokenizer.
     """
-    ops = eager_ops(backend)  # a backend that is not there is told before anything is read
+    eager_ops(backend)  # a backend that is not there is told before anything is read
     stored = read_trained(path, adapter)
+    if not stored.reads_text:
+        raise ValueError(f"{stored.path} is a {stored.arch}, which reads images: toy predict is for it")
     if stored.tokenizer is None:
         raise ValueError(f"{stored.path} has no tokenizer, so it can neither read a text nor write one")
-    leaves = {name: dequantized(leaf) if ops.name == "reference" else leaf for name, leaf in stored.parameters.items()}
-    options = {"lora_scale": stored.lora_scale} if stored.adapters else {}
-    tree = ParameterTree(leaves | stored.adapters)
-    model = model_for(stored.config).from_config(stored.config, ops=ops, parameters=tree, **options)
-    return Trained(model, stored.tokenizer, stored.step)
+    return Trained(stored.model(backend), stored.tokenizer, stored.step)
 
 
 def read_trained(path, adapter=None):
@@ -141,10 +153,13 @@ def _from_run(path):
             donor = _donor_embedding(base, shapes, path)
             shapes |= lens_shapes(config, donor["token_embd.weight"].shape[1])
         check_arrays(shapes, checkpoint.parameters)  # before memory is asked for
-        tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
-        if tokenizer.vocab_size != config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-        return Stored(path, config, donor | checkpoint.parameters, tokenizer, checkpoint.step)
+        tokenizer = None  # of an image model, and of a recipe that was saved without one
+        if checkpoint.config.get("tokenizer") is not None:
+            tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
+            if tokenizer.vocab_size != config.vocab_size:
+                raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+        parameters = donor | checkpoint.parameters
+        return Stored(path, config, parameters, tokenizer, checkpoint.step, about=checkpoint.config)
     except BadFileError:
         raise
     except (KeyError, TypeError, ValueError) as error:

@@ -5,6 +5,7 @@ from toy.training.full_finetune import FullFinetuneOptions
 from toy.training.loop import DivergedError, Training
 from toy.training.lora import LoRAOptions
 from toy.training.table import RECIPES
+from toy.training.vit_tiny import ViTTinyOptions
 from toy.training.warm_start import WarmStartOptions
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "FullFinetuneOptions",
     "LoRAOptions",
     "Training",
+    "ViTTinyOptions",
     "WarmStartOptions",
 ]

@@ -154,7 +154,9 @@ class Training:
 
     def written(self):
         """(what, path) of everything a reader of the run may want, of what is there."""
-        names = {"picture": "loss.png", "samples": "samples.txt", "weights": "weights"}
+        names = {
+            "picture": "loss.png", "confusion": "confusion.png", "samples": "samples.txt", "weights": "weights",
+        }  # fmt: skip
         return [(what, self.out / name) for what, name in names.items() if (self.out / name).exists()]
 
     def model(self):
@@ -318,6 +320,7 @@ class Training:
             from toy.plots import plot_runs
 
             plot_runs([self._run.folder], self._run.picture_path)
+            self.start.draw(self._run.folder)
 
     def _run_start(self, resumed):
         return RunStart(

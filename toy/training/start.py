@@ -86,6 +86,9 @@ class Start:
         """What the model makes at this step, as text; None for recipes that show nothing."""
         return None
 
+    def draw(self, folder):
+        """Pictures of the trained model, into the run directory."""
+
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def decisions(self):

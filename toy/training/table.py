@@ -3,8 +3,10 @@
 from toy.training.from_scratch import FromScratchStart
 from toy.training.full_finetune import FullFinetuneStart
 from toy.training.lora import LoRAStart
+from toy.training.vit_tiny import ViTTinyStart
 from toy.training.warm_start import WarmStartStart
 
 RECIPES = {
-    start.options_class.recipe: start for start in (FromScratchStart, LoRAStart, FullFinetuneStart, WarmStartStart)
+    start.options_class.recipe: start
+    for start in (FromScratchStart, LoRAStart, FullFinetuneStart, WarmStartStart, ViTTinyStart)
 }

@@ -22,6 +22,13 @@ class CpuGraphOps(GraphOps):
         self.again = {}  # by id: (cheap result, what records it once more)
         self.nodes = {}  # by name of a kernel: how many nodes there are of it
 
+    @staticmethod
+    def runner():
+        """Whose threads compute the nodes: those of the compiled kernels, which sleep where ggml's would spin."""
+        from ggml_bridge import kernels
+
+        return kernels.POOL
+
     def integers(self, role, n, limit):
         ids = Integers(role, n, limit)
         narrow = self.feed((n,), "i32", lambda arrays: arrays[role])

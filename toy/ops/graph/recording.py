@@ -115,6 +115,13 @@ class GraphOps:
     def scale(self, x, factor):
         return self.graph.scale(x if x.is_contiguous else self.graph.cont(x), factor)
 
+    def reshape(self, x, rows):
+        numbers = x.shape[0] * x.shape[1]
+        return self.graph.reshape(x if x.is_contiguous else self.graph.cont(x), (rows, numbers // rows))
+
+    def zeros_like(self, x):
+        return self.graph.full(x.shape, 0.0)
+
     def split(self, x, widths):
         ends = np.cumsum(widths).tolist()
         return tuple(self.graph.slice(x, 1, end - width, end) for width, end in zip(widths, ends))

@@ -1,0 +1,112 @@
+"""Image models that exist: what is on a picture, and how often they are right."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from toy.config import ViTConfig
+from toy.data.images import Normalisation, load_images, read_image, split_images
+from toy.engines import model_from
+from toy.files import BadFileError
+from toy.trained.load import read_trained
+
+_ROWS = 256  # images read at a time
+
+
+class Prediction(NamedTuple):
+    """What a model sees in one image: the class, and the probability of every class by name."""
+
+    path: Path
+    name: str
+    probabilities: dict
+
+
+class ImageEvaluation(NamedTuple):
+    """loss: mean negative log-likelihood, nats per image. accuracy: share of the images that are right."""
+
+    loss: float
+    accuracy: float
+    n_images: int
+
+
+class Classifier:
+    """A trained image model to use. path: a run of `toy train vit-tiny`, or a checkpoint of one.
+
+    Attributes: model, config, classes (their names), normalise, step. Raises the errors of `read_trained`, ValueError for a
+    model that reads text.
+    """
+
+    def __init__(self, path, backend="auto"):
+        stored = read_trained(path)
+        if not isinstance(stored.config, ViTConfig):
+            raise ValueError(f"{path} is a {stored.arch}, which reads text: toy generate and toy eval are for it")
+        self.path, self.step, self.config = stored.path, stored.step, stored.config
+        try:
+            self.classes = tuple(str(name) for name in stored.about["classes"])
+            self.normalise = Normalisation(
+                **{key: float(stored.about["normalisation"][key]) for key in ("mean", "std")}
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadFileError(stored.path, f"does not say what its classes are ({error})") from error
+        if len(self.classes) != self.config.n_classes:
+            raise BadFileError(
+                stored.path, f"names {len(self.classes)} classes and its model has {self.config.n_classes}"
+            )
+        self.about = stored.about
+        self.model = model_from(stored.config, stored.parameters, backend)
+
+    def logits(self, images):
+        """images: numbers from 0 to 1 (N, height, width, channels) -> float32 (N, n_classes)."""
+        images = np.asarray(images, np.float32)
+        parts = [self.model.forward(self.normalise(images[i : i + _ROWS]))[0] for i in range(0, len(images), _ROWS)]
+        return np.concatenate(parts)
+
+    def predict(self, paths):
+        """What is on each of the image files -> list of `Prediction`. Raises ImageError for one that cannot be read or has
+        another size than the model's images; nothing is predicted then."""
+        c = self.config
+        images = np.stack([read_image(path, c.image_size, c.channels) for path in paths])
+        rows = softmax(self.logits(images))
+        return [
+            Prediction(Path(path), self.classes[row.argmax()], dict(zip(self.classes, row.tolist())))
+            for path, row in zip(paths, rows)
+        ]
+
+    def evaluate(self, data=None):
+        """How often it is right -> `ImageEvaluation`.
+
+        data: a data set as `load_images` takes it, all of it; None: the test part of the run's own data, all of it. Raises
+        ImageError for one with other classes or another size of images.
+        """
+        c, own = self.config, self.about.get("training", {})
+        found = load_images(own.get("data", "digits") if data is None else data, c.image_size, c.channels)
+        if found.classes != self.classes:
+            raise ValueError(
+                f"{found.source} has the classes {', '.join(found.classes[:20])}, the model {', '.join(self.classes[:20])}"
+            )
+        chosen = np.arange(len(found.labels))
+        if data is None:
+            _, chosen = split_images(found, own.get("val_fraction", 0.2), own.get("seed", 0))
+        loss, accuracy = score(self.logits(found.images[chosen]), found.labels[chosen])
+        return ImageEvaluation(loss, accuracy, len(chosen))
+
+
+def softmax(logits):
+    """(N, classes) -> probabilities, float64."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def score(logits, labels):
+    """(mean negative log-likelihood in nats, share of the rows whose largest logit is the label)."""
+    chosen = softmax(logits)[np.arange(len(labels)), labels]
+    with np.errstate(divide="ignore"):
+        return float(-np.log(chosen).mean()), float((logits.argmax(axis=1) == labels).mean())
+
+
+def confusion(logits, labels, n_classes):
+    """(n_classes, n_classes) counts: row = what it is, column = what the model takes it for."""
+    counts = np.zeros((n_classes, n_classes), np.int64)
+    np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
+    return counts
