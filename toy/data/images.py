@@ -129,6 +129,28 @@ def epoch_order(n, seed, epoch):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(3, epoch)))).permutation(n)
 
 
+def deformed(images, seed, step):
+    """The images (N, height, width, channels) a little turned, stretched, slanted and moved, each in its own way: what a
+    model that has few of them must not learn by heart. A function of (seed, step)."""
+    from scipy import ndimage  # takes a moment to import
+
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(4, step))))
+    n, height = images.shape[:2]
+    angle, slant = np.deg2rad(rng.uniform(-12, 12, n)), rng.uniform(-0.15, 0.15, n)
+    stretch, shift = np.exp(rng.uniform(-0.12, 0.12, (n, 2))), rng.uniform(-0.1, 0.1, (n, 2)) * height
+    centre = (np.array(images.shape[1:3]) - 1) / 2
+    out = np.empty_like(images)
+    for i, image in enumerate(images):
+        turn = np.array([[np.cos(angle[i]), -np.sin(angle[i])], [np.sin(angle[i]), np.cos(angle[i])]])
+        matrix = turn @ np.array([[stretch[i, 0], slant[i]], [0.0, stretch[i, 1]]])
+        offset = centre - matrix @ centre + shift[i]
+        for channel in range(images.shape[3]):
+            ndimage.affine_transform(
+                image[..., channel], matrix, offset, output=out[i, ..., channel], order=1, mode="nearest"
+            )
+    return out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # data sets by name
 # ----------------------------------------------------------------------------------------------------------------------
