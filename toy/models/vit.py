@@ -86,10 +86,17 @@ class ViT(Model):
 
     @staticmethod
     def parameter_stds(config):
-        """Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0 (as GPT-2); the patch matrix
-        with variance 1/in, which keeps the size of the pixels."""
-        stds = residual_stream_stds(ViT.parameter_shapes(config), config.n_layers)
-        return stds | {"patch_embd.weight": config.patch_numbers**-0.5}
+        """Matrices with variance 1/in, which keeps the size of what goes through them (a small ViT is too narrow for a fixed
+        0.02), those into the residual stream scaled by 1/sqrt(2 n_layers); class token and positions Normal(0, 0.1); gains 1,
+        biases 0."""
+        shapes = ViT.parameter_shapes(config)
+        stds = residual_stream_stds(shapes, config.n_layers)
+        for name, shape in shapes.items():
+            if name in ("class_embd.weight", "position_embd.weight"):
+                stds[name] = 0.1
+            elif len(shape) == 2:
+                stds[name] *= shape[1] ** -0.5 / 0.02
+        return stds
 
     # -- forward ------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from toy import recipes
 from toy.config import ViTConfig
-from toy.data.images import Normalisation, epoch_order, load_images, split_images
+from toy.data.images import Normalisation, deformed, epoch_order, load_images, split_images
 from toy.files import BadFileError
 from toy.trained.classify import confusion, score
 from toy.training.options import DATA, MODEL, RunOptions, again, check_fraction, option
@@ -30,16 +30,20 @@ class ViTTinyOptions(RunOptions):
         None,
         "Pixels of a patch's side; they divide the image's.",
         MODEL,
-        shown="about a quarter of the image",
+        shown="a quarter of it, 4 to 16",
         at_least=1,
     )
+    augment: str = option(
+        "affine", "Turn, stretch, slant and move the training images a little.", DATA, choices=("affine", "none")
+    )
     d_model: int = option(64, "Width of the residual stream.", MODEL, at_least=1)
-    layers: int = option(4, "Blocks.", MODEL, at_least=1)
+    layers: int = option(3, "Blocks.", MODEL, at_least=1)
     heads: int = option(4, "Attention heads in a block; they divide the width.", MODEL, at_least=1)
     d_ff: int | None = option(None, "Hidden width of the MLP.", MODEL, shown="4 x d-model", at_least=1)
     init_scale: float = option(1.0, "Multiplies the standard deviations of the first weights.", MODEL)
-    steps: int = again("steps", 1500, RunOptions)
+    steps: int = again("steps", 1000, RunOptions)
     batch: int = again("batch", 64, RunOptions, help="Images in a step.")
+    lr: float = again("lr", 3e-3, RunOptions)
     schedule: str = again("schedule", "cosine", RunOptions)
     weight_decay: float = again("weight_decay", 0.05, RunOptions)
 
@@ -69,7 +73,7 @@ class ViTTinyStart(Start):
         self.train, self.test = split_images(data, o.val_fraction, o.seed)
         self.normalise = Normalisation.of(data.images[self.train])
         image_size, channels = data.images.shape[2:]
-        patch = o.patch_size or nearest_divisor(image_size, image_size / 4)
+        patch = o.patch_size or nearest_divisor(image_size, min(max(image_size / 4, 4), 16))
         self.options = o = dataclasses.replace(o, data=data.path or o.data, patch_size=patch)
         self.config = ViTConfig(
             image_size=image_size,
@@ -100,7 +104,10 @@ class ViTTinyStart(Start):
         places = np.arange(step * o.batch, (step + 1) * o.batch)
         orders = {epoch: epoch_order(n, o.seed, int(epoch)) for epoch in np.unique(places // n)}
         chosen = self.train[[orders[place // n][place % n] for place in places]]
-        return self.normalise(self.data.images[chosen]), self.data.labels[chosen]
+        images = self.data.images[chosen]
+        if o.augment == "affine":
+            images = deformed(images, o.seed, step)
+        return self.normalise(images), self.data.labels[chosen]
 
     def logits(self):
         """Of the test part -> float32 (number of test images, classes)."""
