@@ -23,12 +23,9 @@ class CpuGraphOps(GraphOps):
         self.nodes = {}  # by name of a kernel: how many nodes there are of it
 
     def integers(self, role, n, limit):
-        ids = Integers(role, n, limit)
-        narrow = self.feed((n,), "i32", lambda arrays: arrays[role])
-        self.graph.limit(narrow, -1 if role == "labels" else 0, limit, role)
-        ids.narrow = narrow
+        ids = super().integers(role, n, limit)
         # int64, what the kernels read: two int32 each
-        ids.tensor = self._node(self.kernels.WIDEN, [narrow], (n, 2), dtype="i32", n_tasks=1)
+        ids.tensor = self._node(self.kernels.WIDEN, [ids.narrow], (n, 2), dtype="i32", n_tasks=1)
         return ids
 
     def _node(self, kernel, *arguments, **options):

@@ -23,12 +23,12 @@ class Slot:
 class Integers:
     """An integer vector (N,) that is filled at every step. role: "token_ids", "positions" or "labels".
 
-    tensor: what the ops read; narrow: the same numbers as ggml's own operations read them (`CpuGraphOps`)."""
+    narrow: int32, what ggml's own operations read; tensor: what the ops of the table read."""
 
     ndim = 1
 
-    def __init__(self, role, n, limit):
-        self.role, self.n, self.limit, self.tensor, self.narrow = role, n, limit, None, None
+    def __init__(self, role, n, limit, narrow):
+        self.role, self.n, self.limit, self.narrow, self.tensor = role, n, limit, narrow, narrow
 
 
 class GraphOps:
@@ -40,12 +40,14 @@ class GraphOps:
         self.feeds = []
         self.slots = slots or {}
         self.finished = finished or (lambda slot: None)
-        self.token_rows = None  # set by integers()
         self.row_numbers = {}  # by size: 0, 1, 2, ... for reading the rows of a quantised weight
 
     def integers(self, role, n, limit):
         """A vector of n integers in 0 .. limit-1 (labels: from -1) that `feeds` fills at every step."""
-        return Integers(role, n, limit)
+        narrow = self.feed((n,), "i32", lambda arrays: arrays[role])
+        self.graph.set_name(narrow, role)
+        self.graph.limit(narrow, -1 if role == "labels" else 0, limit, role)
+        return Integers(role, n, limit, narrow)
 
     def feed(self, shape, dtype, function):
         """A graph input whose value at each step is function(arrays by role)."""
@@ -103,7 +105,7 @@ class GraphOps:
         graph, d_x = self.graph, None
         for start, stop, band in self._bands(weight):
             columns = graph.cont(graph.slice(d_y, 1, start, stop))  # (N, rows of the band)
-            part = graph.mul_mat(graph.cont(graph.transpose(band)), columns)
+            part = graph.mul_mat(graph.transposed(band), columns)
             d_x = part if d_x is None else graph.add(d_x, part)
         return d_x
 
