@@ -291,12 +291,8 @@ def cross_entropy(g, logits, labels, columns):
     half precision, where the gradient of a mean over many tokens would mostly round to zero.
     """
     n, v = logits.shape
-    p = g.soft_max_ext(logits)
-    top = g.reshape(g.argmax(logits), (n, 1))
     rows = (n, v, 1)  # every row of logits as a table of V numbers
-    # -log softmax(x)[i] = (x_top - x_i) - log(p_top): exact however small p_i is, and no small p is ever taken the
-    # logarithm of
-    log_p_top = g.log(g.reshape(g.get_rows(g.reshape(p, rows), top), (n, 1)))
+    top = g.reshape(g.argmax(logits), (n, 1))
     x_top = g.reshape(g.get_rows(g.reshape(logits, rows), top), (n, 1))
     inverse_count = g.input((1, columns), name=f"{labels.name}: 1/count")
 
@@ -305,19 +301,19 @@ def cross_entropy(g, logits, labels, columns):
 
     if labels.dtype == "i32":
         g.limit(labels, -1, v, "classes of the loss, -1 = not counted")
-        classes = g.input((n, 1), "i32", name=f"{labels.name}: classes")
+        target = g.input((n, 1), "i32", name=f"{labels.name}: classes")
         weights = g.input((n, 1), name=f"{labels.name}: counted")
 
         def derive(values):
             values = values.reshape(-1, 1)
-            classes.upload(np.maximum(values, 0))
+            target.upload(np.maximum(values, 0))
             weights.upload((values >= 0).astype(np.float32))
             upload_count((values >= 0).sum())
 
-        x_label = g.reshape(g.get_rows(g.reshape(logits, rows), classes), (n, 1))
-        losses = g.mul(g.sub(g.sub(x_top, x_label), log_p_top), weights)
-        target = classes
+        x_label = g.reshape(g.get_rows(g.reshape(logits, rows), target), (n, 1))
+        below_top = g.mul(g.sub(x_top, x_label), weights)
     else:
+        target = labels
         weights = g.input((n, 1), name=f"{labels.name}: row sums")
 
         def derive(values):
@@ -325,9 +321,13 @@ def cross_entropy(g, logits, labels, columns):
             weights.upload(values.sum(axis=1, keepdims=True, dtype=np.float64))
             upload_count(np.any(values != 0, axis=1).sum())
 
-        below = g.sum_rows(g.mul(labels, g.sub(logits, x_top)))  # sum of labels * (x - x_top)
-        losses = g.scale(g.add(below, g.mul(log_p_top, weights)), -1.0)
-        target = labels
+        logits = g.sub(logits, x_top)
+        below_top = g.scale(g.sum_rows(g.mul(labels, logits)), -1.0)
+    # -log softmax(x)[i] = (x_top - x_i) - log(p_top): exact however small p_i is, and p_top is never small. The softmax
+    # comes last, because it then takes the memory of the logits.
+    p = g.soft_max_ext(logits)
+    log_p_top = g.log(g.reshape(g.get_rows(g.reshape(p, rows), top), (n, 1)))
+    losses = g.sub(below_top, g.mul(log_p_top, weights))
     g.on_upload(labels, derive)
     mean = g.mul(g.sum(losses), part_of_row(g, inverse_count, 1))
     return mean, (p, weights, target, inverse_count)

@@ -97,7 +97,7 @@ def _times_quantized(d_y, weight):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# residual stream and column plumbing
+# residual stream, and how numbers lie in matrices
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +119,20 @@ def split(x, widths):
 def concat(parts):
     """Put matrices (N, w_i) side by side -> (N, sum w_i). The backward of `split`."""
     return np.concatenate(parts, axis=1)
+
+
+def reshape(x, rows):
+    """The numbers of x (N, D) row after row as (rows, N*D/rows): a view if x is C-contiguous, else of a copy.
+
+    Its backward is the same op, with the rows that x had. With B rows, one for each sequence, `split` and `concat` cut
+    and join sequences: (B, T*D).
+    """
+    return x.reshape(rows, -1)
+
+
+def zeros_like(x):
+    """Zeros in the shape of x (N, D): the gradient of what has no part in the loss."""
+    return np.zeros_like(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -419,8 +433,3 @@ def adamw_step(weight, gradient, m, v, hp):
 def sum_of_squares(x):
     """Sum of x^2 over all elements of x (any shape), added up in double precision -> float. For the gradient norm."""
     return float(np.sum(np.square(x, dtype=np.float64)))
-
-
-def scale_(x, factor):
-    """x *= factor, in place; x of any shape. For gradient clipping."""
-    x *= x.dtype.type(factor)

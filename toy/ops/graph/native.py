@@ -173,14 +173,6 @@ class NativeGraphOps(GraphOps):
             self.masks[t_q, t_k] = self.constant(np.where(future, -np.inf, 0.0).astype(np.float32))
         return self.masks[t_q, t_k]
 
-    # -- columns ------------------------------------------------------------------------------------------------------
-
-    def concat(self, parts):
-        whole = parts[0]
-        for part in parts[1:]:
-            whole = self.graph.concat(whole, part, axis=1)
-        return whole
-
     # -- loss and optimizer -------------------------------------------------------------------------------------------
 
     def cross_entropy(self, logits, labels):

@@ -117,6 +117,21 @@ class GraphOps:
     def scale(self, x, factor):
         return self.graph.scale(x if x.is_contiguous else self.graph.cont(x), factor)
 
+    def reshape(self, x, rows):
+        size = x.shape[0] * x.shape[1]
+        if rows < 1 or size % rows:
+            raise ValueError(f"reshape: rows must be a divisor of the {size} numbers of x {x.shape}, not {rows}")
+        return self.graph.reshape(x if x.is_contiguous else self.graph.cont(x), (rows, size // rows))
+
+    def zeros_like(self, x):
+        return self.graph.full(x.shape, 0.0)
+
+    def concat(self, parts):
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = self.graph.concat(whole, part, axis=1)
+        return whole
+
     def split(self, x, widths):
         ends = np.cumsum(widths).tolist()
         return tuple(self.graph.slice(x, 1, end - width, end) for width, end in zip(widths, ends))
