@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-from toy.ops.graph.recording import GraphOps, check_trained, is_quantized
+from toy.ops.graph.recording import GraphOps, check_attention, check_trained, is_quantized
 
 
 class CpuGraphOps(GraphOps):
@@ -169,11 +169,13 @@ class CpuGraphOps(GraphOps):
 
     def _norm_backward(self, kernel, d_y, cache, slots):
         x, gamma, statistics = cache
-        slots = [slot for slot in slots if slot is not None]
-        partials = [self.graph.blank((self.n_threads, x.shape[1])) for _ in slots]  # one row a thread
+        partials = []  # of gamma and beta, one row a thread; all or none
+        if any(slot is not None for slot in slots):
+            partials = [self.graph.blank((self.n_threads, x.shape[1])) for _ in slots]
         d_x = self._node(kernel, [d_y, x, gamma, statistics, *partials], x.shape, writes=partials)
         for slot, partial in zip(slots, partials):
-            self._into(slot, self.kernels.ADD_PARTIALS, [partial])
+            if slot is not None:
+                self._into(slot, self.kernels.ADD_PARTIALS, [partial])
         self.contributed(*slots)
         return d_x
 
@@ -242,22 +244,12 @@ class CpuGraphOps(GraphOps):
     def attention(self, q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
         n_kv_heads = n_kv_heads or n_heads
         numbers = struct.pack("4q", batch, n_heads, n_kv_heads, int(causal))
-        self._check_attention(q, k, v, batch, n_heads, n_kv_heads, causal)
+        check_attention(q, k, v, batch, n_heads, n_kv_heads, causal)
         largest = self.graph.blank((batch * n_heads, q.shape[0] // batch))  # q.k of each query and head
         scratch = self._scratch(k.shape[0] // batch)
         inputs = [q, k, v, largest, scratch]
         out = self._node(self.kernels.ATTENTION, inputs, q.shape, params=numbers, writes=[largest, scratch])
         return out, (inputs, numbers)
-
-    @staticmethod
-    def _check_attention(q, k, v, batch, n_heads, n_kv_heads, causal):
-        (n_q, width), (n_k, kv_width) = q.shape, k.shape
-        heads_fit = not (n_heads % n_kv_heads or width % n_heads) and kv_width == width // n_heads * n_kv_heads
-        if v.shape != k.shape or not heads_fit or n_q % batch or n_k % batch or (causal and n_k < n_q):
-            raise ValueError(
-                f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit batch={batch}, n_heads={n_heads}, "
-                f"n_kv_heads={n_kv_heads}, causal={causal}: q is (B*Tq, n_heads*d_head), k and v (B*Tk, n_kv_heads*d_head)"
-            )
 
     def attention_backward(self, d_out, cache):
         inputs, numbers = cache
@@ -288,6 +280,7 @@ class CpuGraphOps(GraphOps):
     def cross_entropy(self, logits, labels):
         dense = labels.ndim == 2
         source = labels if dense else labels.tensor
+        logits = logits if logits.is_contiguous else self.graph.cont(logits)
         statistics = self.graph.blank((4, logits.shape[0]))
         numbers = struct.pack("q", int(dense))
         statistics = self._node_into(self.kernels.CROSS_ENTROPY, statistics, [logits, source], params=numbers)

@@ -7,7 +7,7 @@ gradients of its parameters, heads, frozen weights that are read a band at a tim
 import numpy as np
 
 from ggml_bridge import ops as rules
-from toy.ops.graph.recording import GraphOps, check_trained, is_quantized
+from toy.ops.graph.recording import GraphOps, check_attention, check_trained, is_quantized
 
 
 class NativeGraphOps(GraphOps):
@@ -121,6 +121,7 @@ class NativeGraphOps(GraphOps):
 
     def attention(self, q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
         g, n_kv_heads = self.graph, n_kv_heads or n_heads
+        check_attention(q, k, v, batch, n_heads, n_kv_heads, causal)
         width = q.shape[1]
         q = self._to_heads(q, batch, n_heads)  # (B, H, Tq, d)
         k = self._to_heads(k, batch, n_kv_heads)  # (B, K, Tk, d)

@@ -145,3 +145,17 @@ def is_quantized(weight):
 def check_trained(weight):
     if is_quantized(weight):
         raise ValueError(QUANTIZED_IS_FROZEN)
+
+
+def check_attention(q, k, v, batch, n_heads, n_kv_heads, causal):
+    """Raise ValueError unless the shapes are those that `reference.attention` names."""
+    numbers_fit = min(batch, n_heads, n_kv_heads) > 0 and n_heads % n_kv_heads == 0
+    if numbers_fit:
+        (n_q, width), (n_k, kv_width) = q.shape, k.shape
+        shapes_fit = v.shape == k.shape and width % n_heads == 0 and kv_width == width // n_heads * n_kv_heads
+        rows_fit = n_q % batch == 0 and n_k % batch == 0 and (n_k >= n_q or not causal)
+    if not (numbers_fit and shapes_fit and rows_fit):
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit batch={batch}, n_heads={n_heads}, "
+            f"n_kv_heads={n_kv_heads}, causal={causal}: q is (B*Tq, n_heads*d_head), k and v (B*Tk, n_kv_heads*d_head)"
+        )
