@@ -11,7 +11,6 @@ allow it. Whether tensors fit each other is for those to check who record a node
 import struct
 
 from libc.stdint cimport int32_t, int64_t
-from libc.string cimport memcpy, memset
 
 from ggml_bridge.kernel cimport ggml_tensor, kernel_capsule
 from toy._kernels cimport blas

@@ -18,7 +18,7 @@ cimport numpy as cnp
 from toy._kernels cimport blas
 from toy._kernels.arrays cimport ANY, Matrix, check_cache, get_matrix, new_matrix
 from toy._kernels.memory cimport empty_matrix, empty_vector, matrix_view
-from toy._kernels.threads cimport run, slice_start, slices_for
+from toy._kernels.threads cimport run, slice_start
 
 cnp.import_array()
 

@@ -21,14 +21,14 @@ class Slot:
 
 
 class Integers:
-    """An integer vector (N,) that is filled at every step. role: "token_ids", "positions" or "labels".
+    """An integer vector (N,) that is filled at every step; its numbers are below `limit`.
 
     narrow: int32, what ggml's own operations read; tensor: what the ops of the table read."""
 
     ndim = 1
 
-    def __init__(self, role, n, limit, narrow):
-        self.role, self.n, self.limit, self.narrow, self.tensor = role, n, limit, narrow, narrow
+    def __init__(self, n, limit, narrow):
+        self.n, self.limit, self.narrow, self.tensor = n, limit, narrow, narrow
 
 
 class GraphOps:
@@ -43,11 +43,14 @@ class GraphOps:
         self.row_numbers = {}  # by size: 0, 1, 2, ... for reading the rows of a quantised weight
 
     def integers(self, role, n, limit):
-        """A vector of n integers in 0 .. limit-1 (labels: from -1) that `feeds` fills at every step."""
+        """A vector of n integers in 0 .. limit-1 (labels: from -1) that `feeds` fills at every step.
+
+        role: the name of its values among the arrays of a step, "token_ids", "positions" or "labels".
+        """
         narrow = self.feed((n,), "i32", lambda arrays: arrays[role])
         self.graph.set_name(narrow, role)
         self.graph.limit(narrow, -1 if role == "labels" else 0, limit, role)
-        return Integers(role, n, limit, narrow)
+        return Integers(n, limit, narrow)
 
     def feed(self, shape, dtype, function):
         """A graph input whose value at each step is function(arrays by role)."""
