@@ -13,7 +13,7 @@ import numpy as np
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.math cimport isfinite
-from libc.stdint cimport INT32_MAX, INT64_MAX, int32_t, int64_t, uintptr_t
+from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 

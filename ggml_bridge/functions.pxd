@@ -1,17 +1,14 @@
 """Declarations of functions.h: ggml's types, and its functions under the names of the pointers that loading.py fills."""
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 from libcpp cimport bool as cbool
 
 cdef extern from "functions.h" nogil:
     enum:
-        GGML_MAX_DIMS
         GGML_MAX_SRC
         GGML_MAX_N_THREADS
         GGML_N_TASKS_MAX
-        GGML_TENSOR_FLAG_INPUT
         GGML_TENSOR_FLAG_OUTPUT
-        GGML_TENSOR_FLAG_PARAM
         GGML_STATUS_SUCCESS
 
     enum ggml_type:
@@ -23,7 +20,6 @@ cdef extern from "functions.h" nogil:
 
     enum ggml_op:
         GGML_OP_NONE
-        GGML_OP_DUP
         GGML_OP_ADD
         GGML_OP_SUB
         GGML_OP_MUL
@@ -37,8 +33,6 @@ cdef extern from "functions.h" nogil:
         GGML_OP_ROPE
         GGML_OP_ROPE_BACK
         GGML_OP_UNARY
-        GGML_OP_CPY
-        GGML_OP_SET_ROWS
         GGML_OP_FILL
         GGML_OP_CUSTOM
         GGML_OP_OPT_STEP_ADAMW
@@ -46,7 +40,6 @@ cdef extern from "functions.h" nogil:
         GGML_OP_VIEW
         GGML_OP_PERMUTE
         GGML_OP_TRANSPOSE
-        GGML_OP_COUNT
 
     enum ggml_unary_op:
         GGML_UNARY_OP_ABS
@@ -63,7 +56,6 @@ cdef extern from "functions.h" nogil:
         GGML_UNARY_OP_GELU_ERF
 
     enum ggml_glu_op:
-        GGML_GLU_OP_REGLU
         GGML_GLU_OP_SWIGLU
 
     enum ggml_status:

@@ -44,6 +44,7 @@ cdef class Graph:
     cdef list inputs  # Leaf
     cdef list used_inputs  # Leaf, those that live nodes read
     cdef list custom_parameters
+    cdef dict transposes  # address of an owner of memory -> {address of a tensor in it: address of its transposed copy}
     cdef ggml_tensor **nodes
     cdef unsigned char *keep  # the node writes into a tensor: never dropped
     cdef size_t n_nodes, room
@@ -64,6 +65,7 @@ cdef class Graph:
         self.inputs = []
         self.used_inputs = []
         self.custom_parameters = []
+        self.transposes = {}
         self.cleared = set()
         self.closed = False
         self.capacity = capacity
@@ -97,6 +99,7 @@ cdef class Graph:
             self.inputs.clear()
             self.used_inputs.clear()
             self.custom_parameters.clear()
+            self.transposes.clear()
         self.cgraph = NULL
         self.graph_block = None
         free(self.nodes)
@@ -186,6 +189,7 @@ cdef class Graph:
             raise ValueError(f"{op}: {what} = {tensor!r} is mapped memory, which is read-only")
         if tensor.leaf is not None and not tensor.is_persistent:
             raise ValueError(f"{op}: {what} = {tensor!r} is an input; write into a persistent tensor instead")
+        self.transposes.pop(<uintptr_t>root_of(tensor.t), None)
         return tensor
 
     cdef int arg_index(self, Tensor ids, int64_t rows, str op, str what) except -1:
@@ -391,6 +395,22 @@ cdef class Graph:
         axes[-2:] = axes[:-3:-1]
         return self.permute(a, axes)
 
+    def transposed(self, a):
+        """A contiguous copy of a with its last two axes exchanged: one copy for all who ask, until a node writes into a.
+
+        Where the view is contiguous as it is (one row, one column) nothing is copied.
+        """
+        cdef Tensor x = self.arg(a, "transposed", "a")
+        self.check_recording()
+        cdef dict copies = self.transposes.setdefault(<uintptr_t>root_of(x.t), {})
+        key = <uintptr_t>x.t
+        if key not in copies:
+            view = self.transpose(a)
+            if view.is_contiguous:
+                return view
+            copies[key] = <uintptr_t>(<Tensor>self.cont(view)).t
+        return make_tensor(<ggml_tensor *><uintptr_t>copies[key], self, x.ndim)
+
     def cont(self, a, shape=None):
         """A contiguous copy, optionally in another shape with the same number of elements."""
         cdef Tensor x = self.arg(a, "cont", "a")
@@ -423,6 +443,7 @@ cdef class Graph:
             y = self.arg_writable(target, "cpy", "target")
         elif not ggml_is_contiguous(y.t) or (y.leaf is None) == y.is_persistent:
             raise ValueError(f"cpy: target = {y!r} must be contiguous, and persistent or computed")
+        self.transposes.pop(<uintptr_t>root_of(y.t), None)
         if ggml_nelements(x.t) != ggml_nelements(y.t):
             raise ValueError(f"cpy: {x!r} and {y!r} have different numbers of elements")
         if root_of(x.t) == root_of(y.t):

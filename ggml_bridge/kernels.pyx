@@ -1,9 +1,9 @@
 # cython: language_level=3, cdivision=True
-"""The project's compiled kernels as nodes of a ggml graph: each function checks its tensors and appends one or two nodes.
+"""The project's compiled kernels as nodes of a ggml graph: capsules for `Graph.custom`.
 
 The arithmetic is in toy/_kernels; here a callback reads pointers, shapes and strides out of ggml's tensors and hands over
-slice `ith` of `nth`, on ggml's threads or on the kernels' own (`POOL`). CPU only. Shapes are numpy shapes; matrices may be columns of a wider
-one wherever the kernels allow it. Every function raises ValueError for tensors that do not fit each other.
+slice `ith` of `nth`, on the kernels' own threads (`POOL`). CPU only. Matrices may be columns of a wider one wherever the kernels
+allow it. Whether tensors fit each other is for those to check who record a node (toy/ops/graph/cpu.py).
 
 `compute(graph)` runs a graph with BLAS held to one thread, which these nodes need: ggml's threads are the threads.
 """
@@ -11,14 +11,11 @@ one wherever the kernels allow it. Every function raises ValueError for tensors 
 import struct
 
 from libc.stdint cimport int32_t, int64_t
-from libc.string cimport memcpy, memset
 
 from ggml_bridge.kernel cimport ggml_tensor, kernel_capsule, runner_capsule, slice_t
 from toy._kernels cimport blas
 from toy._kernels.attention cimport Attention, attention_backward_, attention_forward, attention_scratch
-from toy._kernels.elementwise cimport (
-    Elementwise, gelu_backward_, gelu_forward, silu_backward_, silu_forward, swiglu_backward_, swiglu_forward,
-)
+from toy._kernels.elementwise cimport Elementwise, elementwise_kernel
 from toy._kernels.embedding cimport Embedding, Rope, embedding_backward_, embedding_forward, rope_rotate
 from toy._kernels.linear cimport Linear, LinearBackward, linear_backward_input, linear_backward_weight, linear_forward
 from toy._kernels.loss cimport CrossEntropy, cross_entropy_backward_, cross_entropy_forward
@@ -48,6 +45,9 @@ cdef inline float* data_or_null(const ggml_tensor* t) noexcept nogil:
 
 cdef inline Py_ssize_t stride(const ggml_tensor* t) noexcept nogil:
     return <Py_ssize_t> (t.nb[1] // sizeof(float))
+
+cdef inline Py_ssize_t stride_or_0(const ggml_tensor* t) noexcept nogil:
+    return stride(t) if t != NULL else 0
 
 cdef inline Py_ssize_t size_of(const ggml_tensor* t) noexcept nogil:
     return t.ne[0] * t.ne[1] * t.ne[2] * t.ne[3]
@@ -219,54 +219,30 @@ cdef void add_partials_node(ggml_tensor* dst, int ith, int nth, void* params) no
             total[i] += part[row * columns + i]
 
 
-# -- elementwise ----------------------------------------------------------------------------------------------------------
+# -- elementwise: one node for all of them ----------------------------------------------------------------------------------
 
-cdef inline void fill_elementwise(Elementwise* a, ggml_tensor* dst, const ggml_tensor* x, const ggml_tensor* y,
-                                  const ggml_tensor* d_y, float* out2) noexcept nogil:
+cdef struct ElementwiseNode:    # the params
+    Kernel kernel
+    int64_t is_backward
+
+
+cdef void elementwise_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
+    """Forward: inputs a and, where there is one, b. Backward: d_y, a and b; dst has the gradients of a and b side by side."""
+    cdef ElementwiseNode* node = <ElementwiseNode*> params
+    cdef int first = 1 if node.is_backward else 0
+    cdef const ggml_tensor* x = dst.src[first]
+    cdef const ggml_tensor* y = dst.src[first + 1]
+    cdef Elementwise a
     a.rows, a.columns = x.ne[1], x.ne[0]
     a.a, a.a_stride = data(x), stride(x)
-    a.b = data_or_null(y)
-    a.b_stride = stride(y) if y != NULL else 0
-    a.d_y = data_or_null(d_y)
-    a.d_y_stride = stride(d_y) if d_y != NULL else 0
+    a.b, a.b_stride = data_or_null(y), stride_or_0(y)
+    a.d_y, a.d_y_stride = NULL, 0
+    if node.is_backward:
+        a.d_y, a.d_y_stride = data(dst.src[0]), stride(dst.src[0])
     a.out, a.out_stride = data(dst), stride(dst)
-    a.out2, a.out2_stride = out2, stride(dst)
-
-
-cdef void gelu_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
-    cdef Elementwise a
-    fill_elementwise(&a, dst, dst.src[0], NULL, NULL, NULL)
-    gelu_forward(&a, ith, nth)
-
-
-cdef void gelu_backward_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
-    cdef Elementwise a
-    fill_elementwise(&a, dst, dst.src[0], NULL, dst.src[1], NULL)
-    gelu_backward_(&a, ith, nth)
-
-
-cdef void silu_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
-    cdef Elementwise a
-    fill_elementwise(&a, dst, dst.src[0], NULL, NULL, NULL)
-    silu_forward(&a, ith, nth)
-
-
-cdef void silu_backward_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
-    cdef Elementwise a
-    fill_elementwise(&a, dst, dst.src[0], NULL, dst.src[1], NULL)
-    silu_backward_(&a, ith, nth)
-
-
-cdef void swiglu_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
-    cdef Elementwise a
-    fill_elementwise(&a, dst, dst.src[0], dst.src[1], NULL, NULL)
-    swiglu_forward(&a, ith, nth)
-
-
-cdef void swiglu_backward_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
-    cdef Elementwise a  # dst: (rows, 2*columns), d_gate beside d_up
-    fill_elementwise(&a, dst, dst.src[0], dst.src[1], dst.src[2], data(dst) + dst.src[0].ne[0])
-    swiglu_backward_(&a, ith, nth)
+    a.out2, a.out2_stride = a.out + a.columns, stride(dst)
+    a.factor = 0
+    node.kernel(&a, ith, nth)
 
 
 # -- rope -----------------------------------------------------------------------------------------------------------------
@@ -304,11 +280,10 @@ cdef void attention_node(ggml_tensor* dst, int ith, int nth, void* params) noexc
 cdef void attention_backward_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
     """dst: (rows, width of q + k + v), the three gradients side by side."""
     cdef Attention a
-    cdef const ggml_tensor* out = dst.src[6]
     cdef const ggml_tensor* d_out = dst.src[5]
     fill_attention(&a, <const int64_t*> params, dst.src[0], dst.src[1], dst.src[2])
     a.largest, a.scratch = data(dst.src[3]), data(dst.src[4])
-    a.out, a.out_stride, a.d_out, a.d_out_stride = data(out), stride(out), data(d_out), stride(d_out)
+    a.out, a.out_stride, a.d_out, a.d_out_stride = NULL, 0, data(d_out), stride(d_out)
     a.d_q, a.d_q_stride = data(dst), stride(dst)
     a.d_k, a.d_k_stride = a.d_q + dst.src[0].ne[0], stride(dst)
     a.d_v, a.d_v_stride = a.d_k + dst.src[1].ne[0], stride(dst)
@@ -413,12 +388,7 @@ LAYER_NORM = kernel_capsule(layer_norm_node)
 RMS_NORM_BACKWARD = kernel_capsule(rms_norm_backward_node)
 LAYER_NORM_BACKWARD = kernel_capsule(layer_norm_backward_node)
 ADD_PARTIALS = kernel_capsule(add_partials_node)
-GELU = kernel_capsule(gelu_node)
-GELU_BACKWARD = kernel_capsule(gelu_backward_node)
-SILU = kernel_capsule(silu_node)
-SILU_BACKWARD = kernel_capsule(silu_backward_node)
-SWIGLU = kernel_capsule(swiglu_node)
-SWIGLU_BACKWARD = kernel_capsule(swiglu_backward_node)
+ELEMENTWISE = kernel_capsule(elementwise_node)
 ROPE = kernel_capsule(rope_node)
 ATTENTION = kernel_capsule(attention_node)
 ATTENTION_BACKWARD = kernel_capsule(attention_backward_node)
@@ -448,6 +418,14 @@ def attention_scratch_floats(t_k):
     cdef Attention a
     a.t_k = t_k
     return attention_scratch(&a)
+
+
+def elementwise(name):
+    """The params of an ELEMENTWISE node: "gelu", "gelu_backward", ... as `toy._kernels.elementwise` calls them."""
+    cdef ElementwiseNode node
+    node.kernel = elementwise_kernel(name)
+    node.is_backward = name.endswith("_backward")
+    return (<char*> &node)[:sizeof(ElementwiseNode)]
 
 
 def quantized_floats(n_in, n_out):

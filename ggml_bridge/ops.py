@@ -1,12 +1,14 @@
-"""The operations of a Session: each as a composition of ggml's forward operations, its backward right below it.
+"""The rules of the native graphs: each operation as a composition of ggml's forward operations, its backward right below it.
 
 ggml's own backward pass lacks rules for LayerNorm, GELU, TANH and CONCAT and ends the process when it meets one, its
 softmax gradient is wrong when buffers are reused, and it uses operations that Metal does not have. So the rules here
-are written out, with operations that every ggml device runs, and hold when memory is reused.
+are written out, with operations that every ggml device runs, and hold when memory is reused. A `Session` records them
+verb by verb; an op table (toy/ops/graph/native.py) is made of them.
 
 A forward takes the graph and tensors and returns `(out, cache)`; its backward takes the graph, `d_out` and the same
-arguments and returns one gradient per tensor (None where there is none). Activations are (N, D), weights (out, in).
-Every gradient is contiguous. `d_<name>` is the gradient of the loss with respect to `<name>`.
+arguments and returns one gradient per tensor (None where there is none). A gradient that nobody uses is dropped by
+`Graph.allocate`. Activations are (N, D), weights (out, in). `d_out` is contiguous, and so is every gradient that is
+returned. `d_<name>` is the gradient of the loss with respect to `<name>`.
 """
 
 import math
@@ -18,14 +20,9 @@ def contiguous(g, x):
     return x if x.is_contiguous else g.cont(x)
 
 
-def transposed(g, x):
-    """(N, D) -> (D, N), contiguous."""
-    return contiguous(g, g.transpose(x))
-
-
 def columns_summed(g, d):
     """(N, D) -> (D,): the sum over the rows."""
-    return g.reshape(g.sum_rows(transposed(g, d)), (d.shape[1],))
+    return g.reshape(g.sum_rows(g.transposed(d)), (d.shape[1],))
 
 
 def as_matrix(x):
@@ -45,7 +42,16 @@ def reduced(g, d, x):
         total = columns_summed(g, d)
     else:
         total = g.sum_rows(d)
-    return g.reshape(total, x.shape)
+    return total if total.shape == x.shape else g.reshape(total, x.shape)
+
+
+def part_of_row(g, row, columns):
+    """The first numbers of a row (1, width) of equal ones, to multiply a matrix of so many columns with.
+
+    A single one where the matrix is wider than the row: a CPU then repeats it element by element, which takes longer.
+    """
+    width = row.shape[1]
+    return row if columns == width else g.slice(row, 1, 0, columns if columns < width else 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +112,16 @@ def silu(g, x):
 
 
 def silu_backward(g, d_out, cache, x):
-    return (g.silu_back(d_out, x),)
+    return (g.silu_back(d_out, contiguous(g, x)),)
+
+
+def swiglu(g, gate, up):
+    """silu(gate) * up (Shazeer 2020, eq. 6)."""
+    return g.swiglu(gate, up), None
+
+
+def swiglu_backward(g, d_out, cache, gate, up):
+    return g.silu_back(g.mul(d_out, up), contiguous(g, gate)), g.mul(d_out, g.silu(gate))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,8 +135,9 @@ def matmul(g, w, x):
 
 
 def matmul_backward(g, d_out, cache, w, x):
-    d_w = g.mul_mat(transposed(g, x), transposed(g, d_out))  # d_out^T @ x: (out, in)
-    d_x = g.mul_mat(transposed(g, w), d_out)  # d_out @ w: (N, in)
+    # d_x first: w^T is then gone before d_w, which may be as large, is made
+    d_x = g.mul_mat(g.transposed(w), d_out)  # d_out @ w: (N, in)
+    d_w = g.mul_mat(g.transposed(x), g.transposed(d_out))  # d_out^T @ x: (out, in)
     return d_w, d_x
 
 
@@ -130,7 +146,7 @@ def transpose(g, x):
 
 
 def transpose_backward(g, d_out, cache, x):
-    return (transposed(g, d_out),)
+    return (g.transposed(d_out),)
 
 
 def cont_2d(g, x, rows, columns):
@@ -191,14 +207,16 @@ def rms_norm_backward(g, d_out, cache, x, gamma):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def softmax(g, x):
-    """softmax over the last axis."""
-    p = g.soft_max_ext(x)
-    return p, p
+def softmax(g, x, mask=None, factor=1.0):
+    """softmax(factor * x + mask) over the last axis; mask: a constant of 0 and -inf, or None."""
+    p = g.soft_max_ext(x, mask, factor)
+    return p, (p, factor)
 
 
-def softmax_backward(g, d_out, p, x):
-    return (g.mul(p, g.sub(d_out, g.sum_rows(g.mul(d_out, p)))),)
+def softmax_backward(g, d_out, cache, x):
+    p, factor = cache  # a masked x has p = 0 and so gets no gradient
+    d_x = g.mul(p, g.sub(d_out, g.sum_rows(g.mul(d_out, p))))
+    return (d_x if factor == 1.0 else g.scale(d_x, factor),)
 
 
 def diag_mask_inf(g, x, below, additive):
@@ -220,12 +238,14 @@ def get_rows(g, table, ids):
     return g.get_rows(table, ids), None
 
 
-def get_rows_backward(g, d_out, cache, table, ids):
+def get_rows_backward(g, d_out, cache, table, ids, collected=None):
     """d_table[v] = the sum of d_out[n] over all n with ids[n] = v, as a product with a matrix of zeros and ones.
 
     ggml has no scatter that adds, so rows of equal ids are summed by a matmul first. With V <= N that matrix has one
     row for each id (V, N); otherwise one for each *distinct* id of this batch (N, N), and the sums are then written to
     their places in the table. The positions of the ones are derived from the ids when those are uploaded.
+
+    collected: a gradient (V, D) that this one is added to, or None. It may be written into.
     """
     v, d = table.shape
     (n,) = ids.shape
@@ -236,21 +256,25 @@ def get_rows_backward(g, d_out, cache, table, ids):
         )
     ones_at = g.input((n,), "i32", name=f"{ids.name}: slots")
     selector = g.set_rows(g.full((slots * n, 1), 0.0), g.full((n, 1), 1.0), ones_at)
-    sums = g.mul_mat(transposed(g, d_out), g.reshape(selector, (slots, n)))  # (slots, D)
+    sums = g.mul_mat(g.transposed(d_out), g.reshape(selector, (slots, n)))  # (slots, D)
     if v <= n:
         g.on_upload(ids, lambda values: ones_at.upload(values.reshape(-1).astype(np.int64) * n + np.arange(n)))
-        return sums, None
-    # slots that this batch does not use hold zeros; they all go to an extra row below the table
+        return sums if collected is None else g.add(collected, sums), None
     rows_at = g.input((n,), "i32", name=f"{ids.name}: distinct")
 
     def derive(values):
         distinct, slot = np.unique(values.reshape(-1), return_inverse=True)
         ones_at.upload(slot.reshape(-1) * n + np.arange(n))
-        rows_at.upload(np.concatenate([distinct, np.full(n - len(distinct), v)]).astype(np.int64))
+        # the sums of slots that this batch does not use are zeros: they go to rows that it does not use
+        others = np.setdiff1d(np.arange(n), distinct)[: n - len(distinct)]
+        rows_at.upload(np.concatenate([distinct, others]))
 
     g.on_upload(ids, derive)
-    extended = g.set_rows(g.full((v + 1, d), 0.0), sums, rows_at)
-    return g.slice(extended, 0, 0, v), None
+    if collected is None:
+        collected = g.full((v, d), 0.0)
+    else:
+        sums = g.add(sums, g.get_rows(collected, rows_at))
+    return g.set_rows(collected, sums, rows_at), None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,17 +287,13 @@ def cross_entropy(g, logits, labels, columns):
 
     logits (N, V). labels: i32 (N,), -1 = not counted; or f32 (N, V), a row of zeros = not counted.
     The cache holds the sum, from which `cross_entropy_backward` starts, and 1/count as a row of `columns` numbers:
-    gradients are divided by the count when they are used, not here. Metal multiplies matrices in half precision, where
-    the gradient of a mean over many tokens would mostly round to zero.
+    gradients are divided by the count when they are used (`part_of_row`), not here. Metal multiplies matrices in
+    half precision, where the gradient of a mean over many tokens would mostly round to zero.
     """
     n, v = logits.shape
-    p = g.soft_max_ext(logits)
-    top = g.reshape(g.argmax(logits), (n, 1))
     rows = (n, v, 1)  # every row of logits as a table of V numbers
-    # log sum exp(x) = max(x) - log(max(p)): exact, and no small p is ever taken the logarithm of
-    log_p_top = g.log(g.reshape(g.get_rows(g.reshape(p, rows), top), (n, 1)))
+    top = g.reshape(g.argmax(logits), (n, 1))
     x_top = g.reshape(g.get_rows(g.reshape(logits, rows), top), (n, 1))
-    log_total = g.sub(x_top, log_p_top)  # (N, 1)
     inverse_count = g.input((1, columns), name=f"{labels.name}: 1/count")
 
     def upload_count(count):
@@ -281,19 +301,19 @@ def cross_entropy(g, logits, labels, columns):
 
     if labels.dtype == "i32":
         g.limit(labels, -1, v, "classes of the loss, -1 = not counted")
-        classes = g.input((n, 1), "i32", name=f"{labels.name}: classes")
+        target = g.input((n, 1), "i32", name=f"{labels.name}: classes")
         weights = g.input((n, 1), name=f"{labels.name}: counted")
 
         def derive(values):
             values = values.reshape(-1, 1)
-            classes.upload(np.maximum(values, 0))
+            target.upload(np.maximum(values, 0))
             weights.upload((values >= 0).astype(np.float32))
             upload_count((values >= 0).sum())
 
-        x_label = g.reshape(g.get_rows(g.reshape(logits, rows), classes), (n, 1))
-        losses = g.mul(g.sub(log_total, x_label), weights)
-        target = classes
+        x_label = g.reshape(g.get_rows(g.reshape(logits, rows), target), (n, 1))
+        below_top = g.mul(g.sub(x_top, x_label), weights)
     else:
+        target = labels
         weights = g.input((n, 1), name=f"{labels.name}: row sums")
 
         def derive(values):
@@ -301,10 +321,15 @@ def cross_entropy(g, logits, labels, columns):
             weights.upload(values.sum(axis=1, keepdims=True, dtype=np.float64))
             upload_count(np.any(values != 0, axis=1).sum())
 
-        losses = g.scale(g.sum_rows(g.mul(labels, g.sub(logits, log_total))), -1.0)
-        target = labels
+        logits = g.sub(logits, x_top)
+        below_top = g.scale(g.sum_rows(g.mul(labels, logits)), -1.0)
+    # -log softmax(x)[i] = (x_top - x_i) - log(p_top): exact however small p_i is, and p_top is never small. The softmax
+    # comes last, because it then takes the memory of the logits.
+    p = g.soft_max_ext(logits)
+    log_p_top = g.log(g.reshape(g.get_rows(g.reshape(p, rows), top), (n, 1)))
+    losses = g.sub(below_top, g.mul(log_p_top, weights))
     g.on_upload(labels, derive)
-    mean = g.mul(g.sum(losses), g.reshape(g.slice(inverse_count, 1, 0, 1), (1,)))
+    mean = g.mul(g.sum(losses), part_of_row(g, inverse_count, 1))
     return mean, (p, weights, target, inverse_count)
 
 

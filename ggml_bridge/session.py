@@ -544,9 +544,7 @@ class Session:
             raise RuntimeError(f"{verb} comes before realize_backward")
         if self._loss in self._losses:
             *_, inverse_count = self._losses[self._loss]
-            columns = tensor.shape[-1]
-            wide = columns <= inverse_count.shape[1]
-            factor = self._graph.slice(inverse_count, 1, 0, columns if wide else 1)
+            factor = ops.part_of_row(self._graph, inverse_count, tensor.shape[-1])
             gradient = self._graph.mul(gradient, factor)
         self._divided[tensor] = gradient
         return gradient
@@ -634,5 +632,5 @@ def _cross_entropy_step(g, d_loss, cache, logits):
     if d_loss is None:
         return (d_logits,)
     *_, inverse_count = cache
-    factor = g.mul(g.reshape(d_loss, (1, 1)), g.slice(inverse_count, 1, 0, 1))
+    factor = g.mul(g.reshape(d_loss, (1, 1)), ops.part_of_row(g, inverse_count, 1))
     return (g.mul(d_logits, factor),)

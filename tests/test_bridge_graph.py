@@ -107,6 +107,8 @@ CASES = {
     "permute": (lambda g, a: g.cont(g.permute(a, (2, 0, 3, 1))), lambda a: a.transpose(2, 0, 3, 1), (A,)),
     "permute of three axes": (lambda g, a: g.cont(g.permute(a, (2, 0, 1))), lambda a: a.transpose(2, 0, 1), (A[0],)),
     "transpose": (lambda g, a: g.cont(g.transpose(a)), lambda a: a.swapaxes(-1, -2), (A,)),
+    "transposed": (lambda g, a: g.transposed(a), lambda a: a.swapaxes(-1, -2), (A,)),
+    "transposed of one column": (lambda g, a: g.transposed(a), lambda a: a.T, (normal(5, 1),)),
     "cont to a shape": (lambda g, a: g.cont(g.transpose(a), (4, 10)), lambda a: a.T.reshape(4, 10), (M,)),
     "concat of columns": (lambda g, a, b: g.concat(a, b), lambda a, b: np.concatenate([a, b], -1), (A, B)),
     "concat of rows": (lambda g, a, b: g.concat(a, b, 0), lambda a, b: np.concatenate([a, b], 0), (M, N)),
@@ -544,6 +546,38 @@ def test_writes_happen_in_the_order_of_recording():
         assert (after.download() == 7).all() and (w.download() == 7).all()
         g.compute()
         assert np.allclose(total.download(), 2 * values)
+
+
+def test_a_transposed_copy_is_made_once_and_anew_after_a_write():
+    with ggml_bridge.Backend("cpu", 1) as backend:
+        w = backend.persistent((2, 3))
+        g = backend.graph()
+        x = g.input((2, 3))
+        for tensor in (x, w):
+            before = g.n_recorded
+            g.transposed(tensor)
+            assert g.n_recorded == before + 2  # the view and its copy
+            g.transposed(tensor)
+            assert g.n_recorded == before + 2
+        column = g.slice(x, 0, 0, 1)
+        before = g.n_recorded
+        assert g.transposed(column).is_input  # a view of one row: nothing to copy, and still an input
+        assert g.n_recorded == before + 1
+        old = g.output(g.transposed(w))
+        g.add_into(w, x)
+        new = g.output(g.transposed(w))
+        part = g.slice(w, 0, 0, 2)
+        g.transposed(part)
+        g.fill_into(w, 7.0)  # the memory that the part is a view of
+        last = g.output(g.transposed(part))
+        g.allocate()
+        weights, values = normal(2, 3), normal(2, 3)
+        w.upload(weights)
+        x.upload(values)
+        g.compute()
+        assert np.array_equal(old.download(), weights.T)
+        assert np.allclose(new.download(), (weights + values).T)
+        assert (last.download() == 7).all()
 
 
 def test_a_blank_tensor_is_filled_by_nodes():

@@ -143,6 +143,68 @@ def test_two_recipes_take_turns(device):
     assert found == alone
 
 
+def test_rope_tables_are_computed_once_a_graph(monkeypatch):
+    from toy.ops.graph import cpu
+
+    computed = []
+    tables = cpu.rope_tables
+    monkeypatch.setattr(cpu, "rope_tables", lambda *key: computed.append(key) or tables(*key))
+    sizes = {"vocab_size": 11, "d_model": 16, "n_heads": 2, "d_ff": 12, "n_layers": 3, "context_length": 40}
+    config = toy.LlamaConfig(**sizes, n_kv_heads=1, rope_base=5000.0)
+    recipe = toy.recipes.FromScratch("ggml", "cpu").realize(config, toy.RecipeOptions(t_seq=6))
+    assert computed == [(40, 8, 5000.0)]  # not once for q and once for k in every layer
+    constants = [array for _, array in recipe.engine._training("integers").ops.feeds if isinstance(array, np.ndarray)]
+    assert constants == []  # they are in the graph's memory, not here as well
+    recipe.logits(np.arange(6))
+    assert computed == [(40, 8, 5000.0)] * 2  # a graph of its own
+
+
+class CountedUploads:
+    """Stands for a tensor of a feed and counts what is uploaded to it."""
+
+    def __init__(self, tensor):
+        self.tensor, self.n = tensor, 0
+
+    def upload(self, value):
+        self.tensor.upload(value)
+        self.n += 1
+
+
+@pytest.mark.parametrize("device", SPELLINGS)
+def test_positions_that_do_not_change_are_uploaded_once(model, device):
+    recipe = realize(model, device)
+    recorded = recipe.engine._training("integers")
+    named = {}
+    for i, (tensor, function) in enumerate(recorded.feeds):
+        named[tensor.name or i] = counted = CountedUploads(tensor)
+        recorded.feeds[i] = (counted, function)
+    assert {"positions", "token_ids", "labels"} <= named.keys()
+    train(recipe, batches(model, 4))
+    assert {name: named[name].n for name in ("positions", "token_ids", "labels")} == {
+        "positions": 1, "token_ids": 4, "labels": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("device", SPELLINGS)
+def test_positions_that_change_are_uploaded(model, device):
+    (x, y), *_ = batches(model, 1)
+    straight, backwards = np.arange(x.shape[1]), np.arange(x.shape[1])[::-1]
+    ours, numpys = realize(model, device), realize(model, "cpu", "numpy")
+    adamw, row = ours.adamw(lr=2e-3), []
+    for recipe in (ours, numpys):
+        given = straight.copy()
+        losses = [recipe.step(x, given, y, adamw.hp_for_step(0), True)]
+        given[:] = backwards  # the caller's own array, reused
+        losses += [recipe.step(x, given, y, adamw.hp_for_step(k), False) for k in (1, 2)]
+        losses += [recipe.step(x, None, y, adamw.hp_for_step(3), False)]
+        with pytest.raises(ValueError, match="positions"):
+            recipe.step(x, straight + x.shape[1], y, adamw.hp_for_step(4), False)
+        losses += [recipe.step(x, straight, y, adamw.hp_for_step(4), False)]
+        row.append(losses)
+    np.testing.assert_allclose(*row, atol=1e-4)
+    assert abs(row[0][2] - row[0][3]) > 1e-3  # the order counts
+
+
 def test_closed_engines_raise():
     recipe = realize("gpt2", "cpu")
     recipe.close()

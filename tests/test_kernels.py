@@ -301,9 +301,7 @@ def test_sums_of_a_wide_vocabulary_keep_their_digits():
 def test_sum_of_squares_and_scale(n_threads):
     x = normal(700, 300)
     assert accelerated.sum_of_squares(x) == pytest.approx(float((x.astype(np.float64) ** 2).sum()), rel=1e-14)
-    scaled = x.copy()
-    accelerated.scale_(scaled, 0.37)
-    assert np.array_equal(scaled, x * np.float32(0.37))
+    assert np.array_equal(accelerated.scale(x, 0.37), x * np.float32(0.37))
     threads.set_num_threads(1)
     assert accelerated.sum_of_squares(x) == one_thread_sum(x)
 
@@ -392,7 +390,11 @@ WRONG_CALLS = {
     "adamw read-only": (lambda: accelerated.adamw_step(READ_ONLY, W, W, W, HP), ["weight", "read-only"]),
     "adamw moments": (lambda: accelerated.adamw_step(W, W, W, W.astype(float), HP), ["v", "float64"]),
     "adamw row": (lambda: accelerated.adamw_step(W, W, W, W, HP[:, :6]), ["hp", "(1, 6)", "(1, 7)"]),
-    "scale read-only": (lambda: accelerated.scale_(READ_ONLY, 2.0), ["x", "read-only"]),
+    "scale in float64": (lambda: accelerated.scale(W.astype(float), 2.0), ["x", "float64"]),
+    "reshape": (lambda: accelerated.reshape(X, 5), ["rows", "5", "24 numbers", "(6, 4)"]),
+    "reshape to nothing": (lambda: accelerated.reshape(X, 0), ["rows", "0"]),
+    "reshape of a vector": (lambda: accelerated.reshape(G, 2), ["x", "(4,)"]),
+    "zeros like a list": (lambda: accelerated.zeros_like([[1.0]]), ["x", "list"]),
     "sum of a transposed matrix": (lambda: accelerated.sum_of_squares(W.T), ["x", "C-contiguous"]),
     "split": (lambda: accelerated.split(X, [2, 3]), ["widths", "[2, 3]", "(6, 4)"]),
     "split negative": (lambda: accelerated.split(X, [5, -1]), ["widths", "[5, -1]"]),

@@ -81,6 +81,7 @@ OPS = {
 
 def run_case(case, cotangent):
     """The output and the gradients of a `toy.checks.gradcheck.Case`, as float64 arrays, by autograd."""
+    assert case.op in OPS, f"write the PyTorch twin of {case.op} above, by this name, for an outside reference"
     inputs = {name: _leaf(array) for name, array in case.inputs.items()}
     settings = {
         name: torch.as_tensor(value, dtype=torch.float64)

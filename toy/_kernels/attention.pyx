@@ -18,9 +18,11 @@ cimport numpy as cnp
 from toy._kernels cimport blas
 from toy._kernels.arrays cimport ANY, Matrix, check_cache, get_matrix, new_matrix
 from toy._kernels.memory cimport empty_matrix, empty_vector, matrix_view
-from toy._kernels.threads cimport run, slice_start, slices_for
+from toy._kernels.threads cimport run, slice_start
 
 cnp.import_array()
+
+__all__ = ["attention", "attention_backward"]
 
 cdef extern from "simd_math.h" nogil:
     float toy_row_max(const float* x, Py_ssize_t n)
@@ -268,48 +270,3 @@ def attention_backward(d_out, cache):
         run(attention_backward_, &a, slices)
     blas.leave()
     return d_q, d_k, d_v
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# columns: how q, k and v come out of one fused product, and how their gradients go back into one
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def split(x, widths):
-    """Cut the columns of x (N, sum(widths)) into matrices (N, w) for w in widths (views, nothing is copied)."""
-    cdef Matrix m
-    cdef Py_ssize_t start = 0, width
-    get_matrix(&m, x, "x", ANY, ANY, "split: x (N, sum of widths)")
-    parts = []
-    for width in widths:
-        if width < 0 or start + width > m.columns:
-            break
-        parts.append(matrix_view(x, m.data + start, m.rows, width, m.stride))
-        start += width
-    if start != m.columns or len(parts) != len(widths):
-        raise ValueError(f"split: widths {list(widths)} do not add up to the {m.columns} columns of x, shape {x.shape}")
-    return tuple(parts)
-
-
-def concat(parts):
-    """Put matrices (N, w_i) side by side -> (N, sum w_i). The backward of `split`.
-
-    Matrices that already lie side by side in one matrix of just that width (the results of `attention_backward`) are
-    not copied: that matrix is returned.
-    """
-    cdef Matrix first, m, whole
-    cdef Py_ssize_t width = 0
-    cdef bint adjacent = True
-    if not len(parts):
-        raise ValueError("concat: parts is empty, expected at least one matrix")
-    get_matrix(&first, parts[0], "parts", ANY, ANY, "concat: matrices (N, w_i)")
-    base = parts[0].base
-    for part in parts:
-        get_matrix(&m, part, "parts", first.rows, ANY, "concat: matrices (N, w_i)")
-        adjacent = adjacent and part.base is base and m.stride == first.stride and m.data == first.data + width
-        width += m.columns
-    if adjacent and cnp.PyArray_Check(base) and base.dtype == np.float32 and base.shape == (first.rows, width):
-        get_matrix(&whole, base, "parts", first.rows, width, "concat: matrices (N, w_i)")
-        if whole.data == first.data and (whole.stride == first.stride or first.rows <= 1):
-            return base
-    return np.concatenate(parts, axis=1)

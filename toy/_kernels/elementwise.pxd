@@ -1,4 +1,6 @@
-# Elementwise kernels: GELU, SiLU, SwiGLU and the residual add.
+# Elementwise kernels: GELU, SiLU, SwiGLU, the residual add and scaling.
+
+from toy._kernels.threads cimport Kernel
 
 # every matrix is (rows, columns), its rows `*_stride` elements apart; unused pointers are NULL
 cdef struct Elementwise:
@@ -13,12 +15,9 @@ cdef struct Elementwise:
     Py_ssize_t out_stride
     float* out2
     Py_ssize_t out2_stride
+    float factor
 
+# The kernel of that name: an op of elementwise.pyx ("gelu": out = gelu(a)) or its backward ("gelu_backward": out = the
+# gradient of a, out2 = that of b). ValueError for another name.
 # args: Elementwise*; slice: a band of columns when rows == 1, else a band of rows
-cdef void add_forward(void* args, int ith, int nth) noexcept nogil        # out = a + b
-cdef void gelu_forward(void* args, int ith, int nth) noexcept nogil       # out = gelu(a)
-cdef void gelu_backward_(void* args, int ith, int nth) noexcept nogil     # out = d_y gelu'(a)
-cdef void silu_forward(void* args, int ith, int nth) noexcept nogil       # out = silu(a)
-cdef void silu_backward_(void* args, int ith, int nth) noexcept nogil     # out = d_y silu'(a)
-cdef void swiglu_forward(void* args, int ith, int nth) noexcept nogil     # out = silu(a) b
-cdef void swiglu_backward_(void* args, int ith, int nth) noexcept nogil   # out = d_y b silu'(a), out2 = d_y silu(a)
+cdef Kernel elementwise_kernel(object name) except NULL

@@ -1,10 +1,25 @@
 # cython: language_level=3, cdivision=True
-"""Residual add, GELU, SiLU and SwiGLU: one pass over memory each, forward and backward."""
+"""Residual add, scaling, GELU, SiLU and SwiGLU: one pass over memory each, forward and backward."""
 
 cimport cython
+from libc.stdint cimport uintptr_t
+
+import numpy as np
 
 from toy._kernels.arrays cimport ANY, Matrix, check_cache, get_matrix, new_matrix
-from toy._kernels.threads cimport Kernel, run, slice_start, slices_for
+from toy._kernels.threads cimport run, slice_start, slices_for
+
+# the ops of the table (`exp` is none)
+__all__ = [
+    "add",
+    "gelu",
+    "gelu_backward",
+    "scale",
+    "silu",
+    "silu_backward",
+    "swiglu",
+    "swiglu_backward",
+]
 
 cdef extern from "simd_math.h" nogil:
     float toy_exp(float x)
@@ -39,6 +54,19 @@ cdef void add_forward(void* args, int ith, int nth) noexcept nogil:
         a, b, out = e.a + i * e.a_stride, e.b + i * e.b_stride, e.out + i * e.out_stride
         for j in range(band.column, band.column_end):
             out[j] = a[j] + b[j]
+
+
+cdef void scale_forward(void* args, int ith, int nth) noexcept nogil:
+    cdef Elementwise* e = <Elementwise*> args
+    cdef Band band = band_of(e, ith, nth)
+    cdef Py_ssize_t i, j
+    cdef const float* x
+    cdef float* out
+    cdef float factor = e.factor
+    for i in range(band.row, band.row_end):
+        x, out = e.a + i * e.a_stride, e.out + i * e.out_stride
+        for j in range(band.column, band.column_end):
+            out[j] = factor * x[j]
 
 
 cdef void gelu_forward(void* args, int ith, int nth) noexcept nogil:
@@ -130,6 +158,23 @@ cdef void exp_forward(void* args, int ith, int nth) noexcept nogil:
             e.out[i * e.out_stride + j] = toy_exp(e.a[i * e.a_stride + j])
 
 
+# by name: what a graph of ggml may use as a node
+cdef dict KERNELS = {
+    "gelu": <uintptr_t> <void*> gelu_forward,
+    "gelu_backward": <uintptr_t> <void*> gelu_backward_,
+    "silu": <uintptr_t> <void*> silu_forward,
+    "silu_backward": <uintptr_t> <void*> silu_backward_,
+    "swiglu": <uintptr_t> <void*> swiglu_forward,
+    "swiglu_backward": <uintptr_t> <void*> swiglu_backward_,
+}
+
+
+cdef Kernel elementwise_kernel(object name) except NULL:
+    if name not in KERNELS:
+        raise ValueError(f"there is no elementwise kernel {name!r}; there are {', '.join(KERNELS)}")
+    return <Kernel> <void*> <uintptr_t> KERNELS[name]
+
+
 @cython.final
 @cython.freelist(64)
 cdef class ElementwiseCache:
@@ -156,15 +201,17 @@ cdef void launch(Kernel kernel, Elementwise* args, Matrix* first, double cost):
 
 
 cdef inline Elementwise no_arguments() noexcept:
-    return Elementwise(0, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0)
+    return Elementwise(0, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0, 0)
 
 
 cdef object forward(
-    Kernel kernel, Kernel backward, object a, object name_a, object b, object name_b, double cost, object form
+    Kernel kernel, Kernel backward, object a, object name_a, object b, object name_b, double cost, object form,
+    float factor=0,
 ):
     cdef ElementwiseCache cache = ElementwiseCache.__new__(ElementwiseCache)
     cdef Elementwise args = no_arguments()
     cdef Matrix out_matrix
+    args.factor = factor
     get_matrix(&cache.a_matrix, a, name_a, ANY, ANY, form)
     args.a, args.a_stride = cache.a_matrix.data, cache.a_matrix.stride
     if b is not None:
@@ -204,6 +251,13 @@ def add(a, b):
     if b is None:
         raise ValueError("b: is None, expected a float32 array. add: a and b (N, D)")
     return forward(add_forward, NULL, a, "a", b, "b", ADD_COST, "add: a and b (N, D)")[0]
+
+
+def scale(x, factor):
+    """factor * x for a plain number, x (N, D) in any strides. Its backward is the same op on the gradient."""
+    if isinstance(x, np.ndarray) and x.strides[-1:] != (x.itemsize,):
+        x = np.ascontiguousarray(x)
+    return forward(scale_forward, NULL, x, "x", None, None, ADD_COST, "scale: x (N, D)", factor)[0]
 
 
 def gelu(x):

@@ -15,6 +15,8 @@ from toy._kernels.threads cimport run, slice_start, slices_for
 
 cnp.import_array()
 
+__all__ = ["rope", "rope_backward"]  # `embedding` meets quantised tables first (accelerated.py)
+
 cdef double COPY_COST = 0.15    # rough nanoseconds an element on one core
 cdef double ROPE_COST = 0.4
 

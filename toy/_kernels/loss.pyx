@@ -15,6 +15,8 @@ from toy._kernels.threads cimport run, slice_start, slices_for
 
 cnp.import_array()
 
+__all__ = ["cross_entropy", "cross_entropy_backward"]
+
 cdef extern from "simd_math.h" nogil:
     float toy_exp(float x)
     float toy_row_max(const float* x, Py_ssize_t n)

@@ -17,6 +17,8 @@ cimport numpy as cnp
 
 cnp.import_array()
 
+__all__ = ["layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"]
+
 cdef extern from "simd_math.h" nogil:
     float toy_row_sum(const float* x, Py_ssize_t n)
     float toy_row_dot(const float* x, const float* y, Py_ssize_t n)

@@ -11,13 +11,11 @@ cdef struct AdamW:
 cdef struct Flat:
     Py_ssize_t size
     float* x                   # (size,)
-    float factor               # scale_flat only
-    double* partials           # sum_of_squares_flat only: one number for each SQUARES_BLOCK elements
+    double* partials           # one number for each SQUARES_BLOCK elements
 
 cdef enum:
     SQUARES_BLOCK = 8192
 
 # slice: a range of elements (of blocks of SQUARES_BLOCK elements in sum_of_squares_flat)
 cdef void adamw_update(void* args, int ith, int nth) noexcept nogil           # args: AdamW*
-cdef void scale_flat(void* args, int ith, int nth) noexcept nogil             # args: Flat*; x *= factor
 cdef void sum_of_squares_flat(void* args, int ith, int nth) noexcept nogil    # args: Flat*; then add the partials

@@ -1,5 +1,5 @@
 # cython: language_level=3, cdivision=True
-"""AdamW in one pass over memory, and the two functions that gradient clipping needs."""
+"""AdamW in one pass over memory, and the sum of squares that gradient clipping needs."""
 
 cimport cython
 from libc.math cimport sqrtf
@@ -12,6 +12,8 @@ from toy._kernels.arrays cimport get_flat
 from toy._kernels.threads cimport run, slice_start, slices_for
 
 cnp.import_array()
+
+__all__ = ["adamw_step", "sum_of_squares"]
 
 cdef extern from "simd_math.h" nogil:
     double toy_sum_of_squares(const float* x, Py_ssize_t n)
@@ -38,15 +40,6 @@ cdef void adamw_update(void* args, int ith, int nth) noexcept nogil:
         m[i] = m_i
         v[i] = v_i
         weight[i] = weight[i] * keep - lr * (m_i * s5) / (sqrtf(v_i * s6) + eps)
-
-
-cdef void scale_flat(void* args, int ith, int nth) noexcept nogil:
-    cdef Flat* a = <Flat*> args
-    cdef float* x = a.x
-    cdef float factor = a.factor
-    cdef Py_ssize_t i
-    for i in range(slice_start(a.size, 16, ith, nth), slice_start(a.size, 16, ith + 1, nth)):
-        x[i] *= factor
 
 
 cdef void sum_of_squares_flat(void* args, int ith, int nth) noexcept nogil:
@@ -98,12 +91,3 @@ def sum_of_squares(x):
         for i in range(blocks):
             total += a.partials[i]
     return total
-
-
-def scale_(x, factor):
-    """x *= factor, in place; x: C-contiguous, any shape."""
-    cdef Flat a
-    a.x = get_flat(x, "x", None, True, &a.size, "scale_: x of any shape")
-    a.factor = factor
-    with nogil:
-        run(scale_flat, &a, slices_for(PASS_COST * a.size, True))

@@ -18,6 +18,7 @@ would pass.
 """
 
 import dataclasses
+import inspect
 from typing import NamedTuple
 
 import numpy as np
@@ -149,18 +150,6 @@ def layer_norm_case(rng, rows=4, d=6, eps=1e-5):
     return Case("layer_norm", "layer_norm", inputs, {"eps": eps}, parameters=("gamma", "beta"))
 
 
-def gelu_case(rng, rows=4, d=6):
-    return Case("gelu", "gelu", {"x": 2 * rng.normal(size=(rows, d))})
-
-
-def silu_case(rng, rows=4, d=6):
-    return Case("silu", "silu", {"x": 2 * rng.normal(size=(rows, d))})
-
-
-def swiglu_case(rng, rows=4, d=6):
-    return Case("swiglu", "swiglu", {"gate": 2 * rng.normal(size=(rows, d)), "up": rng.normal(size=(rows, d))})
-
-
 def rope_case(rng, rows=5, n_heads=2, d_head=4, base=10000.0):
     settings = {"positions": rng.integers(0, 1000, rows), "n_heads": n_heads, "base": base}
     return Case("rope", "rope", {"x": rng.normal(size=(rows, n_heads * d_head))}, settings)
@@ -189,23 +178,34 @@ def cross_entropy_case(rng, rows=5, vocab=7, dense=False, scale=2.0):
     return Case(layer, "cross_entropy", {"logits": scale * rng.normal(size=(rows, vocab))}, {"labels": labels})
 
 
+def elementwise_case(op, rng, rows=4, d=6):
+    """The case of an op that has no function of its own here: every argument without a default is a matrix (rows, d)."""
+    arguments = inspect.signature(getattr(reference, op)).parameters.values()
+    inputs = {a.name: 2 * rng.normal(size=(rows, d)) for a in arguments if a.default is a.empty}
+    return Case(op, op, inputs)
+
+
+def case_of(op, rng, **sizes):
+    """A case of any op; sizes: of its `..._case` function."""
+    own = globals().get(f"{op}_case")
+    return own(rng, **sizes) if own is not None else elementwise_case(op, rng, **sizes)
+
+
+def differentiable_ops():
+    """The names of the ops that have a backward, in the order of the reference table."""
+    return [name.removesuffix("_backward") for name in vars(reference) if name.endswith("_backward")]
+
+
 def op_cases(rng):
     """At least one case of every differentiable op."""
-    yield embedding_case(rng)
-    yield linear_case(rng)
-    yield linear_case(rng, bias=False)
-    yield rms_norm_case(rng)
-    yield layer_norm_case(rng)
-    yield gelu_case(rng)
-    yield silu_case(rng)
-    yield swiglu_case(rng)
-    yield rope_case(rng)
-    yield attention_case(rng)
-    yield attention_case(rng, causal=False)
-    yield attention_case(rng, n_heads=4, n_kv_heads=2)
-    yield attention_case(rng, t_q=2, t_k=5)
-    yield cross_entropy_case(rng)
-    yield cross_entropy_case(rng, dense=True)
+    variants = {
+        "linear": [{}, {"bias": False}],
+        "attention": [{}, {"causal": False}, {"n_heads": 4, "n_kv_heads": 2}, {"t_q": 2, "t_k": 5}],
+        "cross_entropy": [{}, {"dense": True}],
+    }
+    for op in differentiable_ops():
+        for sizes in variants.get(op, [{}]):
+            yield case_of(op, rng, **sizes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -176,12 +176,22 @@ class _Recorded:
             if not callable(value):
                 tensor.upload(value)
         self.feeds = [(tensor, function) for tensor, function in self.ops.feeds if callable(function)]
+        self.ops.feeds = self.feeds  # constants are in the device's memory now
+        self.integers = {}  # by tensor: the integers that it holds
 
     def run(self, **arrays):
         for tensor, function in self.feeds:
-            tensor.upload(function(arrays))
+            self._fill(tensor, function(arrays))
         self.ops.compute()
         self.computed = True
+
+    def _fill(self, tensor, value):
+        """Upload a value; integers that the tensor holds already (positions hardly ever change) are not uploaded again."""
+        if value.dtype.kind not in "iu":  # dense labels: a look at all of them is no cheaper than the upload
+            tensor.upload(value)
+        elif not np.array_equal(value, self.integers.get(tensor)):
+            tensor.upload(value)
+            self.integers[tensor] = value.copy()
 
     def loss(self):
         return self.ops.loss_value(self.loss_tensor)

@@ -97,7 +97,7 @@ def _times_quantized(d_y, weight):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# residual stream and column plumbing
+# residual stream, and how numbers lie in matrices
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -122,12 +122,16 @@ def concat(parts):
 
 
 def reshape(x, rows):
-    """The numbers of x (N, D) in the same order as a matrix (rows, N*D/rows). Its backward is the way back."""
+    """The numbers of x (N, D) row after row as (rows, N*D/rows): a view if x is C-contiguous, else of a copy.
+
+    Its backward is the same op, with the rows that x had. With B rows, one for each sequence, `split` and `concat` cut
+    and join sequences: (B, T*D).
+    """
     return x.reshape(rows, -1)
 
 
 def zeros_like(x):
-    """A matrix of zeros of the shape of x: the gradient of what the loss does not see."""
+    """Zeros in the shape of x (N, D): the gradient of what has no part in the loss."""
     return np.zeros_like(x)
 
 
@@ -429,8 +433,3 @@ def adamw_step(weight, gradient, m, v, hp):
 def sum_of_squares(x):
     """Sum of x^2 over all elements of x (any shape), added up in double precision -> float. For the gradient norm."""
     return float(np.sum(np.square(x, dtype=np.float64)))
-
-
-def scale_(x, factor):
-    """x *= factor, in place; x of any shape. For gradient clipping."""
-    x *= x.dtype.type(factor)

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-from toy.ops.graph.recording import GraphOps, Integers, check_trained, is_quantized
+from toy.ops.graph.recording import GraphOps, check_attention, check_trained, is_quantized
 
 
 class CpuGraphOps(GraphOps):
@@ -19,6 +19,7 @@ class CpuGraphOps(GraphOps):
         self.kernels = kernels
         self.n_threads = graph.backend.n_threads
         self.scratch = {}  # by size: nodes that need some use the same memory, one after the other
+        self.rope_tables = {}  # by (positions, d_head, base)
         self.again = {}  # by id: (cheap result, what records it once more)
         self.nodes = {}  # by name of a kernel: how many nodes there are of it
 
@@ -30,23 +31,22 @@ class CpuGraphOps(GraphOps):
         return kernels.POOL
 
     def integers(self, role, n, limit):
-        ids = Integers(role, n, limit)
-        narrow = self.feed((n,), "i32", lambda arrays: arrays[role])
-        self.graph.limit(narrow, -1 if role == "labels" else 0, limit, role)
-        ids.narrow = narrow
+        ids = super().integers(role, n, limit)
         # int64, what the kernels read: two int32 each
-        ids.tensor = self._node(self.kernels.WIDEN, [narrow], (n, 2), dtype="i32", n_tasks=1)
+        ids.tensor = self._node(self.kernels.WIDEN, [ids.narrow], (n, 2), dtype="i32", n_tasks=1)
         return ids
 
-    def _node(self, kernel, *arguments, **options):
+    def _node(self, kernel, *arguments, called=None, **options):
         """A node that a kernel computes, named after it: "linear 3"."""
-        return self.graph.custom(kernel, *arguments, name=self._name(kernel), **options)
+        return self.graph.custom(kernel, *arguments, name=self._numbered(called or self._called(kernel)), **options)
 
     def _node_into(self, kernel, *arguments, **options):
-        return self.graph.custom_into(kernel, *arguments, name=self._name(kernel), **options)
+        return self.graph.custom_into(kernel, *arguments, name=self._numbered(self._called(kernel)), **options)
 
-    def _name(self, kernel):
-        name = self.kernels.NAMES[id(kernel)]
+    def _called(self, kernel):
+        return self.kernels.NAMES[id(kernel)]
+
+    def _numbered(self, name):
         self.nodes[name] = self.nodes.get(name, 0) + 1
         return f"{name} {self.nodes[name]}"
 
@@ -176,49 +176,60 @@ class CpuGraphOps(GraphOps):
 
     def _norm_backward(self, kernel, d_y, cache, slots):
         x, gamma, statistics = cache
-        slots = [slot for slot in slots if slot is not None]
-        partials = [self.graph.blank((self.n_threads, x.shape[1])) for _ in slots]  # one row a thread
+        partials = []  # of gamma and beta, one row a thread; all or none
+        if any(slot is not None for slot in slots):
+            partials = [self.graph.blank((self.n_threads, x.shape[1])) for _ in slots]
         d_x = self._node(kernel, [d_y, x, gamma, statistics, *partials], x.shape, writes=partials)
         for slot, partial in zip(slots, partials):
-            self._into(slot, self.kernels.ADD_PARTIALS, [partial])
+            if slot is not None:
+                self._into(slot, self.kernels.ADD_PARTIALS, [partial])
         self.contributed(*slots)
         return d_x
 
     # -- elementwise --------------------------------------------------------------------------------------------------
 
     def gelu(self, x):
-        def record():
-            return self._node(self.kernels.GELU, [x], x.shape)
-
-        return self._cheap(record(), record), (x,)
+        return self._elementwise("gelu", x, cheap=True), (x,)
 
     def gelu_backward(self, d_y, cache):
-        return self._node(self.kernels.GELU_BACKWARD, [cache[0], d_y], d_y.shape)
+        return self._elementwise("gelu_backward", d_y, *cache)
 
     def silu(self, x):
-        return self._node(self.kernels.SILU, [x], x.shape), (x,)
+        return self._elementwise("silu", x), (x,)
 
     def silu_backward(self, d_y, cache):
-        return self._node(self.kernels.SILU_BACKWARD, [cache[0], d_y], d_y.shape)
+        return self._elementwise("silu_backward", d_y, *cache)
 
     def swiglu(self, gate, up):
-        def record():
-            return self._node(self.kernels.SWIGLU, [gate, up], gate.shape)
-
-        return self._cheap(record(), record), (gate, up)
+        return self._elementwise("swiglu", gate, up, cheap=True), (gate, up)
 
     def swiglu_backward(self, d_y, cache):
-        rows, width = d_y.shape
-        both = self._node(self.kernels.SWIGLU_BACKWARD, [*cache, d_y], (rows, 2 * width))
-        return self.split(both, (width, width))
+        return self._elementwise("swiglu_backward", d_y, *cache)
+
+    def _elementwise(self, name, *matrices, cheap=False):
+        """A node of the kernel of that name. matrices: the op's inputs; for a backward d_y and the inputs.
+
+        A backward gives a gradient for each input. cheap: the result is rather computed again than kept.
+        """
+        for matrix in matrices[1:]:
+            _same(name, "the shapes", matrix.shape, matrices[0].shape)
+        rows, columns = matrices[0].shape
+        gradients = len(matrices) - 1 if name.endswith("_backward") else 1  # side by side in one matrix
+        params, shape = self.kernels.elementwise(name), (rows, gradients * columns)
+
+        def record():
+            return self._node(self.kernels.ELEMENTWISE, matrices, shape, params=params, called=name)
+
+        out = record()
+        if cheap:
+            self._cheap(out, record)
+        return out if gradients == 1 else self.split(out, [columns] * gradients)
 
     # -- rope ---------------------------------------------------------------------------------------------------------
 
     def rope(self, x, positions, n_heads, base=10000.0):
-        d_head = x.shape[1] // n_heads
-        frequencies = float(base) ** (-np.arange(0, d_head, 2) / d_head)
-        angles = np.arange(positions.limit)[:, None] * frequencies  # (context, d_head/2) float64
-        cache = (positions, self._table(np.cos(angles)), self._table(np.sin(angles)), n_heads)
+        cosines, sines = self._turns(positions.limit, x.shape[1] // n_heads, float(base))
+        cache = (positions, cosines, sines, n_heads)
         return self._turn(x, cache, 1), cache
 
     def rope_backward(self, d_y, cache):
@@ -229,32 +240,35 @@ class CpuGraphOps(GraphOps):
         numbers = struct.pack("2q", n_heads, direction)
         return self._node(self.kernels.ROPE, [x, positions.tensor, cosines, sines], x.shape, params=numbers)
 
-    def _table(self, array):
-        array = array.astype(np.float32)
-        key = array.tobytes()
-        if key not in self.scratch:
-            self.scratch[key] = self.constant(array)
-        return self.scratch[key]
+    def _turns(self, *key):
+        """The tables of `rope_tables` as constants of the graph, made once however many layers ask for them."""
+        if key not in self.rope_tables:
+            self.rope_tables[key] = tuple(self.constant(table) for table in rope_tables(*key))
+        return self.rope_tables[key]
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
     def attention(self, q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
         n_kv_heads = n_kv_heads or n_heads
         numbers = struct.pack("4q", batch, n_heads, n_kv_heads, int(causal))
-        log_sum = self.graph.blank((batch * n_heads, q.shape[0] // batch))
+        check_attention(q, k, v, batch, n_heads, n_kv_heads, causal)
+        largest = self.graph.blank((batch * n_heads, q.shape[0] // batch))  # q.k of each query and head
         scratch = self._scratch(k.shape[0] // batch)
-        inputs = [q, k, v, log_sum, scratch]
-        out = self._node(self.kernels.ATTENTION, inputs, q.shape, params=numbers, writes=[log_sum, scratch])
-        return out, (inputs, out, numbers)
+        inputs = [q, k, v, largest, scratch]
+        out = self._node(self.kernels.ATTENTION, inputs, q.shape, params=numbers, writes=[largest, scratch])
+        return out, (inputs, numbers)
 
     def attention_backward(self, d_out, cache):
-        inputs, out, numbers = cache
-        widths = [matrix.shape[1] for matrix in inputs[:3]]
-        shape = (d_out.shape[0], sum(widths))
-        scratch = inputs[4]
-        kernel, inputs = self.kernels.ATTENTION_BACKWARD, [*inputs, d_out, out]
-        both = self._node(kernel, inputs, shape, params=numbers, writes=[scratch])
-        return _Columns(self.split(both, widths), both)
+        inputs, numbers = cache
+        q, k, v, _, scratch = inputs
+        _same("attention_backward", "d_out and q", d_out.shape, q.shape)
+        widths, rows = [q.shape[1], k.shape[1], v.shape[1]], max(q.shape[0], k.shape[0])
+        kernel, shape = self.kernels.ATTENTION_BACKWARD, (rows, sum(widths))
+        all_three = self._node(kernel, [*inputs, d_out], shape, params=numbers, writes=[scratch])
+        d_q, d_k, d_v = self.split(all_three, widths)
+        if q.shape[0] == k.shape[0]:
+            return _Columns((d_q, d_k, d_v), all_three)
+        return self.graph.slice(d_q, 0, 0, q.shape[0]), *(self.graph.slice(d, 0, 0, k.shape[0]) for d in (d_k, d_v))
 
     def _scratch(self, t_k):
         return self._shared(self.n_threads * self.kernels.attention_scratch_floats(t_k))
@@ -266,18 +280,14 @@ class CpuGraphOps(GraphOps):
         return self.scratch[floats]
 
     def concat(self, parts):
-        if isinstance(parts, _Columns):
-            return parts.whole
-        whole = parts[0]
-        for part in parts[1:]:
-            whole = self.graph.concat(whole, part, axis=1)
-        return whole
+        return parts.whole if isinstance(parts, _Columns) else super().concat(parts)
 
     # -- loss and optimizer -------------------------------------------------------------------------------------------
 
     def cross_entropy(self, logits, labels):
         dense = labels.ndim == 2
         source = labels if dense else labels.tensor
+        logits = logits if logits.is_contiguous else self.graph.cont(logits)
         statistics = self.graph.blank((4, logits.shape[0]))
         numbers = struct.pack("q", int(dense))
         statistics = self._node_into(self.kernels.CROSS_ENTROPY, statistics, [logits, source], params=numbers)
@@ -329,6 +339,13 @@ class CpuGraphOps(GraphOps):
     def _into(self, slot, kernel, inputs):
         self._zeros(slot)
         slot.tensor = self._node_into(kernel, slot.tensor, inputs)
+
+
+def rope_tables(n_positions, d_head, base):
+    """cos and sin of position * base^(-2i/d_head), float32 (n_positions, d_head/2) each, computed in double precision."""
+    frequencies = base ** (-np.arange(0, d_head, 2) / d_head)
+    angles = np.arange(n_positions)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 class _Columns(tuple):

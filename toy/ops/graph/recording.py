@@ -21,14 +21,14 @@ class Slot:
 
 
 class Integers:
-    """An integer vector (N,) that is filled at every step. role: "token_ids", "positions" or "labels".
+    """An integer vector (N,) that is filled at every step; its numbers are below `limit`.
 
-    tensor: what the ops read; narrow: the same numbers as ggml's own operations read them (`CpuGraphOps`)."""
+    narrow: int32, what ggml's own operations read; tensor: what the ops of the table read."""
 
     ndim = 1
 
-    def __init__(self, role, n, limit):
-        self.role, self.n, self.limit, self.tensor, self.narrow = role, n, limit, None, None
+    def __init__(self, n, limit, narrow):
+        self.n, self.limit, self.narrow, self.tensor = n, limit, narrow, narrow
 
 
 class GraphOps:
@@ -40,12 +40,17 @@ class GraphOps:
         self.feeds = []
         self.slots = slots or {}
         self.finished = finished or (lambda slot: None)
-        self.token_rows = None  # set by integers()
         self.row_numbers = {}  # by size: 0, 1, 2, ... for reading the rows of a quantised weight
 
     def integers(self, role, n, limit):
-        """A vector of n integers in 0 .. limit-1 (labels: from -1) that `feeds` fills at every step."""
-        return Integers(role, n, limit)
+        """A vector of n integers in 0 .. limit-1 (labels: from -1) that `feeds` fills at every step.
+
+        role: the name of its values among the arrays of a step, "token_ids", "positions" or "labels".
+        """
+        narrow = self.feed((n,), "i32", lambda arrays: arrays[role])
+        self.graph.set_name(narrow, role)
+        self.graph.limit(narrow, -1 if role == "labels" else 0, limit, role)
+        return Integers(n, limit, narrow)
 
     def feed(self, shape, dtype, function):
         """A graph input whose value at each step is function(arrays by role)."""
@@ -103,7 +108,7 @@ class GraphOps:
         graph, d_x = self.graph, None
         for start, stop, band in self._bands(weight):
             columns = graph.cont(graph.slice(d_y, 1, start, stop))  # (N, rows of the band)
-            part = graph.mul_mat(graph.cont(graph.transpose(band)), columns)
+            part = graph.mul_mat(graph.transposed(band), columns)
             d_x = part if d_x is None else graph.add(d_x, part)
         return d_x
 
@@ -116,11 +121,19 @@ class GraphOps:
         return self.graph.scale(x if x.is_contiguous else self.graph.cont(x), factor)
 
     def reshape(self, x, rows):
-        numbers = x.shape[0] * x.shape[1]
-        return self.graph.reshape(x if x.is_contiguous else self.graph.cont(x), (rows, numbers // rows))
+        size = x.shape[0] * x.shape[1]
+        if rows < 1 or size % rows:
+            raise ValueError(f"reshape: rows must be a divisor of the {size} numbers of x {x.shape}, not {rows}")
+        return self.graph.reshape(x if x.is_contiguous else self.graph.cont(x), (rows, size // rows))
 
     def zeros_like(self, x):
         return self.graph.full(x.shape, 0.0)
+
+    def concat(self, parts):
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = self.graph.concat(whole, part, axis=1)
+        return whole
 
     def split(self, x, widths):
         ends = np.cumsum(widths).tolist()
@@ -135,3 +148,17 @@ def is_quantized(weight):
 def check_trained(weight):
     if is_quantized(weight):
         raise ValueError(QUANTIZED_IS_FROZEN)
+
+
+def check_attention(q, k, v, batch, n_heads, n_kv_heads, causal):
+    """Raise ValueError unless the shapes are those that `reference.attention` names."""
+    numbers_fit = min(batch, n_heads, n_kv_heads) > 0 and n_heads % n_kv_heads == 0
+    if numbers_fit:
+        (n_q, width), (n_k, kv_width) = q.shape, k.shape
+        shapes_fit = v.shape == k.shape and width % n_heads == 0 and kv_width == width // n_heads * n_kv_heads
+        rows_fit = n_q % batch == 0 and n_k % batch == 0 and (n_k >= n_q or not causal)
+    if not (numbers_fit and shapes_fit and rows_fit):
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit batch={batch}, n_heads={n_heads}, "
+            f"n_kv_heads={n_kv_heads}, causal={causal}: q is (B*Tq, n_heads*d_head), k and v (B*Tk, n_kv_heads*d_head)"
+        )
