@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 
 import toy
-from toy.checks import selftest
 from toy.files.gguf_write import write_gguf
+from toy.models import ARCHITECTURES
 
 DEVICE = os.environ.get("TOY_TEST_DEVICE", "")
 pytestmark = pytest.mark.skipif(not DEVICE, reason="TOY_TEST_DEVICE names no device")
 
 
-@pytest.fixture(scope="module", params=selftest.MODELS, ids=str)
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=str)
 def runs(request):
     """The same recipe on numpy and on the device, after 200 steps: (numpy's losses, the device's, the device's recipe)."""
-    config = selftest.MODELS[request.param]
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, config.context_length + 1))
+    config = ARCHITECTURES[request.param].small
     losses, recipe = [], None
     for backend, device in (("numpy", "cpu"), ("ggml", DEVICE)):
         recipe = toy.recipes.FromScratch(backend=backend, device=device)
         recipe.realize(config, toy.RecipeOptions(t_seq=config.context_length, t_batch=2, seed=0, grad_clip=1.0))
-        adamw = recipe.adamw(lr=1e-3)
-        losses.append([recipe.step(ids[:, :-1], None, ids[:, 1:], adamw.hp_for_step(k), k == 0) for k in range(200)])
+        adamw, (inputs, labels) = recipe.adamw(lr=1e-3), recipe.engine.batch.random(np.random.default_rng(0))
+        steps = range(200)
+        losses.append([recipe.step(inputs, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0) for k in steps])
     yield *losses, recipe
     recipe.close()
 
@@ -54,17 +54,17 @@ def test_weights_go_to_the_device_and_come_back(runs):
 
 def test_evaluation_logits_and_dense_labels(runs):
     *_, recipe = runs
-    config = recipe.engine.config
-    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, config.context_length + 1))
-    labels = ids[:, 1:].copy()
-    labels[0, :4] = -1
-    rows = np.zeros((labels.size, config.vocab_size), np.float32)
+    batch = recipe.engine.batch
+    inputs, labels = batch.random(np.random.default_rng(1))
+    labels = labels.copy()
+    labels.ravel()[0] = -1
+    rows = np.zeros((labels.size, batch.n_classes), np.float32)
     counted = labels.ravel() >= 0
     rows[counted, labels.ravel()[counted]] = 1
-    z = recipe.logits(ids[:, :-1]).reshape(-1, config.vocab_size).astype(np.float64)
+    z = recipe.logits(inputs).reshape(-1, batch.n_classes).astype(np.float64)
     losses = np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels.ravel()]
-    assert abs(recipe.evaluate(ids[:, :-1], labels) - losses[counted].mean()) < 1e-3
-    assert abs(recipe.evaluate(ids[:, :-1], rows) - losses[counted].mean()) < 1e-3
+    assert abs(recipe.evaluate(inputs, labels) - losses[counted].mean()) < 1e-3
+    assert abs(recipe.evaluate(inputs, rows) - losses[counted].mean()) < 1e-3
 
 
 @pytest.fixture(scope="module", params=["f32", "f16", "q8_0"])

@@ -7,23 +7,24 @@ import numpy as np
 import pytest
 
 import toy
-from toy.checks import selftest
+from toy.models import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
+CONFIGS = {name: row.small for name, row in ARCHITECTURES.items() if row.reads_text}
 SPELLINGS = ["cpu", "cpu-native"]
 B = 4
 
 
 def realize(model, device, backend="ggml", keep_gradients=False, **options):
-    config = selftest.MODELS[model]
+    config = CONFIGS[model]
     recipe = toy.recipes.FromScratch(backend=backend, device=device)
     options = toy.RecipeOptions(**{"t_seq": config.context_length, "t_batch": B, "seed": 3, **options})
     return recipe.realize(config, options, keep_gradients=keep_gradients)
 
 
 def batches(model, n):
-    config, rng = selftest.MODELS[model], np.random.default_rng(5)
+    config, rng = CONFIGS[model], np.random.default_rng(5)
     text = np.cumsum(rng.integers(1, 4, 5000)) % config.vocab_size  # a sequence with something to learn
     for _ in range(n):
         starts = rng.integers(0, len(text) - config.context_length - 1, B)
@@ -36,14 +37,14 @@ def train(recipe, data, first=0):
     return [recipe.step(x, None, y, adamw.hp_for_step(k), k == 0) for k, (x, y) in enumerate(data, first)]
 
 
-@pytest.fixture(params=selftest.MODELS, ids=str)
+@pytest.fixture(params=CONFIGS, ids=str)
 def model(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def numpy_curves():
-    return {model: train(realize(model, "cpu", backend="numpy"), batches(model, 200)) for model in selftest.MODELS}
+    return {model: train(realize(model, "cpu", backend="numpy"), batches(model, 200)) for model in CONFIGS}
 
 
 @pytest.mark.parametrize("device", SPELLINGS)

@@ -7,7 +7,7 @@ from toy.config import GPT2Config, LlamaConfig, RecipeOptions, TransformerConfig
 from toy.files.gguf import GGUF
 from toy.models import GPT2, Gradients, Llama, TransformerLM, ViT
 from toy.switch import BackendUnavailableError, backends, set_backend, set_num_threads, use_backend
-from toy.trained import load
+from toy.trained.loaded import load
 
 __all__ = [
     "GGUF",
