@@ -291,43 +291,37 @@ def cross_entropy(g, logits, labels, columns):
     half precision, where the gradient of a mean over many tokens would mostly round to zero.
     """
     n, v = logits.shape
-    rows = (n, v, 1)  # every row of logits as a table of V numbers
+    rows, column = (n, v, 1), (n, 1, 1)  # every row of the logits as a table of V numbers; one number taken from each
+    table = g.reshape(logits, rows)
     top = g.reshape(g.argmax(logits), (n, 1))
-    x_top = g.reshape(g.get_rows(g.reshape(logits, rows), top), (n, 1))
+    x_top = g.get_rows(table, top)
+    weights = g.input(column, name=f"{labels.name}: weights")  # of the rows: 0 or 1, or the sum of the label's row
     inverse_count = g.input((1, columns), name=f"{labels.name}: 1/count")
-
-    def upload_count(count):
-        inverse_count.upload(np.full((1, columns), 1.0 / max(int(count), 1), np.float32))
-
     if labels.dtype == "i32":
         g.limit(labels, -1, v, "classes of the loss, -1 = not counted")
         target = g.input((n, 1), "i32", name=f"{labels.name}: classes")
-        weights = g.input((n, 1), name=f"{labels.name}: counted")
-
-        def derive(values):
-            values = values.reshape(-1, 1)
-            target.upload(np.maximum(values, 0))
-            weights.upload((values >= 0).astype(np.float32))
-            upload_count((values >= 0).sum())
-
-        x_label = g.reshape(g.get_rows(g.reshape(logits, rows), target), (n, 1))
-        below_top = g.mul(g.sub(x_top, x_label), weights)
+        below_top = g.mul(g.sub(x_top, g.get_rows(table, target)), weights)
     else:
         target = labels
-        weights = g.input((n, 1), name=f"{labels.name}: row sums")
-
-        def derive(values):
-            values = values.reshape(n, v)
-            weights.upload(values.sum(axis=1, keepdims=True, dtype=np.float64))
-            upload_count(np.any(values != 0, axis=1).sum())
-
-        logits = g.sub(logits, x_top)
-        below_top = g.scale(g.sum_rows(g.mul(labels, logits)), -1.0)
+        logits = g.sub(logits, g.reshape(x_top, (n, 1)))
+        below_top = g.reshape(g.scale(g.sum_rows(g.mul(labels, logits)), -1.0), column)
     # -log softmax(x)[i] = (x_top - x_i) - log(p_top): exact however small p_i is, and p_top is never small. The softmax
     # comes last, because it then takes the memory of the logits.
     p = g.soft_max_ext(logits)
-    log_p_top = g.log(g.reshape(g.get_rows(g.reshape(p, rows), top), (n, 1)))
+    log_p_top = g.log(g.get_rows(g.reshape(p, rows), top))
     losses = g.sub(below_top, g.mul(log_p_top, weights))
+
+    def derive(values):
+        values = values.reshape(n, -1)
+        if labels.dtype == "i32":
+            target.upload(np.maximum(values, 0))
+            weights.upload((values >= 0).astype(np.float32).reshape(column))
+            count = np.count_nonzero(values >= 0)
+        else:
+            weights.upload(values.sum(axis=1, dtype=np.float64).reshape(column))
+            count = np.count_nonzero(np.any(values != 0, axis=1))
+        inverse_count.upload(np.full((1, columns), 1.0 / max(count, 1), np.float32))
+
     g.on_upload(labels, derive)
     mean = g.mul(g.sum(losses), part_of_row(g, inverse_count, 1))
     return mean, (p, weights, target, inverse_count)
@@ -337,10 +331,10 @@ def cross_entropy_backward(g, cache):
     """-> the gradient of the *sum* of the losses with respect to the logits (N, V)."""
     p, weights, target, _ = cache
     n, v = p.shape
-    d_logits = g.mul(p, weights)
+    d_logits = g.mul(p, g.reshape(weights, (n, 1)))
     if target.dtype != "i32":
         return g.sub(d_logits, target)
     # subtract the one-hot label: take the element out of every row, subtract, put it back
     table = g.reshape(d_logits, (n, v, 1))
-    at_label = g.sub(g.get_rows(table, target), g.reshape(weights, (n, 1, 1)))
+    at_label = g.sub(g.get_rows(table, target), weights)
     return g.reshape(g.set_rows(table, at_label, target), (n, v))

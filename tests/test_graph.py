@@ -206,6 +206,21 @@ def test_positions_that_change_are_uploaded(model, device):
     assert abs(row[0][2] - row[0][3]) > 1e-3  # the order counts
 
 
+@pytest.mark.parametrize("device", SPELLINGS)
+def test_a_caller_may_fill_the_same_arrays_again(model, device):
+    """What was uploaded last is compared with the next values: it must not be the caller's own array."""
+    data = list(batches(model, 4))
+    expected = train(realize(model, device), data)
+    recipe = realize(model, device)
+    adamw = recipe.adamw(lr=2e-3)
+    x, y = (np.ascontiguousarray(array, np.int64) for array in data[0])
+    losses = []
+    for k, (inputs, labels) in enumerate(data):
+        x[:], y[:] = inputs, labels
+        losses.append(recipe.step(x, None, y, adamw.hp_for_step(k), k == 0))
+    assert losses == expected
+
+
 def test_closed_engines_raise():
     recipe = realize("gpt2", "cpu")
     recipe.close()

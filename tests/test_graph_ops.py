@@ -20,8 +20,12 @@ BAR = {"graph-cpu": gradcheck.TWIN_BAR, "graph-native": 1e-5}  # of the largest 
 ROPE_BAR = 3e-4  # ggml multiplies its way to an angle in float32; that of position 1000 is known to 1e-4
 
 every_table = pytest.mark.parametrize("table", GRAPH_TABLES)
-N_CASES = len(list(gradcheck.op_cases(np.random.default_rng(0))))
-WITH_PARAMETERS = [i for i, case in enumerate(gradcheck.op_cases(np.random.default_rng(0))) if case.parameters]
+
+
+def every_case(which=lambda case: True):
+    """Parametrises a test over the indices of `gradcheck.op_cases`, with the names of the cases as ids."""
+    cases = [(i, case) for i, case in enumerate(gradcheck.op_cases(np.random.default_rng(0))) if which(case)]
+    return pytest.mark.parametrize("index", [i for i, _ in cases], ids=[case.layer for _, case in cases])
 
 
 def expected_of(case, cotangent):
@@ -45,7 +49,7 @@ def check(table, case, cotangent, **options):
 
 @every_table
 @pytest.mark.parametrize("n_threads", [1, 2])
-@pytest.mark.parametrize("index", range(N_CASES))
+@every_case()
 def test_op_agrees_with_the_reference(table, index, n_threads):
     rng = np.random.default_rng(index)
     case = list(gradcheck.op_cases(rng))[index]
@@ -74,7 +78,7 @@ def columns_of_a_wider_matrix(ops, x):
 
 
 @every_table
-@pytest.mark.parametrize("index", range(N_CASES))
+@every_case()
 def test_columns_are_taken_as_they_are(table, index):
     rng = np.random.default_rng(index)
     case = list(gradcheck.op_cases(rng))[index]
@@ -82,7 +86,7 @@ def test_columns_are_taken_as_they_are(table, index):
 
 
 @every_table
-@pytest.mark.parametrize("index", WITH_PARAMETERS)
+@every_case(lambda case: case.parameters)
 def test_parameter_gradients_collect_every_use(table, index):
     rng = np.random.default_rng(index)
     case = list(gradcheck.op_cases(rng))[index]
@@ -106,7 +110,7 @@ def test_a_table_longer_than_the_batch_collects_every_use(table):
 
 
 @every_table
-@pytest.mark.parametrize("index", WITH_PARAMETERS)
+@every_case(lambda case: case.parameters)
 def test_a_frozen_parameter_gets_no_gradient_and_changes_no_other(table, index):
     rng = np.random.default_rng(index)
     case = list(gradcheck.op_cases(rng))[index]
