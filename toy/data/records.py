@@ -10,7 +10,7 @@ _SHAPES = {"text": ("text",), "completion": ("prompt", "completion"), "conversat
 _SHAPES_IN_WORDS = '{"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}'
 # keys by which other layouts of the same things are known -> what to rename or rewrite
 _OTHER_LAYOUTS = {
-    "conversations": 'rename "conversations" to "messages", "from" to "role" (human: user, gpt: assistant), "value" to "content"',
+    "conversations": 'rename "conversations", "from" and "value" to "messages", "role" (user, assistant) and "content"',
     "instruction": 'join "instruction" and "input" into "prompt", and rename "output" to "completion"',
     "chosen": 'pairs of preferences cannot be trained on: keep "chosen" as "messages"',
     "question": 'rename "question" to "prompt" and "answer" to "completion"',
