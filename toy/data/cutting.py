@@ -31,31 +31,44 @@ class BlockEncoder:
         self._inside = None if self._everywhere else _pairs_inside_tokens(encoder.tokenizer)
 
     def encode(self, pieces, where=None):
-        """pieces: the str of one text, in order. Yield arrays of ids (n,) int32: together, the ids of the whole text.
-
-        Raises UnknownCharacterError as the tokenizer does; where: a `Place` to name in it, with the offset in the text.
-        """
-        where, text, before, offset = where or Place("the text"), "", "", 0
+        """pieces: the str of one text, in order. Yield arrays of ids (n,) int32: together, the ids of the whole text."""
+        self.begin(where)
         for piece in pieces:
-            text += piece
-            while len(text) > BLOCK and (cut := self._place(text)):
-                yield self._block(text[:cut], before, where, offset)
-                before, text, offset = text[cut - 1], text[cut:], offset + cut
-        if text:
-            yield self._block(text, before, where, offset)
+            yield from self.feed(piece)
+        yield from self.finish()
 
-    def _block(self, text, before, where, offset):
+    def begin(self, where=None):
+        """A new text begins. where: a `Place` to name in errors."""
+        self._where, self._text, self._before, self._offset = where or Place("the text"), "", "", 0
+
+    def feed(self, piece):
+        """Take the next piece of the text; yield the ids of what is certain by now.
+
+        Raises UnknownCharacterError as the tokenizer does, with the offset in the whole text.
+        """
+        self._text += piece
+        while len(self._text) > BLOCK and (cut := self._place(self._text)):
+            yield self._block(self._text[:cut])
+            self._before, self._text, self._offset = self._text[cut - 1], self._text[cut:], self._offset + cut
+
+    def finish(self):
+        """Yield the ids of the rest."""
+        if self._text:
+            yield self._block(self._text)
+        self._text = ""
+
+    def _block(self, text):
         try:
-            if self._everywhere or not before:
+            if self._everywhere or not self._before:
                 return self.encoder.plain(text)
-            return self.encoder.continuing(text, before)
+            return self.encoder.continuing(text, self._before)
         except UnknownCharacterError as error:
             known = set(getattr(self.encoder.tokenizer, "characters", ""))
             at = next((i for i, character in enumerate(text) if character not in known), None)
             if not known or at is None:
                 raise
             raise UnknownCharacterError(
-                f"{where} has the character {text[at]!r} (U+{ord(text[at]):04X}) at offset {offset + at}, "
+                f"{self._where} has the character {text[at]!r} (U+{ord(text[at]):04X}) at offset {self._offset + at}, "
                 f"which is not among the {len(known)} characters of the training text"
             ) from error
 

@@ -283,7 +283,7 @@ def _raise(error):
 
 
 def _file(path, token_type, in_folder=False):
-    kind = {".jsonl": _LinesFile, ".ndjson": _LinesFile, ".bin": _TokenFile}.get(inner_suffix(path), _TextFile)
+    kind = {".jsonl": _LinesFile, ".ndjson": _LinesFile, ".bin": TokenFile}.get(inner_suffix(path), _TextFile)
     if not in_folder and path.stat().st_size == 0:
         raise CorpusError(f"corpus {str(path)!r} is empty")
     part = kind(path, token_type)
@@ -364,7 +364,7 @@ class _LinesFile(_File):
             on_bytes("jsonl", b"", last=True)
 
 
-class _TokenFile(_File):
+class TokenFile(_File):
     """Token ids without a header, little-endian, as nanoGPT's prepare.py writes them."""
 
     def records(self, ignored_keys, on_bytes=None):
