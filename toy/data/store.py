@@ -20,6 +20,7 @@ from toy.data.cutting import BlockEncoder
 from toy.data.reading import is_gz
 from toy.data.records import CorpusError, Document, Place, Tokens
 from toy.data.sources import TokenFile
+from toy.data.splitting import Fingerprints
 from toy.data.survey import Survey
 from toy.files.atomic import write_text
 from toy.files.fetch import cache_dir
@@ -27,7 +28,7 @@ from toy.files.fetch import cache_dir
 IN_MEMORY = 2**20  # bytes on the disk: less is encoded anew each time
 _FOLDER = "encoded-1"  # in the cache directory; the number counts the formats of what is in it
 _OLD = 3600  # seconds: a temporary folder without a lock is a leftover when it is so old
-_COLUMNS = {  # of a document or an example each, but for ids and asked
+_COLUMNS = {  # a number for each document or example, but ids and asked; joined documents are one for `starts`
     "ids": None,  # uint16 or uint32, all of them one after the other
     "starts": np.int64,  # where it begins among the ids
     "sizes": np.int64,  # UTF-8 bytes of its text; of token files: ids
@@ -88,7 +89,7 @@ class Encoded(NamedTuple):
     places: object = None
 
     def __len__(self):
-        return len(self.sizes)
+        return len(self.starts) - 1
 
 
 def encode_source(source, encoder, train_on="answers", joined=False, progress=None):
@@ -148,6 +149,7 @@ class _Job:
         if columns.borrowed:
             kind = source.parts[0].token_type
         self.columns, self.survey, self.blocks = columns, Survey(tokenizer), BlockEncoder(self.encoder)
+        self.prints = Fingerprints()
         columns.open("ids", kind)
         self._n, self._files, self._place, digest = 0, {}, None, source.new_digest()
         for record in source.records(self.progress, digest):
@@ -159,12 +161,14 @@ class _Job:
                 self._example(record)
         if self.joined and source.family == "text":
             self._write_all(self.blocks.finish())
-        self._end_document()
+        self.prints.finish()
         columns.put("starts", [self._n])
+        columns.put("sizes", self.prints.sizes)
+        columns.put("hashes", self.prints.hashes)
         columns.close()
         sha256, identity = source_digests = digest.finish()
         source.remember(source_digests)
-        notices = self.survey.sentences(source, columns.get("hashes"))
+        notices = self.survey.sentences(source)
         if self.blocks.n_forced:
             notices.append(
                 f"{self.blocks.n_forced} times a text of more than two million characters without words was cut "
@@ -177,68 +181,62 @@ class _Job:
 
     def _document(self, record):
         encoder = self.encoder
-        if record.begins and (not self.joined or self._place is None):
-            self._end_document()
-            self._begin_document(record.where)
-            self.blocks.begin(record.where)
-            if encoder.begin is not None and not self.joined:
-                self._write(np.array([encoder.begin]))
-        text = record.text + record.after if self.joined or encoder.end is None else record.text
+        if record.begins:
+            self.prints.begin()
+        self.prints.feed(record.text.encode())
         self.survey.see(record.text)
-        data = text.encode()
-        self._size += len(data)
-        self._hash.update(record.text.encode())
-        self._write_all(self.blocks.feed(text))
-        if record.ends and not self.joined:
+        if self.joined:
+            if self._place is None:
+                self._begin_document(record.where)
+            self._write_all(self.blocks.feed(record.text + record.after))
+            return
+        if record.begins:
+            self._begin_document(record.where)
+            if encoder.begin is not None:
+                self._write(np.array([encoder.begin]))
+        self._write_all(self.blocks.feed(record.text + (record.after if encoder.end is None else "")))
+        if record.ends:
             self._write_all(self.blocks.finish())
             if encoder.end is not None:
                 self._write(np.array([encoder.end]))
 
+    def _begin_document(self, place):
+        self._place = place
+        self.columns.put("starts", [self._n])
+        self.blocks.begin(place)
+
     def _tokens(self, record):
         ids, vocab_size = record.ids, self.encoder.tokenizer.vocab_size
         if record.where != self._place:
-            self._end_document()
+            self.prints.begin()
             self._begin_document(record.where)
+            self._first_of_file = self._n
         if len(ids) and ids.max() >= vocab_size:
             at = int((ids >= vocab_size).argmax())
             raise CorpusError(
-                f"{record.where} has the token id {ids[at]} at position {self._size + at}, beyond the vocabulary of "
-                f"{vocab_size}: is it of another tokenizer, or of another type than {ids.dtype}?"
+                f"{record.where} has the token id {ids[at]} at position {self._n - self._first_of_file + at}, beyond the "
+                f"vocabulary of {vocab_size}: is it of another tokenizer, or of another type than {ids.dtype}?"
             )
-        self._size += len(ids)
-        self._hash.update(ids.tobytes())
+        self.prints.feed(ids.tobytes(), size=len(ids))
         self._write(ids)
 
     def _example(self, record):
-        where = record.where
+        where, put = record.where, self.columns.put
         try:
             ids, labels = self.encoder.encode(record, self.train_on)
         except ValueError as error:
             raise CorpusError(f"{where}: {error}") from error
         self.survey.see_record(record)
+        self.prints.example(record)
         asked = np.zeros(len(ids), np.uint8)
         asked[1:] = labels[:-1] >= 0
-        text = json.dumps(record._replace(where=None), ensure_ascii=False, default=str).encode()
-        put = self.columns.put
         put("starts", [self._n])
-        put("sizes", [len(text)])
-        put("hashes", [_hash_of(hashlib.blake2b(text, digest_size=8))])
         put("asked", asked)
         put("first", [int(asked.argmax()) if asked.any() else -1])
         put("n_asked", [int(asked.sum())])
         put("file", [self._files.setdefault(where.name if where.line else "", len(self._files))])
         put("line", [where.line or int(where.name.rpartition(" ")[2])])
         self._write(ids)
-
-    def _begin_document(self, place):
-        self._place, self._size, self._hash = place, 0, hashlib.blake2b(digest_size=8)
-        self.columns.put("starts", [self._n])
-
-    def _end_document(self):
-        if self._place is not None:
-            self.columns.put("sizes", [self._size])
-            self.columns.put("hashes", [_hash_of(self._hash)])
-            self._place = None
 
     def _write_all(self, arrays):
         for ids in arrays:
@@ -247,10 +245,6 @@ class _Job:
     def _write(self, ids):
         self.columns.put("ids", ids)
         self._n += len(ids)
-
-
-def _hash_of(hash):
-    return int.from_bytes(hash.digest(), "little")
 
 
 def _digest_of(tokenizer):

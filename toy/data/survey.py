@@ -53,8 +53,8 @@ class Survey:
             for message in record.messages:
                 self.see(message["content"] or "")
 
-    def sentences(self, source, hashes):
-        """hashes: of the documents or examples, (n,). -> list of str, one for each thing worth telling."""
+    def sentences(self, source):
+        """source: the `Source` that was read. -> list of str, one for each thing worth telling."""
         found = []
         if source.skipped:
             names = _named([str(path) for path in source.skipped])
@@ -67,15 +67,10 @@ class Survey:
             keys = _named([f'"{key}"' for key, _ in source.ignored_keys.most_common()])
             found.append(f"keys of the records that nothing is made of: {keys}")
         if self._n_line_ends:
-            found.append(
-                f"{_count(self._n_line_ends, 'line')} end with \\r\\n, and the model learns to write \\r\\n too"
-            )
+            found.append(f"{_count(self._n_line_ends, 'line end')} of \\r\\n, and the model learns to write \\r\\n too")
         if self._counts is not None and (once := np.flatnonzero(self._counts == 1)).size:
             names = _named([repr(chr(code)) for code in once])
             found.append(f"{_count(len(once), 'character')} of the vocabulary seen only once: {names}")
-        repeated = len(hashes) - len(np.unique(hashes))
-        if repeated:
-            found.append(f"{_count(repeated, 'record')} repeat an earlier one; all copies are on one side of the split")
         if self._n_special:
             names = _named(list(self._special_seen))
             what = "in messages become tokens" if self._in_messages else "stay text, they become no tokens"
