@@ -101,27 +101,31 @@ def text_blocks(bytes_of):
 
 def lines(bytes_of):
     """The lines of a `Bytes` -> (number, bytes), blank ones left out. Raises CorpusError for one beyond LONGEST_LINE."""
-    path, number, pending = bytes_of.path, 1, []
-    held = 0
+    path, number, pending, held = bytes_of.path, 1, [], 0
     for block in bytes_of.blocks():
         if number == 1 and not pending:
             _refuse_formats(path, block)
         *whole, rest = block.split(b"\n")
         for part in whole:
-            line = b"".join((*pending, part))
-            pending, held = [], 0
-            if line.strip():
+            if line := _line(path, number, [*pending, part], held + len(part)):
                 yield number, line
+            pending, held = [], 0
             number += 1
         pending.append(rest)
         held += len(rest)
-        if held > LONGEST_LINE:
-            raise CorpusError(
-                f"corpus file {str(path)!r} line {number} has more than {LONGEST_LINE >> 20} MB: "
-                "cut the record into several, or write a long text as a file of its own"
-            )
-    if (line := b"".join(pending)).strip():
+        _line(path, number, [], held)
+    if line := _line(path, number, pending, held):
         yield number, line
+
+
+def _line(path, number, parts, n):
+    if n > LONGEST_LINE:
+        raise CorpusError(
+            f"corpus file {str(path)!r} line {number} has more than {LONGEST_LINE >> 20} MB: "
+            "cut the record into several, or write a long text as a file of its own"
+        )
+    line = b"".join(parts)
+    return line if line.strip() else b""
 
 
 def _decode(path, data, base, final):

@@ -70,7 +70,7 @@ class Tokens(NamedTuple):
 def parse_line(line, where):
     """The JSON object in one line (bytes) of a .jsonl file. Raises CorpusError, naming the line, for anything else."""
     try:
-        value = json.loads(line.decode(), object_pairs_hook=_without_duplicates)
+        value = _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{where} is not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start} of the line ({error.reason}); "
@@ -93,6 +93,8 @@ def record_of(value, where):
 
     Raises CorpusError, naming the place, for an object of another shape, an unknown role, a content that is not text.
     """
+    if value.keys() == {"text"}:  # the commonest, and a corpus may have millions
+        return Document(_text(value, "text", where), where), ()
     shapes = [shape for shape, keys in _SHAPES.items() if all(key in value for key in keys)]
     if len(shapes) != 1:
         raise _shape_error(value, shapes, where)
@@ -175,6 +177,9 @@ def _without_duplicates(pairs):
         seen = set()
         raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 
 
 def _json_name(value):

@@ -358,7 +358,8 @@ class _LinesFile(_File):
                 on_bytes("jsonl", line + b"\n")
             where = Place(name, number)
             record, ignored = record_of(parse_line(line, where), where)
-            ignored_keys.update(ignored)
+            if ignored:
+                ignored_keys.update(ignored)
             yield _with_newline(record)
         if on_bytes is not None:
             on_bytes("jsonl", b"", last=True)
