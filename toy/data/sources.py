@@ -400,7 +400,7 @@ class TokenFile(_File):
                 f"token file {str(self.path)!r} has the 1024-byte header of llm.c: take it off first, "
                 f"tail -c +1025 {self.path.name} > ids.bin"
             )
-        if ids.dtype.itemsize == 2 and len(ids) >= 64 and not ids[1:65536:2].any():
+        if ids.dtype.itemsize == 2 and len(ids) >= 64 and ids[:65536:2].any() and not ids[1:65536:2].any():
             raise CorpusError(
                 f"token file {str(self.path)!r} looks like uint32 ids (every second uint16 is 0): say token_type uint32"
             )
