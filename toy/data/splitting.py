@@ -51,7 +51,7 @@ def validation_pieces(n, fraction, least, seed):
     as many equal parts of the document, in a place that is random.
     """
     wanted = min(max(round(n * fraction), least), n - least)
-    n_pieces = max(1, min(_PIECES, wanted // (4 * least)))
+    n_pieces = max(1, min(_PIECES, wanted // (4 * least), (n - wanted) // (2 * least)))
     length, part = wanted // n_pieces, n // n_pieces
     room = part - length
     offsets = (np.random.default_rng([seed, _SPLIT, 1]).random(n_pieces) * (room + 1)).astype(np.int64)
