@@ -445,6 +445,8 @@ for step in range(500):
 data.validation_batches(8)
 for batch in data.all_validation():
     pass
+for start in range(0, 120_000_000, 1_000_000):
+    assert data.training.ids[start : start + 1_000_000].any()
 print(len(data.training), peak() - before)
 """
 
