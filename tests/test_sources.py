@@ -403,6 +403,18 @@ def test_files_that_may_not_be_read_are_named(tmp_path):
         refused(what, "secret.txt.*ermission")
 
 
+def test_a_refusal_of_the_system_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "secret.txt", "text\n")
+    assert texts(path) == ["text\n"]
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(reading, "open", refuse, raising=False)
+    for what in (path, tmp_path):
+        refused(what, r"secret\.txt' cannot be read: Permission denied")
+
+
 def test_a_file_that_fails_while_it_is_read_is_named(tmp_path):
     path = write(tmp_path / "a.txt", "text\n")
     source = open_source(path)

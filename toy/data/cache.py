@@ -21,6 +21,7 @@ from toy.files.atomic import write_text
 from toy.files.fetch import cache_dir
 
 _FOLDER = "encoded-1"  # in the cache directory; the number counts the formats of what is in it
+_BUFFER = 2**18  # bytes of a column that are kept before they are written
 _OLD = 3600  # seconds: a temporary folder without a lock is a leftover when it is so old
 COLUMNS = {  # a number for each document or example, but ids and asked; joined documents are one for `starts`
     "ids": None,  # uint16 or uint32, all of them one after the other
@@ -116,57 +117,76 @@ class Memory:
     borrowed = None
 
     def __init__(self):
-        self._data, self._kinds = {}, dict(COLUMNS)
+        self._kinds = {name: kind and np.dtype(kind) for name, kind in COLUMNS.items()}
+        self._data, self._n = {}, {}  # by name: a bytearray, and how many numbers there are in all
 
     def open(self, name, kind):
+        """Say which kind of numbers a column holds, before the first of them."""
         self._kinds[name] = np.dtype(kind)
 
     def put(self, name, values):
-        self._data.setdefault(name, bytearray()).extend(np.asarray(values, self._kinds[name]).tobytes())
+        """Add numbers to the end of a column."""
+        if name not in self._data:
+            self._data[name], self._n[name] = bytearray(), 0
+        self._data[name] += np.asarray(values, self._kinds[name]).tobytes()
+        self._n[name] += len(values)
 
     def close(self):
-        pass
+        """Nothing more comes."""
 
     def get(self, name):
+        """The column as an array, None for one that nothing was put into."""
         return np.frombuffer(self._data[name], self._kinds[name]) if name in self._data else None
 
     def array(self, name):
+        """The column as an `IdArray`, or None."""
         return IdArray(self.get(name)) if name in self._data else None
 
     def lengths(self):
-        return {name: len(self.get(name)) for name in self._data}
+        """dict of the columns to their numbers of numbers."""
+        return dict(self._n)
 
 
-class Files:
+class Files(Memory):
     """Columns in the files of a folder. borrowed: the path of the file that has the ids already, None without one."""
 
     def __init__(self, folder, borrowed=None, meta=None):
-        self.folder, self.borrowed, self._open, self._n = Path(folder), borrowed, {}, {}
-        self._kinds = dict(COLUMNS)
+        super().__init__()
+        self.folder, self.borrowed, self._open = Path(folder), borrowed, {}
         if meta is not None:
             self._n, self.borrowed = meta["n"], meta["borrowed"]
             self._kinds["ids"] = np.dtype(meta["kind"])
 
-    def open(self, name, kind):
-        self._kinds[name] = np.dtype(kind)
-
     def put(self, name, values):
-        values = np.asarray(values, self._kinds[name])
-        self._n[name] = self._n.get(name, 0) + len(values)
-        if name == "ids" and self.borrowed:
-            return
-        with _writing(self._path(name)) as path:
-            if name not in self._open:
-                self._open[name] = open(path, "wb")  # noqa: SIM115 (until `close`)
-            self._open[name].write(values.tobytes())
+        super().put(name, values)
+        if len(self._data[name]) > _BUFFER:
+            self._write(name)
+
+    def _write(self, name):
+        """What is buffered, to the file."""
+        if name != "ids" or not self.borrowed:
+            with _writing(self._path(name)) as path:
+                if name not in self._open:
+                    self._open[name] = open(path, "wb", buffering=0)  # noqa: SIM115 (until `close`)
+                view = memoryview(self._data[name])
+                while len(view):  # a write may be a short one
+                    view = view[self._open[name].write(view) :]
+        self._data[name] = bytearray()
 
     def close(self):
         """Put everything on the disk."""
-        while self._open:
-            name, file = self._open.popitem()
-            with _writing(self._path(name)), file:
-                file.flush()
+        for name in self._data:
+            self._write(name)
+        for name, file in self._open.items():
+            with _writing(self._path(name)):
                 os.fsync(file.fileno())
+        self.release()
+
+    def release(self):
+        """Close the files, whatever is in them."""
+        for file in self._open.values():
+            file.close()
+        self._open = {}
 
     def get(self, name):
         if name not in self._n:
@@ -176,16 +196,10 @@ class Files:
     def array(self, name):
         return IdArray(path=self._path(name), kind=self._kinds[name]) if name in self._n else None
 
-    def lengths(self):
-        return dict(self._n)
-
     def is_whole(self):
         """Whether every file is there in its full length."""
         try:
-            return all(
-                self._path(name).stat().st_size == n * np.dtype(self._kinds[name]).itemsize
-                for name, n in self._n.items()
-            )
+            return all(self._path(name).stat().st_size == n * self._kinds[name].itemsize for name, n in self._n.items())
         except OSError:
             return False
 

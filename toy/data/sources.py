@@ -243,7 +243,7 @@ def _open_path(what, token_type):
         reason = getattr(error, "strerror", None) or error
         raise CorpusError(f"corpus {_shown(what)} cannot be read: {reason}") from error
     if exists:
-        reason = "a symbolic link that leads nowhere" if path.is_symlink() else "neither a regular file nor a folder"
+        reason = "neither a regular file nor a folder" if path.exists() else "a symbolic link that leads nowhere"
         raise CorpusError(f"corpus {_shown(what)} is {reason}")
     advice = "give a UTF-8 text file or a folder of text files"
     if isinstance(what, str):

@@ -1,6 +1,5 @@
 """A source through an encoder: token ids in memory or, of more than a megabyte, in the cache directory, made once."""
 
-import contextlib
 import hashlib
 import json
 
@@ -43,8 +42,11 @@ def encode_source(source, encoder, train_on="answers", joined=False, progress=No
         cache.write_index(signature, source.identity())
         return found
     with cache.new_folder() as folder:
-        with contextlib.closing(Files(folder, borrowed)) as columns:
+        columns = Files(folder, borrowed)
+        try:
             meta, _ = job.run(columns)
+        finally:
+            columns.release()
         if source.signature() != signature:
             raise CorpusError(f"{source.words} changed while it was read: try again when nothing writes to it any more")
         found = cache.keep(folder, meta)
