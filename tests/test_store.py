@@ -257,7 +257,7 @@ def counted(monkeypatch):
             opened.append(self.path.name)
             return super().blocks(*arguments)
 
-    monkeypatch.setattr("toy.data.sources.Bytes", Counting)
+    monkeypatch.setattr("toy.data.parts.Bytes", Counting)
     return opened
 
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from toy.data.cache import Cache, Files, Memory, as_encoded
 from toy.data.cutting import BlockEncoder
+from toy.data.parts import TokenFile
 from toy.data.reading import is_gz
 from toy.data.records import CorpusError, Document, Tokens
-from toy.data.sources import TokenFile
 from toy.data.splitting import Fingerprints
 from toy.data.survey import Survey
 
