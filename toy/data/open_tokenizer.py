@@ -8,7 +8,7 @@ from toy.data.gguf_tokenizer import BrokenTokenizerError, GGUFTokenizer, metadat
 from toy.data.tokenizer_json import read_tokenizer_json
 from toy.data.tokenizers import KINDS, ByteTokenizer, CharTokenizer
 from toy.files.errors import BadFileError
-from toy.files.fetch import MODELS, find_model
+from toy.files.fetch import FETCHABLE, find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_vocabulary import bytes_of_characters
 from toy.files.runs import Run
@@ -31,17 +31,17 @@ def make_tokenizer(kind, text, vocab_size=None):
 
 
 def open_tokenizer(name):
-    """A tokenizer that exists: that of a run directory, a GGUF file, a Hugging Face `tokenizer.json` (or the folder it is in), or
-    a fetched model, by its name.
+    """A tokenizer that exists: that of a run directory, of a GGUF file, of a fetched model (by its name), or a Hugging Face
+    `tokenizer.json` (or the folder it is in).
 
     Its `to_json` holds all of it: the file is not needed again. Raises FileNotFoundError when there is nothing of that name,
     and the errors of `load_tokenizer`, `tokenizer_from_json` and `read_tokenizer_json`.
     """
     path = Path(name)
-    if not path.exists() and str(name) not in MODELS:
+    if not path.exists() and str(name) not in FETCHABLE:
         raise FileNotFoundError(
             f"there is no tokenizer {str(name)!r}: it must be {', '.join(KINDS)}, a tokenizer.json, a GGUF file, a run "
-            f"directory, or the name of a fetched model ({', '.join(MODELS)})"
+            f"directory, or the name of a fetched model ({', '.join(FETCHABLE)})"
         )
     path = find_model(name)
     if path.is_dir() and (path / "config.json").exists() and not (path / "tokenizer.json").exists():

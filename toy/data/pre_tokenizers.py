@@ -8,6 +8,7 @@ No pattern here takes more than linear time: none has to look at a run of charac
 """
 
 import functools
+import itertools
 import re
 from typing import NamedTuple
 
@@ -52,11 +53,13 @@ _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 _SYMBOLS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
 _ASCII_PUNCTUATION = r"[!-/:-@\[-`{-~]"
 _CHINESE_KANA = _class("4E00-9FA5 3040-309F 30A0-30FF")
+_HANGUL, _BOPOMOFO = _class("AC00-D7A3 3131-318E"), _class("3105-312F")
+_EAST_ASIAN_SIGNS = _class("2014 2018-2019 201C-201D 2026 3001-303F FE30-FE4F FF01 FF0C FF1A-FF1B")
 _CJK_AND_MORE = "[" + _class("800-9FA5 AC00-D7FF") + r"&&[^\s]]+"  # deepseek: U+2028 is in the range, but white space
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _QWEN2 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_SYMBOLS}"
-_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_BLOOM = r" ?[^(\s|.,!?" + _class("60C 6D4 964 2026 3001 3002 FF0C") + ")]+"
 
 
 def _words_by_case(letters, ending):
@@ -75,10 +78,9 @@ _HALVING_SPACES = "|".join(rf"\s{{{2**k}}}(?!\S)" for k in range(9, 1, -1)) + r"
 
 
 class PreTokenizer(NamedTuple):
-    """One rule. digits: what happens before the patterns, "any" groups every run of numbers by three from its right end,
-    "ascii" the runs of 0-9 inside runs of numbers. whole_pieces: a piece that is a token is that token, whatever the merges
-    say. adds_bos: the text begins with the beginning token unless the file says otherwise. lines_apart: nothing is merged
-    across the end of a line that a letter follows, so that long texts can be encoded a block at a time."""
+    """One rule. digits: how `digit_groups` cuts before the patterns do. whole_pieces: a piece that is a token is that token,
+    whatever the merges say. adds_bos: a text begins with the beginning token unless the file says otherwise. lines_apart:
+    nothing is merged across the end of a line that a letter follows, so that a long text can be encoded in blocks."""
 
     patterns: tuple
     digits: str | None = None
@@ -150,7 +152,7 @@ def _table():
         ),
         "youtu": PreTokenizer(
             (
-                r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[" + _CHINESE_KANA + "]+",
+                f"[{_HANGUL}]+|[{_EAST_ASIAN_SIGNS}]+|[{_BOPOMOFO}]+|[{_CHINESE_KANA}]+",
                 rf"{_MARKED_WORD}|\p{{N}}|{_SYMBOLS_SLASH}",
             ),
             whole_pieces=True,
@@ -166,7 +168,7 @@ def _table():
             (
                 r"[\r\n]",
                 rf"\s?[{_class(_CASED)}]+",
-                r"\s?[!-/:-~！-／：-～‘-‟、-。]+",
+                r"\s?[!-/:-~" + _class("2018-201F 3001-3002 FF01-FF0F FF1A-FF5E") + "]+",
                 r"(?<!\s)\s+\z",  # with the look behind it is tried once in a run of spaces, not from each of them
                 _CJK_AND_MORE,
                 r"\p{N}+",
@@ -207,31 +209,22 @@ def regex(pattern):
 
 
 def digit_groups(text, kind):
-    """Cut a text around its numbers, and these by three from the right: "a1234567b" -> a, 1, 234, 567, b.
+    """Cut a text between the groups of three, counted from the right, of its numbers: "a1234567b" -> a1, 234, 567, b.
 
-    A pattern for this would look ahead to the end of the number from each of its digits.
+    kind "any" cuts behind each group of each run of numbers, "ascii" around each run and before each group of 0-9 in it. A
+    pattern for this would look ahead to the end of the number from each of its digits.
     """
     library = optional_package("tokenizers", "byte-level BPE")
-    numbers = regex(r"\p{N}+")
-    is_number = {piece for piece, _ in library.pre_tokenizers.Split(numbers, "removed").pre_tokenize_str(text)}
-    pieces = []
-    for piece, _ in library.pre_tokenizers.Split(numbers, "isolated").pre_tokenize_str(text):
-        if piece in is_number:
-            pieces.append(piece)
-        else:
-            pieces += _by_three(piece) if kind == "any" else _ascii_by_three(piece)
-    return pieces
-
-
-def _by_three(digits):
-    first = len(digits) % 3
-    return [digits[:first]] * (first > 0) + [digits[i : i + 3] for i in range(first, len(digits), 3)]
-
-
-def _ascii_by_three(digits):
-    """Only before a group of three ASCII digits; what comes before the first group stays with what is left of it."""
-    cuts = [0]
-    for run in re.finditer("[0-9]+", digits):
-        cuts += range(run.start() + len(run[0]) % 3, run.end(), 3)
-    cuts = sorted({*cuts, len(digits)})
-    return [digits[a:b] for a, b in zip(cuts, cuts[1:])]
+    numbers = library.pre_tokenizers.Split(regex(r"\p{N}+"), "isolated").pre_tokenize_str(text)
+    others = {piece for piece, _ in library.pre_tokenizers.Split(regex(r"\p{N}+"), "removed").pre_tokenize_str(text)}
+    cuts = {0, len(text)}
+    for piece, (start, stop) in numbers:
+        if piece in others:
+            continue
+        if kind == "any":
+            cuts.update(range(start + (len(piece) % 3 or 3), stop + 1, 3))
+            continue
+        cuts |= {start, stop}
+        for run in re.finditer("[0-9]+", piece):
+            cuts.update(range(start + run.start() + len(run[0]) % 3, start + run.end(), 3))
+    return [text[a:b] for a, b in itertools.pairwise(sorted(cuts))]

@@ -17,8 +17,8 @@ class Merger:
     """
 
     def __init__(self, scores, byte_ids, unknown_id):
-        """scores: dict of tokens to (score, id), spaces written as SPACE. byte_ids: dict of bytes (int) to ids. unknown_id: or
-        None."""
+        """scores: dict of tokens to (score, id), spaces written as SPACE. byte_ids: dict of bytes (int) to ids. unknown_id:
+        of the unknown token, or None."""
         self._scores, self._byte_ids, self._unknown_id = scores, byte_ids, unknown_id
         # nothing is joined across the beginning of a word, unless some token has such a place inside, nor across the end of
         # a line, unless there is a token with one

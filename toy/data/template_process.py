@@ -110,7 +110,7 @@ def make_environment():
     class Generation(jinja2.ext.Extension):
         """{% generation %} ... {% endgeneration %} around what the assistant says."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser):
             line = next(parser.stream).lineno

@@ -26,7 +26,7 @@ _MAX_TOKENS = 2**20
 _MAX_SPLITS = 2**28  # of all tokens in two, counted with the characters that each looks at
 
 # The patterns of models' own files, as one string in which they are separated, to the names that llama.cpp gives them, by
-# whether a piece that is a token is not built from merges. Left out: those that llama.cpp only comes near to (gpt-4o, tekken).
+# whether a piece that is a token is not built from merges. Left out are those that llama.cpp only comes near to (gpt-4o).
 _NUL = "\0"
 _I = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +50,7 @@ _PATTERNS = {
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": {
         False: "bailingmoe"
     },
-    _NUL.join((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3)): {False: "deepseek-v3"},
+    _NUL.join((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3)): {False: "deepseek-v3"},
     _NUL.join((r"\p{N}{1,3}", _LLAMA3.replace("{1,3}", "+"))): {True: "minicpm5"},
 }
 
@@ -58,8 +58,8 @@ _PATTERNS = {
 def read_tokenizer_json(path):
     """The `GGUFTokenizer` of a `tokenizer.json`, or of the folder it is in.
 
-    `tokenizer_config.json` and `chat_template.jinja` beside it say which tokens begin and end a text and how a conversation is
-    written; without them the file's own post-processor says it, or a single special token that is known to end texts.
+    `tokenizer_config.json` and `chat_template.jinja` beside it say which tokens begin and end a text, and how a conversation
+    is written; without them the file's own post-processor says it, or a single special token that is known to end texts.
     Raises FileNotFoundError, BadFileError for a file that is damaged or contradicts itself, and ValueError for one that
     describes something that cannot be done the same way here.
     """

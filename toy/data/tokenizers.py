@@ -101,8 +101,10 @@ class ByteTokenizer(_WithoutSpecialTokens):
     vocab_size = 256
 
     def encode(self, text, what="text", *, add_special=False, parse_special=False):
-        """str -> ids, int32 (n_bytes,). There is nothing to add or to parse. Raises UnknownCharacterError for text that is not
-        valid Unicode; `what` names it."""
+        """str -> ids, int32 (n_bytes,). There is nothing to add or to parse.
+
+        Raises UnknownCharacterError for text that is not valid Unicode; `what` names it.
+        """
         return np.frombuffer(check_unicode(text, what), np.uint8).astype(np.int32)
 
     def decode(self, ids, *, special=False):
@@ -117,8 +119,11 @@ class ByteTokenizer(_WithoutSpecialTokens):
 
 
 def check_unicode(text, what="text"):
-    """The UTF-8 bytes of a text. Raises UnknownCharacterError where it has none: half a character, which is what a command-line
-    argument that cannot be decoded has in it. `what` names the text."""
+    """The UTF-8 bytes of a text.
+
+    Raises UnknownCharacterError where it has none: half a character, which is what a command-line argument that cannot be
+    decoded has in it. `what` names the text.
+    """
     try:
         return text.encode()
     except UnicodeEncodeError as error:
