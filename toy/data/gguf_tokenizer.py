@@ -1,56 +1,65 @@
 """The tokenizers inside GGUF files.
 
-Byte-level BPE (`tokenizer.ggml.model` "gpt2") and the SentencePiece kind ("llama") are run by the `tokenizers` library;
-`toy.data.open_tokenizer` makes one of a file.
+Byte-level BPE (`tokenizer.ggml.model` "gpt2") is run by the `tokenizers` library, the SentencePiece kind ("llama") by
+`toy.data.sentencepiece`; `toy.data.open_tokenizer` makes one of a file. What a file leaves unsaid is as in llama.cpp
+(llama-vocab.cpp of ggml-org/llama.cpp).
 """
 
 import codecs
 import hashlib
+import itertools
 import re
 
 import numpy as np
 
-from toy.data.tokenizers import UnknownCharacterError
+from toy.data import pre_tokenizers, sentencepiece
+from toy.data.chat_template import ChatTemplate
+from toy.data.pre_tokenizers import PRE_TOKENIZERS
+from toy.data.special_tokens import SpecialTokens
+from toy.data.tokenizers import UnknownCharacterError, check_unicode
 from toy.files.gguf_models import short
 from toy.files.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, bytes_of_characters
 from toy.optional import optional_package
 
-# Where text is cut before BPE, by tokenizer.ggml.pre: patterns applied one after the other, each to the pieces that the
-# earlier ones left. They are those of the models' own tokenizers, as llama.cpp applies them (llama-vocab.cpp).
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_CONTRACTIONS = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
-_LINES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_DIGIT_BY_DIGIT = (r"\p{N}", _WORDS)
-_LLAMA3 = (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_LINES}",)
-_QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|{_LINES}".replace(r"^\s\p{L}", r"^\s\p{L}\p{M}"),
-)
-_QWEN2 = (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_LINES}",)
-PRE_TOKENIZERS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _WORDS, r"[0-9][0-9][0-9]"),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
-    "qwen35": _QWEN35,
-    **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2"), (_WORDS,)),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGIT_BY_DIGIT
-    ),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
-}
-_WHOLE_PIECES = (
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-)  # a piece that is a token is not built from merges; and BOS is added
-
-# what ends an answer where the file does not mark all of it, by the token's text (as llama.cpp)
-_END_TEXTS = {
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "</s>",
+# what ends an answer, by the token's text, whether the file marks it or not
+_ENDS = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
+    "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[", "<|ifm|im_end|>",  # noqa: RUF001
 }  # fmt: skip
+# tokens for filling in the middle: control tokens too, whether the file marks them or not; the second group ends an answer
+_FILLING = {
+    "fim_pre": {
+        "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",  # noqa: RUF001
+        "<|code_prefix|>", "<|prefix|>", "<|plamo:fim_prefix|>",
+    },
+    "fim_suf": {
+        "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",  # noqa: RUF001
+        "<|code_suffix|>", "<|suffix|>", "<|plamo:fim_suffix|>",
+    },
+    "fim_mid": {
+        "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>",  # noqa: RUF001
+        "<|code_middle|>", "<|middle|>", "<|plamo:fim_middle|>",
+    },
+    "fim_pad": {"<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"},
+    "fim_rep": {"<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"},
+    "fim_sep": {"<|file_sep|>", "<|plamo:file_separator|>"},
+}  # fmt: skip
+_ENDING_FILLING = ("fim_pad", "fim_rep", "fim_sep")
+_SHOWN = {
+    "<|channel|>",
+    "<|message|>",
+    "<|start|>",
+    "<|constrain|>",
+}  # of gpt-oss: no control tokens, whatever the file says
 
 _MAX_TOKEN = 1024  # characters: the longest in use are runs of spaces, a few hundred
-_SPACE = "\u2581"  # SentencePiece's visible space
+_MAX_SPECIAL_TOKEN = 256  # bytes
+_MAX_SPECIAL_LENGTHS = 128  # different ones: runs of 1 to 31 spaces and new lines are the most in use
+
+_BLOCK = 2**16  # characters that are encoded at a time, where a line ends
+_BLOCKS = 8  # that are encoded side by side
+_LINE_START = re.compile(r"(?<=\S\n)(?=[A-Za-z])")  # nothing is merged across it (`PreTokenizer.lines_apart`)
 
 
 class BrokenTokenizerError(ValueError):
@@ -62,14 +71,14 @@ class GGUFTokenizer:
 
     tokens: list of str, as in the file. bos_id, eos_id, unk_id: None where there is none. stop_ids: the ids that end an
     answer. add_bos, add_eos: what `encode(..., add_special=True)` adds. chat_template: Jinja text or None. metadata: the
-    keys it was made from.
+    keys it was made from. notices: sentences about what it does otherwise than the file it was made from.
     """
 
     kind = "gguf"
 
-    def __init__(self, metadata, path=None):
+    def __init__(self, metadata, path=None, notices=()):
         """metadata: the mapping of a `toy.GGUF`. path: of the file, only to be remembered. Errors as `load_tokenizer`."""
-        self.path = path
+        self.path, self.notices = path, tuple(notices)
         self.metadata = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
         read = _Reader(self.metadata)
         self.model = read("tokenizer.ggml.model", str, None)
@@ -81,27 +90,33 @@ class GGUFTokenizer:
             )
             raise ValueError(f"{found}; byte-level BPE (gpt2) and SentencePiece (llama) can be read")
         self.tokens = read.tokens()
-        self.types = read.token_types()
-        self.bos_id, self.eos_id, self.unk_id = (read.token_id(name) for name in ("bos", "eos", "unknown"))
+        bos, eos, unk = (1, 2, 0) if self.model == "llama" else (None, None, None)
+        self.bos_id, self.eos_id = read.token_id("bos", bos), read.token_id("eos", eos)
+        self.unk_id = read.token_id("unknown", unk)
+        self.types, self.stop_ids = _types_and_stops(self.tokens, read, self.eos_id)
         self.chat_template = read("tokenizer.chat_template", str, None)
+        rule = None
         if self.model == "gpt2":
             self.pre = read("tokenizer.ggml.pre", str, "default")
             self._add_space = False
-            self._encoder = _byte_level_bpe(self.tokens, read.merges(), self.pre)
+            self._encoder, rule = _byte_level_bpe(self.tokens, read.merges(), self.pre)
         else:
             self.pre = None
             self._add_space = read("tokenizer.ggml.add_space_prefix", bool, True)
-            unk = None if self.unk_id is None else self.tokens[self.unk_id]
-            self._encoder = _sentencepiece_bpe(self.tokens, self.types, read.scores(), unk)
-        default = self.model == "llama" or self.pre in _WHOLE_PIECES
+            self._encoder = _sentencepiece_bpe(self.tokens, self.types, read.scores(), self.unk_id)
+        self._digits = rule.digits if rule else None
+        default = self.model == "llama" or rule.adds_bos
         self.add_bos = read("tokenizer.ggml.add_bos_token", bool, default) and self.bos_id is not None
         self.add_eos = read("tokenizer.ggml.add_eos_token", bool, False) and self.eos_id is not None
-        special = {i: self.tokens[i] for i in np.flatnonzero(np.isin(self.types, (UNKNOWN, CONTROL, USER_DEFINED)))}
-        marked = {self.eos_id, read.token_id("eot"), read.token_id("eom")} - {None}
-        self.stop_ids = frozenset(marked | {int(i) for i, token in special.items() if token in _END_TEXTS})
-        self._special_ids = {token: int(i) for i, token in special.items()}
-        self._any_special = _one_of(special.values())
-        self._user_defined = _one_of(token for i, token in special.items() if self.types[i] == USER_DEFINED)
+        special = {self.tokens[i]: i for i in _ids_of_types(self.types, UNKNOWN, CONTROL, USER_DEFINED)}
+        user_defined = {token: i for token, i in special.items() if self.types[i] == USER_DEFINED}
+        eats = {special["<mask>"]} if str(self.pre).startswith("jina-v2-") and "<mask>" in special else ()
+        self._special, self._user_defined = SpecialTokens(special, eats), SpecialTokens(user_defined, eats)
+        _check_special(self._special, special)
+        self._lines_apart = (
+            rule.lines_apart if rule else not any(re.search("\n[A-Za-z]", token) for token in self.tokens)
+        )
+        self._templates = {}  # made when they are asked for
         self._bytes = {}  # by id, filled as they are asked for
 
     @property
@@ -113,20 +128,38 @@ class GGUFTokenizer:
 
         add_special: add the beginning (and end) token if the model wants them. parse_special: special tokens written out in
         the text, such as <|im_start|>, become that token; otherwise they are read as plain characters.
-        Raises UnknownCharacterError for text that is not valid Unicode; `what` names the text in it.
+        Raises UnknownCharacterError for text that is not valid Unicode, and for a character that a SentencePiece vocabulary
+        has no token for; `what` names the text in it.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # lone surrogates
-            raise UnknownCharacterError(f"the {what} is not valid Unicode at offset {error.start}") from error
-        ids = [self.bos_id] if add_special and self.add_bos else []
-        at_start = True  # of the text, or behind a special token: where SentencePiece puts a space
-        for part, is_special in _split(self._any_special if parse_special else self._user_defined, text):
-            ids += [self._special_ids[part]] if is_special else self._encode_plain(part, at_start)
-            at_start = is_special
+        check_unicode(text, what)
+        specials = self._special if parse_special else self._user_defined
+        ids = [[self.bos_id]] if add_special and self.add_bos else []
+        ids += [part for part, _ in self._encode_between(specials, text, what, at_start=True)]
         if add_special and self.add_eos:
-            ids.append(self.eos_id)
-        return np.array(ids, np.int32)
+            ids.append([self.eos_id])
+        return _joined(ids)
+
+    def encode_parts(self, parts, what="text"):
+        """Yield the ids of a text that comes in parts (an iterable of str), some at a time: together `encode` of the whole.
+
+        It is plain text, and no beginning or end is added. The memory is that of a few parts and of the longest stretch in
+        which no line begins with a letter. Errors as `encode`.
+        """
+        rest, searched, at_start = "", 0, True
+        for part in itertools.chain(parts, [None]):
+            if part is not None:
+                rest += part
+                if len(rest) < _BLOCK or not self._can_be_cut:
+                    continue
+                cut = max((match.start() for match in _LINE_START.finditer(rest, searched)), default=0)
+                searched = max(0, len(rest) - 2)
+            else:
+                cut = len(rest)
+            if cut:
+                check_unicode(rest[:cut], what)
+                ids = list(self._encode_between(self._user_defined, rest[:cut], what, at_start))
+                yield _joined([part for part, _ in ids])
+                rest, searched, at_start = rest[cut:], 0, ids[-1][1]
 
     def decode(self, ids, *, special=False):
         """ids -> str; bytes that are not UTF-8 become U+FFFD. special: write special tokens out instead of dropping them.
@@ -163,38 +196,39 @@ class GGUFTokenizer:
             self._bytes[i] = self._bytes_of(self.tokens[i], self.types[i])
         return self._bytes[i]
 
-    def apply_chat_template(self, messages, *, add_generation_prompt=True, **variables):
+    def apply_chat_template(self, messages, *, add_generation_prompt=True, tools=None, **variables):
         """The text of a conversation in the form the model was trained on; encode it with `parse_special=True`.
 
-        messages: list of {"role": "system" | "user" | "assistant", "content": str}. add_generation_prompt: end with the
-        beginning of the assistant's answer. The template comes with the file and runs in Jinja's sandbox.
-        Raises ValueError when the file has no template, and when the template is broken or refuses the messages.
+        messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str}. add_generation_prompt: end with
+        the beginning of the assistant's answer. tools: list of JSON schemas of functions that may be called; files with a
+        template of their own for that use it. The template comes with the file and is run as `toy.data.chat_template` says.
+        Raises ValueError when the file has no template, and when the template is broken, takes too much time or memory, or
+        refuses the messages.
         """
-        if self.chat_template is None:
-            raise ValueError("this model has no chat template: give it plain text, without the chat option")
-        jinja2 = optional_package("jinja2", "the chat template")
-        sandbox = optional_package("jinja2.sandbox", "the chat template", install="jinja2")
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        return self.template(tools).render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
-        environment.globals["raise_exception"] = _refuse
-        names = (("bos_token", self.bos_id), ("eos_token", self.eos_id), ("unk_token", self.unk_id))
-        tokens = {name: "" if i is None else self.tokens[i] for name, i in names}
-        try:
-            template = environment.from_string(self.chat_template)
-            return template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **(tokens | variables)
-            )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
-            raise ValueError(f"the chat template of this model failed: {error}") from error
+
+    def template(self, tools=None):
+        """The `ChatTemplate` for conversations with these tools (None: without any). Raises ValueError when there is none."""
+        source = self.chat_template
+        if tools is not None:
+            source = self.metadata.get("tokenizer.chat_template.tool_use", source)
+        if not isinstance(source, str):
+            raise ValueError("this model has no chat template: give it plain text, without the chat option")
+        if source not in self._templates:
+            read = _Reader(self.metadata, len(self.tokens))
+            ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": read.token_id("padding")}
+            tokens = {f"{name}_token": "" if i is None else self.tokens[i] for name, i in ids.items()}
+            self._templates[source] = ChatTemplate(source, tokens)
+        return self._templates[source]
 
     def to_json(self):
-        """{"kind", "path", "sha256"}: where the tokenizer is, and a digest to know it again."""
-        return {
-            "kind": self.kind,
-            "path": None if self.path is None else str(self.path.absolute()),
-            "sha256": self.sha256,
-        }
+        """{"kind", "path", "sha256"}: where the tokenizer is, and a digest to know it again. Without a path, the tokenizer
+        itself: {"kind", "sha256", "metadata"}."""
+        if self.path is None:
+            return {"kind": self.kind, "sha256": self.sha256, "metadata": metadata_to_json(self.metadata)}
+        return {"kind": self.kind, "path": str(self.path.absolute()), "sha256": self.sha256}
 
     @property
     def sha256(self):
@@ -204,83 +238,185 @@ class GGUFTokenizer:
             digest.update(repr((key, value.tolist() if isinstance(value, np.ndarray) else value)).encode())
         return digest.hexdigest()
 
-    def _encode_plain(self, text, at_start):
+    @property
+    def _can_be_cut(self):
+        return self._lines_apart and not self._user_defined.reach_over_lines
+
+    def _encode_between(self, specials, text, what, at_start):
+        """Yield (ids, whether a text that goes on after them is at a start), special tokens cut out.
+
+        At a start: of the text, or behind a special token, where SentencePiece puts a space.
+        """
+        for part, special_id in specials.split(text):
+            if special_id is not None:
+                yield [special_id], (at_start := True)
+                continue
+            for ids in self._encode_plain(part, what, at_start):
+                yield ids, False
+            at_start = False
+
+    def _encode_plain(self, text, what, at_start):
+        """Yield list or array of ids, some blocks at a time."""
         if self.model == "llama":
-            text = ((" " if self._add_space and at_start else "") + text).replace(" ", _SPACE)
-        return self._encoder.encode(text, add_special_tokens=False).ids
+            text = ((" " if self._add_space and at_start else "") + text).replace(" ", sentencepiece.SPACE)
+        blocks = blocks_of(text) if self._lines_apart else iter((text,))
+        if self.model == "llama":
+            for block in blocks:
+                ids = self._encoder.encode(block)
+                if None in ids:
+                    raise UnknownCharacterError(
+                        f"the {what} has characters that this tokenizer has neither a token nor byte tokens for"
+                    )
+                yield ids
+            return
+        while together := list(itertools.islice(blocks, _BLOCKS)):
+            if self._digits:
+                together = [piece for block in together for piece in pre_tokenizers.digit_groups(block, self._digits)]
+            for encoding in self._encoder.encode_batch_fast(together, add_special_tokens=False):
+                yield encoding.ids
 
     def _bytes_of(self, token, kind):
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
             return token.encode()
+        byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token) if kind == BYTE else None
+        if byte:
+            return bytes((int(byte[1], 16),))
         if self.model == "llama":
-            byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token) if kind == BYTE else None
-            return bytes((int(byte[1], 16),)) if byte else token.replace(_SPACE, " ").encode()
+            return token.replace(sentencepiece.SPACE, " ").encode()
         data = bytes_of_characters(token)
         return token.encode() if data is None else data  # None: a token that was added without being byte-encoded
 
 
+def _joined(parts):
+    return np.concatenate([np.zeros(0, np.int32), *(np.array(part, np.int32) for part in parts)])
+
+
+def metadata_to_json(metadata):
+    """What `metadata_from_json` reads: arrays of whole numbers as runs of equal ones, others as lists."""
+    return {key: _array_to_json(value) if isinstance(value, np.ndarray) else value for key, value in metadata.items()}
+
+
+def metadata_from_json(data):
+    """The metadata of a `GGUFTokenizer`. Raises ValueError for anything that `metadata_to_json` does not write."""
+    if not isinstance(data, dict):
+        raise ValueError("its metadata are no JSON object")
+    try:
+        return {key: _array_from_json(value) if isinstance(value, dict) else value for key, value in data.items()}
+    except (KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"its metadata are not those of a tokenizer ({error})") from error
+
+
+def _array_to_json(array):
+    if array.dtype.kind == "f":
+        return {"type": array.dtype.name, "numbers": [float(number) for number in array]}
+    runs = [[key, len(list(group))] for key, group in itertools.groupby(array.tolist())]
+    return {"type": array.dtype.name, "runs": runs}
+
+
+def _array_from_json(data):
+    dtype = np.dtype(data["type"])
+    if dtype.kind not in "iufb":
+        raise ValueError(f"an array of {dtype.name}")
+    if "numbers" in data:
+        return np.array(data["numbers"], dtype)
+    if sum(length for _, length in data["runs"]) > 2**24 or any(length < 0 for _, length in data["runs"]):
+        raise ValueError("an array that is too long")
+    numbers, lengths = [number for number, _ in data["runs"]], [length for _, length in data["runs"]]
+    return np.repeat(np.array(numbers, dtype), lengths)
+
+
+def _types_and_stops(tokens, read, eos_id):
+    """The token types, mended as llama.cpp mends them, and the frozenset of the ids that end an answer."""
+    types, places = read.token_types(), {}
+    ids = {name: read.token_id(name) for name in ("eot", "eom", *_FILLING)}
+    old_names = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
+    for name, old in old_names.items():
+        ids[name] = ids[name] if ids[name] is not None else read.token_id(old)
+    names_of = {text: None for text in _ENDS | _SHOWN | {"<|plamo:eos|>"}}
+    names_of |= {text: name for name, texts in _FILLING.items() for text in texts}
+    places = {token: i for i, token in enumerate(tokens) if token in names_of}
+    types = types.copy()
+    stops = {eos_id, ids["eot"], ids["eom"], *(ids[name] for name in _ENDING_FILLING)} - {None}
+    for token, i in places.items():
+        name = names_of[token]
+        if token in _ENDS or (name is not None and ids[name] is None):
+            types[i] = CONTROL
+            if token in _ENDS or name in _ENDING_FILLING:
+                stops.add(i)
+    for token in _SHOWN & places.keys():
+        types[places[token]] = USER_DEFINED
+    ends = {tokens[i] for i in stops}
+    calls = "<|call|>" in ends or "<|calls|>" in ends
+    if (
+        "<|end|>" in ends and calls and ends & {"<|return|>", "<|flush|>"}
+    ):  # there <|end|> ends a message, not an answer
+        types[places["<|end|>"]] = USER_DEFINED
+        stops.discard(places["<|end|>"])
+    if "</s>" in ends and ends & {"<|tool_response>", "<|plamo:eos|>"}:  # there </s> is a word of a markup language
+        types[places["</s>"]] = NORMAL
+        stops.discard(places["</s>"])
+    return types, frozenset(stops)
+
+
+def _ids_of_types(types, *kinds):
+    return np.flatnonzero(np.isin(types, kinds)).tolist()
+
+
+def _check_special(special, ids):
+    longest = max((len(token.encode()) for token in ids), default=0)
+    if longest > _MAX_SPECIAL_TOKEN:
+        raise BrokenTokenizerError(
+            f"has a special token of {longest} bytes, longer than any tokenizer's ({_MAX_SPECIAL_TOKEN})"
+        )
+    if special.n_lengths > _MAX_SPECIAL_LENGTHS:
+        raise BrokenTokenizerError(
+            f"has special tokens of {special.n_lengths} different lengths, more than any tokenizer ({_MAX_SPECIAL_LENGTHS})"
+        )
+
+
+def blocks_of(text):
+    """Yield the text in blocks of at least _BLOCK characters that end where a line does, with a letter behind it."""
+    start = 0
+    while match := _LINE_START.search(text, start + _BLOCK):
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
 def _byte_level_bpe(tokens, merges, pre):
+    """-> the library's tokenizer, and the `PreTokenizer`."""
     if pre not in PRE_TOKENIZERS:
         raise ValueError(
             f"the pre-tokenizer {short(pre)} is not supported; these are: {', '.join(sorted(PRE_TOKENIZERS))}"
         )
     library = optional_package("tokenizers", "the tokenizer of a GGUF file")
-    cut = [library.pre_tokenizers.Split(library.Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
-    to_bytes = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    encoder = _bpe(library, tokens, merges, ignore_merges=pre in _WHOLE_PIECES)
-    encoder.pre_tokenizer = library.pre_tokenizers.Sequence([*cut, to_bytes])
-    return encoder
-
-
-def _sentencepiece_bpe(tokens, types, scores, unk):
-    """SentencePiece merges the pair that makes the token of the highest score: as BPE, all ways to make a token from two
-    others, the best tokens first."""
-    library = optional_package("tokenizers", "the tokenizer of a GGUF file")
-    known = {token for token, kind in zip(tokens, types) if kind != BYTE}
-    merges = []
-    for i in np.argsort(-scores, kind="stable"):
-        token = tokens[i]
-        if token in known:
-            halves = ((token[:n], token[n:]) for n in range(1, len(token)))
-            merges += [(left, right) for left, right in halves if left in known and right in known]
-    return _bpe(library, tokens, merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
-
-
-def _bpe(library, tokens, merges, **options):
+    rule = PRE_TOKENIZERS[pre]
     try:
-        return library.Tokenizer(library.models.BPE({token: i for i, token in enumerate(tokens)}, merges, **options))
+        model = library.models.BPE(
+            {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=rule.whole_pieces
+        )
     except Exception as error:  # the library raises nothing more special
         raise BrokenTokenizerError(f"its merges do not fit its tokens ({error})") from error
+    encoder = library.Tokenizer(model)
+    encoder.pre_tokenizer = pre_tokenizers.split_and_encode_bytes(rule)
+    return encoder, rule
 
 
-def _one_of(tokens):
-    """A pattern that matches any of the tokens, the longest first; None when there are none."""
-    tokens = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
-
-
-def _split(pattern, text):
-    """Cut the text at its special tokens -> (part, whether it is one), in order."""
-    position = 0
-    for match in pattern.finditer(text) if pattern else ():
-        if match.start() > position:
-            yield text[position : match.start()], False
-        yield match.group(), True
-        position = match.end()
-    if position < len(text):
-        yield text[position:], False
-
-
-def _refuse(message):
-    raise ValueError(f"the chat template refuses these messages: {message}")
+def _sentencepiece_bpe(tokens, types, scores, unknown_id):
+    places = {token: i for i, token in enumerate(tokens)}
+    bytes_ = {byte: places.get(f"<0x{byte:02X}>") for byte in range(256)}
+    # what is written out in a text never becomes a special token by being joined from its characters
+    joinable = np.isin(types, (UNKNOWN, CONTROL, BYTE), invert=True).tolist()
+    table = zip(tokens, scores.tolist(), joinable)
+    known = {token: (score, i) for i, (token, score, usable) in enumerate(table) if usable}
+    return sentencepiece.Merger(known, {byte: i for byte, i in bytes_.items() if i is not None}, unknown_id)
 
 
 class _Reader:
     """Tokenizer metadata, checked as they are read."""
 
-    def __init__(self, metadata):
-        self.metadata = metadata
-        self.n_tokens = 0
+    def __init__(self, metadata, n_tokens=0):
+        self.metadata, self.n_tokens = metadata, n_tokens
 
     def __call__(self, key, kind, default):
         value = self.metadata.get(key, default)
@@ -290,7 +426,7 @@ class _Reader:
 
     def tokens(self):
         tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list) or not tokens:
+        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
             raise BrokenTokenizerError("its tokenizer has no tokens (tokenizer.ggml.tokens)")
         tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
         self.n_tokens = len(tokens)
@@ -302,7 +438,7 @@ class _Reader:
         if len(set(tokens)) != len(tokens):
             seen = set()
             twice = next(token for token in tokens if token in seen or seen.add(token))
-            raise BrokenTokenizerError(f"has the token {twice!r} twice")
+            raise BrokenTokenizerError(f"has the token {short(twice)} twice")
         return tokens
 
     def token_types(self):
@@ -319,15 +455,21 @@ class _Reader:
 
     def merges(self):
         merges = self.metadata.get("tokenizer.ggml.merges")
-        if not isinstance(merges, list):
+        if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
             raise BrokenTokenizerError("has no merges (tokenizer.ggml.merges)")
-        pairs = [tuple(merge.split(" ")) for merge in merges]
-        wrong = next((merge for merge, pair in zip(merges, pairs) if len(pair) != 2 or not all(pair)), None)
+        pairs = dict.fromkeys(
+            tuple(merge.split(" ")) for merge in merges
+        )  # of one that is there twice the first counts
+        wrong = next((pair for pair in pairs if len(pair) != 2 or not all(pair)), None)
         if wrong is not None:
-            raise BrokenTokenizerError(f"has the merge {short(wrong)}, expected two parts with a space between them")
-        return pairs
+            raise BrokenTokenizerError(
+                f"has the merge {short(' '.join(wrong))}, expected two parts with a space between them"
+            )
+        return list(pairs)
 
-    def token_id(self, name):
-        """None where there is none, or one that is not in the vocabulary."""
+    def token_id(self, name, default=None):
+        """`default` where none is given, or one that is not in the vocabulary; None when that is not in it either."""
         value = self(f"tokenizer.ggml.{name}_token_id", int, None)
+        if value is None or not 0 <= value < self.n_tokens:
+            value = default
         return value if value is not None and 0 <= value < self.n_tokens else None

@@ -1,21 +1,59 @@
-"""Which tokenizer is it: for a new run, in a run's config, inside a GGUF file."""
+"""Which tokenizer is it: for a new run, in a run's config, in a file of somebody else's."""
 
 import re
+from pathlib import Path
 
-from toy.data.gguf_tokenizer import BrokenTokenizerError, GGUFTokenizer
+from toy.data.bpe_tokenizer import DEFAULT_VOCAB_SIZE, BPETokenizer
+from toy.data.gguf_tokenizer import BrokenTokenizerError, GGUFTokenizer, metadata_from_json
+from toy.data.tokenizer_json import read_tokenizer_json
 from toy.data.tokenizers import KINDS, ByteTokenizer, CharTokenizer
 from toy.files.errors import BadFileError
+from toy.files.fetch import FETCHABLE, find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_vocabulary import bytes_of_characters
+from toy.files.runs import Run
 
 
-def make_tokenizer(kind, text):
-    """The tokenizer of this kind ("char" or "bytes") for training on `text`."""
+def make_tokenizer(kind, text, vocab_size=None):
+    """The tokenizer for training on `text`, a str or an iterable of texts, which is gone through at most once.
+
+    kind: "char", "bytes", "bpe" (made from the text, with `vocab_size` tokens, None: DEFAULT_VOCAB_SIZE), or what
+    `open_tokenizer` opens. Raises ValueError for a vocabulary size that is not a choice there, and the errors of
+    `BPETokenizer.train` and `open_tokenizer`.
+    """
+    if kind == "bpe":
+        return BPETokenizer.train(text, DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
+    if vocab_size is not None:
+        raise ValueError(f"a vocabulary size can be chosen for the tokenizer bpe alone, not for {kind}")
     if kind == "char":
         return CharTokenizer.from_text(text)
-    if kind == "bytes":
-        return ByteTokenizer()
-    raise ValueError(f"tokenizer must be one of {', '.join(KINDS)}, got {kind!r}")
+    return ByteTokenizer() if kind == "bytes" else open_tokenizer(kind)
+
+
+def open_tokenizer(name):
+    """A tokenizer that exists: that of a run directory, of a GGUF file, of a fetched model (by its name), or a Hugging Face
+    `tokenizer.json` (or the folder it is in).
+
+    Its `to_json` holds all of it: the file is not needed again. Raises FileNotFoundError when there is nothing of that name,
+    and the errors of `load_tokenizer`, `tokenizer_from_json` and `read_tokenizer_json`.
+    """
+    path = Path(name)
+    if not path.exists() and str(name) not in FETCHABLE:
+        raise FileNotFoundError(
+            f"there is no tokenizer {str(name)!r}: it must be {', '.join(KINDS)}, a tokenizer.json, a GGUF file, a run "
+            f"directory, or the name of a fetched model ({', '.join(FETCHABLE)})"
+        )
+    path = find_model(name)
+    if path.is_dir() and (path / "config.json").exists() and not (path / "tokenizer.json").exists():
+        tokenizer = _tokenizer_of_run(Run.open(path))
+    elif path.is_dir() or _begins_like_json(path):
+        tokenizer = read_tokenizer_json(path)
+    else:
+        with GGUF.open(path) as gguf:
+            tokenizer = load_tokenizer(gguf)
+    if isinstance(tokenizer, GGUFTokenizer):
+        tokenizer.path = None
+    return tokenizer
 
 
 def tokenizer_from_json(data):
@@ -26,8 +64,13 @@ def tokenizer_from_json(data):
         return ByteTokenizer()
     if kind == "char" and isinstance(data.get("characters"), str):
         return CharTokenizer(data["characters"])
-    if kind == "gguf" and isinstance(data.get("path"), str) and isinstance(data.get("sha256"), str):
-        return _tokenizer_of_file(data)
+    if kind == "bpe" and isinstance(data.get("merges"), list):
+        return BPETokenizer.from_json(data)
+    if kind == "gguf" and isinstance(data.get("sha256"), str):
+        if isinstance(data.get("path"), str):
+            return _tokenizer_of_file(data)
+        if isinstance(data.get("metadata"), dict):
+            return _tokenizer_in_json(data)
     raise ValueError(f"not a tokenizer: {str(data)[:80]}")
 
 
@@ -60,6 +103,29 @@ def _tokenizer_of_file(data):
     if not isinstance(tokenizer, GGUFTokenizer) or tokenizer.sha256 != data["sha256"]:
         raise BadFileError(data["path"], "its tokenizer is not the one that this run was trained with")
     return tokenizer
+
+
+def _tokenizer_of_run(run):
+    try:
+        return tokenizer_from_json(run.config.get("tokenizer"))
+    except BadFileError:
+        raise
+    except ValueError as error:
+        raise BadFileError(run.config_path, str(error)) from error
+
+
+def _tokenizer_in_json(data):
+    tokenizer = GGUFTokenizer(metadata_from_json(data["metadata"]))
+    if tokenizer.sha256 != data["sha256"]:
+        raise ValueError("the tokenizer was changed: its digest is another")
+    return tokenizer
+
+
+def _begins_like_json(path):
+    if not path.is_file():  # a pipe would be waited for; the reader of GGUF files says what it is
+        return False
+    with open(path, "rb") as file:
+        return file.read(64).lstrip()[:1] == b"{"
 
 
 def _own_tokenizer(metadata):

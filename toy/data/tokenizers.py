@@ -1,17 +1,44 @@
-"""Tokenizers: characters (the vocabulary is read from the corpus) and bytes (256 ids, any text)."""
+"""Tokenizers: characters (the vocabulary is read from the corpus) and bytes (256 ids, any text).
+
+All tokenizers, the subword ones of the other files too, have the same methods and attributes; these two have no special
+tokens, so nothing begins or ends a text and nothing but its own length ends an answer.
+"""
 
 import codecs
 
 import numpy as np
 
-KINDS = ("char", "bytes")
+KINDS = ("char", "bytes", "bpe")  # what can be made from a text
 
 
 class UnknownCharacterError(ValueError):
     """A text has a character that the tokenizer has no id for."""
 
 
-class CharTokenizer:
+class _WithoutSpecialTokens:
+    """What the tokenizers of characters and bytes share."""
+
+    bos_id = eos_id = unk_id = chat_template = None
+    add_bos = add_eos = False
+    stop_ids = frozenset()
+    notices = ()
+
+    def encode_parts(self, parts, what="text"):
+        """Yield the ids of a text that comes in parts (an iterable of str): together `encode` of the whole."""
+        for part in parts:
+            yield self.encode(part, what)
+
+    def stream(self, ids, *, special=False):
+        """Yield text as soon as the bytes of a character are complete."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            if piece := decoder.decode(self.token_bytes(i)):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+
+class CharTokenizer(_WithoutSpecialTokens):
     """One id per distinct character, in the order of the code points."""
 
     kind = "char"
@@ -27,15 +54,15 @@ class CharTokenizer:
 
     @classmethod
     def from_text(cls, text):
-        """The tokenizer whose vocabulary is the characters of `text`."""
-        return cls(sorted(set(text)))
+        """The tokenizer whose vocabulary is the characters of `text`: a str, or an iterable of its parts."""
+        return cls(sorted(set().union(*([text] if isinstance(text, str) else text))))
 
     @property
     def vocab_size(self):
         return len(self.characters)
 
-    def encode(self, text, what="text"):
-        """str -> ids, int32 (n_characters,). `what` names the text in the error.
+    def encode(self, text, what="text", *, add_special=False, parse_special=False):
+        """str -> ids, int32 (n_characters,). `what` names the text in the error. There is nothing to add or to parse.
 
         Raises UnknownCharacterError for the first character without an id, with its offset.
         """
@@ -50,48 +77,57 @@ class CharTokenizer:
             )
         return self._order[places].astype(np.int32)
 
-    def decode(self, ids):
+    def decode(self, ids, *, special=False):
         """ids -> str."""
         return "".join(self.stream(ids))
 
-    def stream(self, ids):
+    def stream(self, ids, *, special=False):
         """Yield the text of each id as it comes."""
         for i in ids:
             yield self.characters[i]
+
+    def token_bytes(self, token_id, *, special=False):
+        """The UTF-8 bytes of one character; half a character, which has none, is a question mark."""
+        return self.characters[token_id].encode("utf-8", errors="replace")
 
     def to_json(self):
         return {"kind": self.kind, "characters": self.characters}
 
 
-class ByteTokenizer:
+class ByteTokenizer(_WithoutSpecialTokens):
     """The bytes of the UTF-8 text: 256 ids, so every text has one."""
 
     kind = "bytes"
     vocab_size = 256
 
-    def encode(self, text, what="text"):
-        """str -> ids, int32 (n_bytes,)."""
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:  # lone surrogates: what an undecodable command-line argument becomes
-            raise UnknownCharacterError(f"the {what} is not valid Unicode at offset {error.start}") from error
-        return np.frombuffer(data, np.uint8).astype(np.int32)
+    def encode(self, text, what="text", *, add_special=False, parse_special=False):
+        """str -> ids, int32 (n_bytes,). There is nothing to add or to parse.
 
-    def decode(self, ids):
+        Raises UnknownCharacterError for text that is not valid Unicode; `what` names it.
+        """
+        return np.frombuffer(check_unicode(text, what), np.uint8).astype(np.int32)
+
+    def decode(self, ids, *, special=False):
         """ids -> str; bytes that are not UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids).decode("utf-8", errors="replace")
 
-    def stream(self, ids):
-        """Yield text as soon as the bytes of a character are complete."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in ids:
-            if piece := decoder.decode(bytes((int(i),))):
-                yield piece
-        if rest := decoder.decode(b"", final=True):
-            yield rest
+    def token_bytes(self, token_id, *, special=False):
+        return bytes((int(token_id),))
 
     def to_json(self):
         return {"kind": self.kind}
+
+
+def check_unicode(text, what="text"):
+    """The UTF-8 bytes of a text.
+
+    Raises UnknownCharacterError where it has none: half a character, which is what a command-line argument that cannot be
+    decoded has in it. `what` names the text.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UnknownCharacterError(f"the {what} is not valid Unicode at offset {error.start}") from error
 
 
 def _code_points(text):

@@ -11,7 +11,7 @@ _LIKELY_ENDS = "~^|`@\\#"
 def tokenizer_metadata(tokenizer):
     """dict of the metadata keys with which llama.cpp tokenises as `tokenizer` does.
 
-    A tokenizer that came out of a GGUF file gives the keys it was read from. None: llama.cpp then takes token ids alone.
+    A subword tokenizer gives the keys it was read from or made with. None: llama.cpp then takes token ids alone.
 
     Bytes and ASCII characters become llama.cpp's "rwkv" kind: the longest token that fits, here always the only one, and no
     end token, which these vocabularies do not have. "rwkv" cannot tell a character outside the vocabulary from one inside
@@ -23,7 +23,7 @@ def tokenizer_metadata(tokenizer):
     kind = getattr(tokenizer, "kind", None)
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
-    if kind == "gguf":
+    if kind in ("gguf", "bpe"):
         return dict(tokenizer.metadata)
     if kind == "bytes":
         return _rwkv(range(256))

@@ -138,8 +138,4 @@ def log_probability_of(logits, labels):
 
 def token_bytes(tokenizer, token_id):
     """The UTF-8 bytes that a token stands for; of a special token none."""
-    if tokenizer.kind == "gguf":
-        return tokenizer.token_bytes(token_id)
-    if tokenizer.kind == "bytes":
-        return bytes((token_id,))
-    return tokenizer.characters[token_id].encode("utf-8", errors="replace")
+    return tokenizer.token_bytes(token_id)
