@@ -559,6 +559,67 @@ def test_blas_gets_its_threads_back(two_threads):
     assert blas.blas_info()["threads_outside_kernels"] == before
 
 
+UNCONTROLLED_BLAS = """
+import ctypes, sys
+
+real = ctypes.CDLL
+DEAF = {deaf}  # True: it has OpenBLAS's functions, and does not do what they are told; False: it has none, as MKL
+
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def get_num_threads():
+    return 4
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def set_num_threads(n):
+    pass
+
+def library(name, *arguments, **keywords):
+    if "cython_blas" not in str(name):
+        return real(name, *arguments, **keywords)
+    functions = dict(openblas_get_num_threads=get_num_threads, openblas_set_num_threads=set_num_threads)
+    return type("BLAS", (), functions if DEAF else dict())
+
+ctypes.CDLL = library
+from toy._kernels import blas
+assert not blas.blas_info()["held_to_one_thread"]
+"""
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["no control", "deaf"])
+def test_a_blas_that_cannot_be_held_to_one_thread(tmp_path, deaf):
+    """Simulated: scipy's BLAS keeps its two threads, and the kernels cannot set them. Debian and conda let one choose such.
+
+    The numbers are right all the same, op by op and in a ggml graph, and `toy backends` says that the BLAS goes its own way.
+    """
+    (tmp_path / "uncontrolled_blas.py").write_text(UNCONTROLLED_BLAS.format(deaf=deaf))
+    places = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(_kernels.__path__[0]))])
+    result = run_python(THREE_CURVES, PYTHONPATH=places, OPENBLAS_NUM_THREADS="2", TOY_NUM_THREADS="2")
+    assert result.returncode == 0, result.stderr
+    said, *curves = result.stdout.splitlines()
+    assert said.count("cannot be held to one thread") == 1
+    numpy, cython, ggml = ([float(loss) for loss in curve.split()] for curve in curves)
+    assert numpy[0] > numpy[-1]
+    np.testing.assert_allclose([cython, ggml], [numpy] * 2, atol=1e-5)
+
+
+THREE_CURVES = """
+import uncontrolled_blas
+import numpy as np, toy
+
+print(toy.backends())
+for backend in ("numpy", "cython", "ggml"):
+    config = toy.LlamaConfig(
+        vocab_size=65, d_model=128, n_heads=4, n_kv_heads=2, d_ff=256, n_layers=2, context_length=64
+    )
+    recipe = toy.recipes.FromScratch(backend=backend)
+    recipe.realize(config, toy.RecipeOptions(t_seq=64, t_batch=4))
+    adamw, tokens = recipe.adamw(lr=1e-3), np.random.default_rng(0).integers(0, 65, (4, 65))
+    print(*(
+        recipe.step(tokens[:, :-1], None, tokens[:, 1:], adamw.hp_for_step(k), is_first=k == 0) for k in range(4)
+    ))
+"""
+
+
 def run_python(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
