@@ -190,7 +190,7 @@ class OptionalBuild(build_ext):
         headers = ggml_headers()
         if headers is None:
             self.failed["ggml_bridge"] = (
-                "there are no ggml headers (no wheel of libggml-python for this Python; TOY_GGML_DIR names a ggml of your own)"
+                "there are no ggml headers (no wheel of libggml-python for this Python; TOY_GGML_DIR names a ggml you have)"
             )
         try:
             import numpy
