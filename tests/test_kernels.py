@@ -5,9 +5,11 @@ own (blocks, slices, strides, vector tails).
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -728,3 +730,52 @@ except ImportError as error:
 """
     output = run_python(code).stdout
     assert "not built" in output and "compiler" in output
+
+
+REBUILD = "pip install --force-reinstall --no-cache-dir --no-deps "
+
+# where toy was installed from (PEP 610's direct_url.json, None: no such file) -> what pip is to be given
+ORIGINS = {
+    "an index": (None, "--no-binary toy toy"),
+    "a folder": ('{"url": "file:///home/a%20b/toy", "dir_info": {}}', "file:///home/a%20b/toy"),
+    "an sdist": ('{"url": "https://example.org/toy-1.tar.gz", "archive_info": {}}', "https://example.org/toy-1.tar.gz"),
+    "a wheel": ('{"url": "file:///tmp/toy-1-py3-none-any.whl", "archive_info": {}}', "--no-binary toy toy"),
+    "git": (
+        '{"url": "https://example.org/toy.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}',
+        "git+https://example.org/toy.git@abc",
+    ),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_what_to_type_to_build_it_again(monkeypatch, tmp_path, origin):
+    record, source = ORIGINS[origin]
+    distribution = types.SimpleNamespace(read_text={"direct_url.json": record}.get)
+    monkeypatch.setattr(_kernels.importlib.metadata, "distribution", {"toy": distribution}.get)
+    monkeypatch.setattr(_kernels, "__file__", str(tmp_path / "site-packages" / "toy" / "_kernels" / "__init__.py"))
+    assert _kernels.rebuild_command() == REBUILD + source
+
+
+def test_what_to_type_in_a_checkout(monkeypatch, tmp_path):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "setup.py").touch()
+    monkeypatch.setattr(_kernels, "__file__", str(tmp_path / "a b" / "toy" / "_kernels" / "__init__.py"))
+    command = _kernels.rebuild_command()
+    assert command == f"{REBUILD}-e {(tmp_path / 'a b').as_uri()}"
+    assert len(shlex.split(command)) == 7, "no shell takes the folder apart"
+
+
+def test_both_messages_name_the_command():
+    """Missing kernels, and kernels for another CPU."""
+    code = """
+import sys, types
+sys.modules["toy._kernels.cpu"] = CPU
+try:
+    import toy.ops.accelerated
+except ImportError as error:
+    print(error)
+"""
+    other = 'fake = types.ModuleType("cpu"); fake.missing_features = lambda: ["avx512f"]\n'
+    for module in ("None", "fake"):
+        printed = run_python(code.replace("sys.modules", other + "sys.modules").replace("CPU", module)).stdout
+        assert _kernels.rebuild_command() in printed
