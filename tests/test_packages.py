@@ -639,6 +639,42 @@ def test_this_cpu_has_what_the_system_says(kernels):
     assert cpu.has("of_the_future") is None
 
 
+ASK_ALL = """
+#include <stdio.h>
+#include "cpu.h"
+int main(void) {
+    for (size_t i = 0; i < sizeof toy_cpu_features / sizeof *toy_cpu_features; i++)
+        if (toy_cpu_has(toy_cpu_features[i].name) == 1) printf("%s ", toy_cpu_features[i].name);
+    printf("%d", toy_cpu_has("of_the_future"));
+    return 0;
+}
+"""
+# what these have and what they lack, by their makers' manuals
+ARM_CPUS = {
+    "cortex-a53": ({"crc32"}, {"atomics", "dotprod", "sve", "fp16_vector_arithmetic"}),
+    "neoverse-n1": ({"crc32", "atomics", "dotprod", "qrdmx", "fp16_vector_arithmetic"}, {"sve", "matmul_int8", "jcvt"}),
+    "a64fx": ({"crc32", "atomics", "sve", "complex"}, {"sve2", "dotprod", "bf16_vector_arithmetic"}),
+    "max": ({"sve2", "matmul_int8", "bf16_vector_arithmetic", "dotprod", "frint", "sve_matmul_fp32"}, set()),
+}
+
+
+def test_arm_cpus_are_told_apart(tmp_path):
+    """In an emulator: no such machine runs these tests."""
+    if shutil.which("qemu-aarch64") is None or shutil.which(COMPILERS["aarch64"]) is None:
+        pytest.skip("there is no emulator or no compiler (Debian: qemu-user, gcc-aarch64-linux-gnu)")
+    source, program = tmp_path / "ask.c", tmp_path / "ask"
+    source.write_text(ASK_ALL)
+    include = ["-I", ROOT / "toy" / "_kernels"]
+    subprocess.run(
+        [COMPILERS["aarch64"], "-std=c11", "-Werror", "-Wall", "-static", *include, source, "-o", program], check=True
+    )
+    for cpu, (has, lacks) in ARM_CPUS.items():
+        command = ["qemu-aarch64", "-cpu", cpu, program]
+        *found, unknown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert has <= set(found) and not lacks & set(found), cpu
+        assert unknown == "-1"
+
+
 @needs_compiler
 def test_the_kernels_know_what_they_were_compiled_for(small_project):
     """The macros of -march reach cpu.pyx, which itself is compiled without it."""
