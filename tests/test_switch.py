@@ -127,7 +127,7 @@ def test_nobody_is_told_who_has_the_kernels_or_wants_none():
     if not row.available:
         pytest.skip("the kernels are not built")
     assert switch.missing_kernels_notice(switch.resolve()) == ""
-    assert switch.missing_kernels_notice(switch.Choice("numpy", "cpu", "auto: the fastest available")) == ""
+    assert switch.missing_kernels_notice(switch.Resolved("numpy", "cpu", "auto: the fastest available")) == ""
 
 
 def test_use_backend_stays_in_its_thread():

@@ -107,7 +107,7 @@ def resolve(backend="auto", device="auto"):
 def missing_kernels_notice(choice):
     """One line for whoever got numpy without asking for it: the kernels are missing, why, and what to type; else "".
 
-    choice: a `Choice` of `resolve`.
+    choice: the `Resolved` of `resolve`.
     """
     row = _describe("cython")
     if choice.backend != "numpy" or not choice.reason.startswith("auto") or row.available:
