@@ -717,6 +717,32 @@ def test_microsofts_compiler(setup_py, monkeypatch, capsys):
 # Windows, by reading
 # ----------------------------------------------------------------------------------------------------------------------
 
+# a path -> how it is typed for cmd and PowerShell, and for a POSIX shell
+PATHS = {
+    "runs/a": ("runs/a", "runs/a"),
+    r"C:\runs\a": (r"C:\runs\a", r"'C:\runs\a'"),
+    "my runs": ('"my runs"', "'my runs'"),
+    "a&b": ('"a&b"', "'a&b'"),
+    "it's": ('"it\'s"', "'it'\"'\"'s'"),
+    "$HOME": ('"$HOME"', "'$HOME'"),
+    "": ('""', "''"),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_commands_to_type_are_quoted_for_the_shell_there_is(monkeypatch, path):
+    from toy.cli import base
+
+    for name, expected in zip(("nt", "posix"), PATHS[path]):
+        monkeypatch.setattr(base, "os", types.SimpleNamespace(name=name))
+        assert base.quoted(path) == expected
+
+
+@pytest.mark.parametrize("file", ["train.py", "models.py", "main.py", "progress.py"])
+def test_one_place_quotes(file):
+    assert "shlex" not in (ROOT / "toy" / "cli" / file).read_text(encoding="utf-8")
+
+
 PYTHON_FILES = sorted(path for package in ("toy", "ggml_bridge") for path in (ROOT / package).rglob("*.py"))
 
 
