@@ -6,6 +6,8 @@ TOY_PURE_PYTHON=1   build no extension
 TOY_REQUIRE_KERNELS=1   fail instead of falling back (what CI uses, so that a broken build is noticed)
 TOY_MARCH=x86-64-v3   the value of -march (default `native`: an install from source runs where it was built;
                       set it when you build a wheel for other machines, or to an empty string for the compiler's default)
+TOY_GGML_DIR=DIR    compile ggml_bridge with the headers of this ggml instead of the package libggml's
+TOY_REPOSITORY_URL=URL   where the sources are published: README's links and the package's addresses lead there
 """
 
 import importlib.util
@@ -18,69 +20,70 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
+HERE = Path(__file__).parent
 PURE = os.environ.get("TOY_PURE_PYTHON", "") not in ("", "0")
 REQUIRED = os.environ.get("TOY_REQUIRE_KERNELS", "") not in ("", "0")
+
+# What stands or falls together: some of the kernels without the others are of no use, nor is half a bridge.
+PARTS = {"toy._kernels": "the compiled kernels", "ggml_bridge": "ggml_bridge"}
+KERNELS_OF_THE_BRIDGE = "ggml_bridge.kernels"  # calls into toy._kernels: of no use without that part either
 
 # IEEE arithmetic stays (no -ffast-math: NaN must stay visible). -fopenmp-simd obeys the `omp simd` lines of simd_math.h and
 # needs no OpenMP; the others let the compiler use fused multiply-adds and vectorise sqrt and conditional expressions.
 FLAGS = ["-O3", "-g0", "-std=c11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
-# macros that a compiler defines for -march, and how __builtin_cpu_supports calls the same feature
-CPU_FEATURES = {
-    "__SSE3__": "sse3", "__SSSE3__": "ssse3", "__SSE4_1__": "sse4.1", "__SSE4_2__": "sse4.2", "__POPCNT__": "popcnt",
-    "__AVX__": "avx", "__AVX2__": "avx2", "__FMA__": "fma", "__BMI__": "bmi", "__BMI2__": "bmi2",
-    "__AVX512F__": "avx512f", "__AVX512DQ__": "avx512dq", "__AVX512BW__": "avx512bw", "__AVX512VL__": "avx512vl",
-    "__AVX512CD__": "avx512cd", "__AVX512VBMI__": "avx512vbmi", "__AVX512IFMA__": "avx512ifma",
-    "__AVX512VNNI__": "avx512vnni",
-}  # fmt: skip
+# Microsoft's compiler has no -march and tells little by macros: its option, and what it may use then (named as in cpu.h).
+MSVC_AVX2 = "avx avx2 fma f16c bmi bmi2 lzcnt movbe popcnt sse3 ssse3 sse4_1 sse4_2"
+MSVC_ARCHITECTURES = {
+    "x86-64-v3": ("/arch:AVX2", MSVC_AVX2),
+    "x86-64-v4": ("/arch:AVX512", f"{MSVC_AVX2} avx512f avx512cd avx512bw avx512dq avx512vl"),
+}
+PF_AVX2_INSTRUCTIONS_AVAILABLE = 40  # an argument of Windows' IsProcessorFeaturePresent
 
 
 def say(message):
     print(f"toy: {message}", file=sys.stderr)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# what there is to build
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def extensions():
-    """One extension module for each toy/_kernels/*.pyx, or none (with a message) where they cannot be built."""
+    """One extension module for each .pyx, none in pure Python; `OptionalBuild` sees whether they can be built."""
     if PURE:
         say("TOY_PURE_PYTHON is set: installing without compiled kernels")
         return []
-    try:
-        import Cython  # noqa: F401
-        import numpy
-        import scipy.linalg.cython_blas  # noqa: F401  its declarations are compiled in
-    except ImportError as error:
-        if REQUIRED:
-            raise
-        say(f"{error}: installing without compiled kernels")
-        return []
-    here = Path(__file__).parent
-    modules = [
+    headers = [str(header.relative_to(HERE)) for header in (HERE / "toy" / "_kernels").glob("*.h")]
+    kernels = [
         Extension(
             f"toy._kernels.{source.stem}",
-            [str(source.relative_to(here))],
-            include_dirs=[numpy.get_include(), "toy/_kernels"],
-            depends=[str(header.relative_to(here)) for header in (here / "toy" / "_kernels").glob("*.h")],
+            [str(source.relative_to(HERE))],
+            include_dirs=["toy/_kernels"],
+            depends=headers,
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
             extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
         )
-        for source in sorted((here / "toy" / "_kernels").glob("*.pyx"))
+        for source in sorted((HERE / "toy" / "_kernels").glob("*.pyx"))
     ]
-    return translate(modules, "the compiled kernels")
+    core = Extension(
+        "ggml_bridge.core",
+        ["ggml_bridge/core.pyx"],
+        include_dirs=["ggml_bridge"],
+        depends=["ggml_bridge/graph.pxi", "ggml_bridge/planner.pxi", "ggml_bridge/functions.h"],
+        extra_compile_args=["/O2", "/std:c11"] if sys.platform == "win32" else ["-O2", "-std=gnu11"],
+    )
+    # the project's kernels as nodes of a graph: compiled with their flags (build_extensions)
+    nodes = Extension(KERNELS_OF_THE_BRIDGE, ["ggml_bridge/kernels.pyx"], include_dirs=["ggml_bridge", "toy/_kernels"])
+    return [*kernels, core, nodes]
 
 
-def translate(modules, what):
-    """Cython to C; a Cython that cannot is a message unless the kernels are required."""
-    from Cython.Build import cythonize
-    from Cython.Compiler.Errors import CompileError
-
-    try:
-        return cythonize(modules, language_level=3) if modules else []
-    except CompileError as error:
-        if REQUIRED:
-            raise
-        say(f"Cython refused a source ({error}): installing without {what}")
-        return []
+def part_of(extension):
+    """toy._kernels.linear -> toy._kernels"""
+    return extension.name.rpartition(".")[0]
 
 
 def ggml_headers():
@@ -100,86 +103,186 @@ def ggml_headers():
     return None
 
 
-def bridge_extensions():
-    """ggml_bridge.core needs ggml's headers and is not linked with ggml: the libraries are opened at run time."""
-    headers = None if PURE else ggml_headers()
-    if headers is None:
-        if not PURE:
-            say(
-                "no ggml headers, so no ggml_bridge; for it: pip install 'libggml-python>=0.20.2,<0.21' and install again"
-            )
-        return []
-    if importlib.util.find_spec("Cython") is None:
-        return []  # extensions() has said so
-    include, version = headers
-    core = Extension(
-        "ggml_bridge.core",
-        ["ggml_bridge/core.pyx"],
-        include_dirs=[str(include), "ggml_bridge"],
-        depends=["ggml_bridge/graph.pxi", "ggml_bridge/planner.pxi", "ggml_bridge/functions.h"],
-        define_macros=[("GGML_BRIDGE_HEADERS_VERSION", f'"{version}"')],
-        extra_compile_args=["/O2", "/std:c11"] if sys.platform == "win32" else ["-O2", "-std=gnu11"],
-    )
-    # the project's kernels as nodes of a graph: compiled with their flags (build_extensions)
-    kernels = Extension(
-        "ggml_bridge.kernels",
-        ["ggml_bridge/kernels.pyx"],
-        include_dirs=[str(include), "ggml_bridge", "toy/_kernels"],
-    )
-    modules = translate([core, kernels], "ggml_bridge")
-    for module in modules:  # cythonize would have dropped it
-        module.optional = not REQUIRED  # a failure is a warning, and leaves the other extensions alone
-    return modules
+# ----------------------------------------------------------------------------------------------------------------------
+# for which CPU
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cpu_features(macros, baseline):
+    """The instruction sets, named as in cpu.h, that a compiler's macros have and its default's do not.
+
+    macros, baseline: the text of `-dM -E`. Each instruction set is a macro that is 1: __AVX512F__ -> avx512f,
+    __ARM_FEATURE_SVE -> sve. So a set that no list knows yet is recorded too.
+    """
+    new = set(macros.splitlines()) - set(baseline.splitlines())
+    found = set()
+    for line in new:
+        macro = re.fullmatch(r"#define __(?!FLT|DBL|LDBL|FP_FAST)(?:ARM_FEATURE_)?([A-Z][A-Z0-9_]*?)(?:__)? 1", line)
+        if macro and not macro[1].startswith("GCC_"):
+            found.add(macro[1].lower())
+    return sorted(found)
+
+
+def msvc_architecture(march):
+    """(flags, features) for a value of TOY_MARCH under Microsoft's compiler, where `native` asks Windows for AVX2."""
+    if march == "native":
+        import ctypes
+
+        has_avx2 = ctypes.windll.kernel32.IsProcessorFeaturePresent(PF_AVX2_INSTRUCTIONS_AVAILABLE)
+        march = "x86-64-v3" if has_avx2 else ""
+    if march in MSVC_ARCHITECTURES:
+        flag, features = MSVC_ARCHITECTURES[march]
+        return [flag], features.split()
+    if march not in ("", "x86-64", "x86-64-v2"):
+        say(
+            f"Microsoft's compiler knows no TOY_MARCH={march} (only {', '.join(MSVC_ARCHITECTURES)}): using its default CPU"
+        )
+    return [], []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# building it, or saying why not
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def remove_extensions(folder, names, suffix):
+    """Delete the extension modules `names` (toy._kernels.* is all of that package) of this Python under `folder`."""
+    for name in names:
+        package, _, module = name.rpartition(".")
+        for path in Path(folder, *package.split(".")).glob(f"{module}{suffix}"):
+            try:
+                path.unlink()
+            except OSError as error:
+                say(f"cannot delete the old {path} ({error.strerror}): delete it yourself, or it will be used")
 
 
 class OptionalBuild(build_ext):
-    """Compile the kernels, or say why not: a missing compiler is a message, not the end of the install."""
+    """Compile the extensions, or say why not: a missing compiler is a message, not the end of the install.
+
+    Of a part (see PARTS) that could not be built nothing is left, of an earlier build neither: not in the folder that
+    becomes the wheel, and not beside the sources where they are built in place.
+    """
 
     def run(self):
+        self.failed = {}  # part -> why
+        self.in_place = self.inplace  # the original's run() changes it on the way
+        self._prepare()
         try:
             super().run()
         except Exception as error:
             if REQUIRED:
                 raise
-            say(f"the compiled kernels were not built ({type(error).__name__}: {error})")
-            say(
-                "continuing in pure Python: backend 'numpy' works; install a C compiler and reinstall for backend 'cython'"
+            self.inplace = self.in_place
+            for part in PARTS:
+                self._fail(part, error)
+        self._leave_out_failed()
+        if PURE:
+            self._remove([f"{part}.*" for part in PARTS])
+        for part, why in self.failed.items():
+            say(f"{PARTS[part]}: not built, {why}")
+        if "toy._kernels" in self.failed:
+            say("continuing in pure Python: backend 'numpy' works; install a C compiler and reinstall for 'cython'")
+
+    def _prepare(self):
+        """Translate Cython to C, and find what is to be compiled against."""
+        if not self.extensions:
+            return
+        headers = ggml_headers()
+        if headers is None:
+            self.failed["ggml_bridge"] = (
+                "there are no ggml headers (no wheel of libggml-python for this Python; TOY_GGML_DIR names a ggml you have)"
             )
-            # some of the kernels without the others are of no use
-            for extension in self.extensions:
-                if extension.name.startswith("toy._kernels."):
-                    Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-            self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        try:
+            import numpy
+            import scipy.linalg.cython_blas  # noqa: F401  its declarations are compiled in
+            from Cython.Build import cythonize
+            from Cython.Compiler.Errors import CompileError
+        except ImportError as error:
+            if REQUIRED:
+                raise
+            for part in PARTS:
+                self._fail(part, error)
+            return
+        for extension in self.extensions:
+            if part_of(extension) == "toy._kernels":
+                extension.include_dirs.append(numpy.get_include())
+            elif headers is not None:
+                extension.include_dirs.append(str(headers[0]))
+                extension.define_macros.append(("GGML_BRIDGE_HEADERS_VERSION", f'"{headers[1]}"'))
+        for part in PARTS.keys() - self.failed.keys():
+            of_part = {extension.name: extension for extension in self.extensions if part_of(extension) == part}
+            try:
+                for translated in cythonize(list(of_part.values()), language_level=3):
+                    extension = of_part[translated.name]
+                    extension.sources, extension.depends = translated.sources, translated.depends
+            except CompileError as error:
+                if REQUIRED:
+                    raise
+                self._fail(part, error)
 
     def build_extensions(self):
+        self._leave_out_failed()
         if self.parallel is None:
             self.parallel = os.cpu_count()
-        flags = ["/O2", "/std:c11"]
-        features = ""
-        if self.compiler.compiler_type != "msvc":
-            march = os.environ.get("TOY_MARCH", "native")
-            flags = FLAGS
-            if march and self._preprocess([*FLAGS, f"-march={march}"]) is not None:
-                flags = [*FLAGS, f"-march={march}"]
-            elif march and self._preprocess(FLAGS) is not None:
-                say(f"this compiler does not take -march={march}: compiling for its default CPU")
-            macros = (self._preprocess(flags) or "").split()
-            baseline = (self._preprocess(FLAGS) or "").split()
-            features = " ".join(
-                name for macro, name in CPU_FEATURES.items() if macro in macros and macro not in baseline
-            )
+        flags, features = self._flags_and_features()
         for extension in self.extensions:
-            if extension.name.startswith("toy._kernels.") or extension.name == "ggml_bridge.kernels":
+            if part_of(extension) == "toy._kernels" or extension.name == KERNELS_OF_THE_BRIDGE:
                 extension.extra_compile_args = flags
             if extension.name == "toy._kernels.cpu":
                 # compiled for any CPU of the family: it tells at import time whether this one can run the others
-                extension.extra_compile_args = [flag for flag in flags if not flag.startswith("-march")]
-                if self.compiler.compiler_type != "msvc":
-                    extension.define_macros += [
-                        ("TOY_TARGET_FEATURES", f'"{features}"'),
-                        ("TOY_COMPILE_FLAGS", f'"{" ".join(flags)}"'),
-                    ]
+                extension.extra_compile_args = [flag for flag in flags if not flag.startswith(("-march", "/arch"))]
+                extension.define_macros += [
+                    ("TOY_TARGET_FEATURES", f'"{" ".join(features)}"'),
+                    ("TOY_COMPILE_FLAGS", f'"{" ".join(flags)}"'),
+                ]
         super().build_extensions()
+        self._leave_out_failed()
+
+    def build_extension(self, extension):
+        try:
+            super().build_extension(extension)
+        except Exception as error:
+            if REQUIRED:
+                raise
+            self._fail(part_of(extension), error)
+
+    def _fail(self, part, error):
+        self.failed.setdefault(part, f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _leave_out_failed(self):
+        """Take the failed parts out of what is to be built and installed, and delete what there is of them."""
+        useless = [f"{part}.*" for part in self.failed]
+        if "toy._kernels" in self.failed:
+            useless.append(KERNELS_OF_THE_BRIDGE)
+        self.extensions = [
+            extension
+            for extension in self.extensions
+            if part_of(extension) not in self.failed and extension.name not in useless
+        ]
+        self._remove(useless)
+
+    def _remove(self, names):
+        suffix = self.get_ext_filename("")
+        for folder in [self.build_lib, *([HERE] if self.in_place else [])]:
+            remove_extensions(folder, names, suffix)
+
+    def _flags_and_features(self):
+        """The flags for the kernels, and the instruction sets that they allow beyond the compiler's default."""
+        march = os.environ.get("TOY_MARCH", "native")
+        if self.compiler.compiler_type == "msvc":
+            flags, features = msvc_architecture(march)
+            return ["/O2", "/std:c11", *flags], features
+        if march and self.compiler.compiler_so.count("-arch") > 1:
+            say(
+                f"this Python builds for several architectures at once: leaving out -march={march} (set ARCHFLAGS for one)"
+            )
+            march = ""
+        flags = FLAGS
+        if march and self._preprocess([*FLAGS, f"-march={march}"]) is not None:
+            flags = [*FLAGS, f"-march={march}"]
+        elif march and self._preprocess(FLAGS) is not None:
+            say(f"this compiler does not take -march={march}: compiling for its default CPU")
+        return flags, cpu_features(self._preprocess(flags) or "", self._preprocess(FLAGS) or "")
 
     def _preprocess(self, flags):
         """The macros that the compiler defines under these flags, or None if it refuses them."""
@@ -194,4 +297,61 @@ class OptionalBuild(build_ext):
             return result.stdout if result.returncode == 0 else None
 
 
-setup(ext_modules=extensions() + bridge_extensions(), cmdclass={"build_ext": OptionalBuild})
+class PurePython(build_py):
+    """Without extensions setuptools never asks `OptionalBuild`: those of an earlier install in place are deleted here."""
+
+    def run(self):
+        super().run()
+        if PURE and self.editable_mode:
+            remove_extensions(
+                HERE, [f"{part}.*" for part in PARTS], self.get_finalized_command("build_ext").get_ext_filename("")
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the package says of itself
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def version():
+    return re.search(r'^VERSION = "([^"]+)"', (HERE / "toy" / "config.py").read_text(encoding="utf-8"), re.M)[1]
+
+
+def repository_url():
+    """TOY_REPOSITORY_URL; in an sdist the address it was made with; an empty string where neither is there."""
+    if os.environ.get("TOY_REPOSITORY_URL"):
+        return os.environ["TOY_REPOSITORY_URL"].rstrip("/")
+    record = HERE / "PKG-INFO"
+    found = (
+        re.search(r"^Project-URL: Source, (\S+)$", record.read_text(encoding="utf-8"), re.M)
+        if record.exists()
+        else None
+    )
+    return found[1] if found else ""
+
+
+def project_urls(repository):
+    if not repository:
+        return {}
+    return {
+        "Source": repository,
+        "Issues": f"{repository}/issues",
+        "Changelog": f"{repository}/blob/v{version()}/CHANGELOG.md",
+    }
+
+
+def long_description(repository):
+    """README.md; its links to files of the repository, which lead nowhere on a package index, lead to the published ones."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    if not repository:
+        return text
+    return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", rf"]({repository}/blob/v{version()}/\1)", text)
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": OptionalBuild, "build_py": PurePython},
+    long_description=long_description(repository_url()),
+    long_description_content_type="text/markdown",
+    project_urls=project_urls(repository_url()),
+)

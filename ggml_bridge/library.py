@@ -23,10 +23,7 @@ def _open():
     try:
         from ggml_bridge import core
     except ImportError as error:
-        raise LoadError(
-            f"the compiled part of ggml_bridge is missing ({error}); install a C compiler and the headers, then: "
-            f"{loading.INSTALL} && {loading.REBUILD}"
-        ) from error
+        raise LoadError(f"the compiled part of ggml_bridge is missing ({error}): {loading.how_to_rebuild()}") from error
     directory = loading.library_directory()
     missing = loading.missing_cpu_features(core.x86_features())
     if missing:

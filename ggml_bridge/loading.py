@@ -8,13 +8,21 @@ import sys
 from pathlib import Path
 
 INSTALL = "pip install 'libggml-python>=0.20.2,<0.21'"
-REBUILD = "pip install --force-reinstall --no-cache-dir --no-deps toy"
 
 X86_FEATURES = {1: "AVX2", 2: "FMA", 4: "F16C"}  # the bits of core.x86_features()
 
 
 class LoadError(RuntimeError):
     """libggml, or the compiled part of the bridge, cannot be used here; the message says why and what to type."""
+
+
+def how_to_rebuild():
+    """What to type to compile the bridge, again or at last: one package with the kernels, so theirs is the text."""
+    try:
+        from toy._kernels import rebuild_command
+    except ImportError as error:  # neither are they built, and their message ends in the same command
+        return f"{INSTALL}, and {error}"
+    return f"install a C compiler, then {INSTALL} && {rebuild_command()}"
 
 
 def library_directory():
@@ -119,6 +127,6 @@ def check_version(headers, library):
     if headers.split(".")[:2] != library.split(".")[:2]:
         raise LoadError(
             f"ggml_bridge was compiled with the headers of ggml {headers}, but the library is ggml {library}; "
-            f"either compile it again: {REBUILD}; or take the library it was compiled for: "
+            f"either compile it again: {how_to_rebuild()}; or take the library it was compiled for: "
             f"pip install 'libggml-python=={headers}.*'"
         )

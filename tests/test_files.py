@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from toy.files import BadFileError, Checkpoint, Run, read_checkpoint, read_events, write_checkpoint
+from toy.files import BadFileError, Checkpoint, Run, atomic, lock, read_checkpoint, read_events, write_checkpoint
 from toy.files.atomic import replacing, write_text
 from toy.files.events import Evaluation, EventLog, RunEnd, RunStart, Sample, Step, keep_until
 from toy.files.runs import check_new_folder
@@ -43,6 +43,91 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_a_write_that_fails_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"cannot write .*nowhere/file: No such file or directory"):
         write_text(tmp_path / "nowhere" / "file", "text")
+
+
+def in_use(code=32):
+    """What Windows raises for a file that another program has open."""
+    error = PermissionError(13, "Permission denied")
+    error.winerror = code
+    return error
+
+
+def refuse(monkeypatch, name, times, error):
+    """Let os.`name` raise `error` the first `times` times. Returns the list of its calls."""
+    calls, real = [], getattr(os, name)
+
+    def refusing(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) <= times:
+            raise error
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(os, name, refusing)
+    monkeypatch.setattr(atomic.time, "sleep", lambda seconds: None)
+    return calls
+
+
+@pytest.mark.parametrize("code", [5, 32])
+def test_a_file_that_is_read_at_the_moment_is_replaced_a_little_later(tmp_path, monkeypatch, code):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    calls = refuse(monkeypatch, "replace", 3, in_use(code))
+    write_text(path, "new")
+    assert path.read_text() == "new" and len(calls) == 4
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_that_stays_open_elsewhere_is_an_error_that_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    calls = refuse(monkeypatch, "replace", 99, in_use())
+    with pytest.raises(atomic.FileInUseError, match=r"cannot write .*file: another program has it open"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and 2 <= len(calls) <= 10
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_without_permission_is_not_waited_for(tmp_path, monkeypatch):
+    calls = refuse(monkeypatch, "replace", 99, PermissionError(13, "Permission denied"))
+    with pytest.raises(OSError, match=r"cannot write .*: Permission denied") as caught:
+        write_text(tmp_path / "file", "new")
+    assert len(calls) == 1 and not isinstance(caught.value, atomic.FileInUseError)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one process at a time
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class WindowsLocks:
+    """The module msvcrt, as far as lock.py uses it: a byte of a file belongs to one handle until that is closed."""
+
+    LK_NBLCK = 2
+
+    def __init__(self):
+        self.held = {}  # file -> handle
+
+    def locking(self, handle, mode, size):
+        assert mode == self.LK_NBLCK and size == 1
+        file = os.fstat(handle).st_ino
+        if file in self.held and os.fstat(self.held[file]).st_ino == file:
+            raise PermissionError(13, "Permission denied")
+        self.held[file] = handle
+
+
+@pytest.mark.parametrize("system", ["this one", "Windows"])
+def test_one_process_at_a_time(tmp_path, monkeypatch, system):
+    if system == "Windows":
+        monkeypatch.setattr(lock, "fcntl", None)
+        monkeypatch.setattr(lock, "msvcrt", WindowsLocks(), raising=False)
+    run = Run.create(tmp_path / "run", {})
+    with run.lock():
+        with pytest.raises(BlockingIOError, match="another process is training in"), run.lock():
+            pytest.fail("the lock was given twice")
+        if system == "Windows":
+            lock.msvcrt.held.clear()  # closing the handle did
+    with run.lock():
+        assert Run.open(run.folder).config == run.config
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,6 +390,26 @@ def test_a_run_keeps_its_newest_checkpoints(tmp_path):
     assert again.config == run.config
     assert again.latest_checkpoint().name == "step_11.safetensors"
     assert_same(again.read_checkpoint(), make_checkpoint(11))
+
+
+def test_a_checkpoint_in_use_elsewhere_stays_until_the_next_save(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", CONFIG)
+    run.write_checkpoint(make_checkpoint(1), keep=1)
+    with monkeypatch.context() as patch:
+        refused = []
+
+        def unlink(path, missing_ok=False):
+            refused.append(path.name)
+            raise in_use()
+
+        patch.setattr(Path, "unlink", unlink)
+        run.write_checkpoint(make_checkpoint(2), keep=1)
+        assert refused and run.latest_checkpoint().name == "step_2.safetensors"
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: (_ for _ in ()).throw(PermissionError(13, "no")))
+        with pytest.raises(PermissionError):  # not Windows' word for a file in use
+            run.write_checkpoint(make_checkpoint(3), keep=1)
+    run.write_checkpoint(make_checkpoint(4), keep=1)
+    assert sorted(os.listdir(run.weights)) == ["latest", "step_4.safetensors"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

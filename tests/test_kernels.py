@@ -5,9 +5,11 @@ own (blocks, slices, strides, vector tails).
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -561,6 +563,67 @@ def test_blas_gets_its_threads_back(two_threads):
     assert blas.blas_info()["threads_outside_kernels"] == before
 
 
+UNCONTROLLED_BLAS = """
+import ctypes, sys
+
+real = ctypes.CDLL
+DEAF = {deaf}  # True: it has OpenBLAS's functions, and does not do what they are told; False: it has none, as MKL
+
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def get_num_threads():
+    return 4
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def set_num_threads(n):
+    pass
+
+def library(name, *arguments, **keywords):
+    if "cython_blas" not in str(name):
+        return real(name, *arguments, **keywords)
+    functions = dict(openblas_get_num_threads=get_num_threads, openblas_set_num_threads=set_num_threads)
+    return type("BLAS", (), functions if DEAF else dict())
+
+ctypes.CDLL = library
+from toy._kernels import blas
+assert not blas.blas_info()["held_to_one_thread"]
+"""
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["no control", "deaf"])
+def test_a_blas_that_cannot_be_held_to_one_thread(tmp_path, deaf):
+    """Simulated: scipy's BLAS keeps its two threads, and the kernels cannot set them. Debian and conda let one choose such.
+
+    The numbers are right all the same, op by op and in a ggml graph, and `toy backends` says that the BLAS goes its own way.
+    """
+    (tmp_path / "uncontrolled_blas.py").write_text(UNCONTROLLED_BLAS.format(deaf=deaf))
+    places = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(_kernels.__path__[0]))])
+    result = run_python(THREE_CURVES, PYTHONPATH=places, OPENBLAS_NUM_THREADS="2", TOY_NUM_THREADS="2")
+    assert result.returncode == 0, result.stderr
+    said, *curves = result.stdout.splitlines()
+    assert said.count("cannot be held to one thread") == 1
+    numpy, cython, ggml = ([float(loss) for loss in curve.split()] for curve in curves)
+    assert numpy[0] > numpy[-1]
+    np.testing.assert_allclose([cython, ggml], [numpy] * 2, atol=1e-5)
+
+
+THREE_CURVES = """
+import uncontrolled_blas
+import numpy as np, toy
+
+print(toy.backends())
+for backend in ("numpy", "cython", "ggml"):
+    config = toy.LlamaConfig(
+        vocab_size=65, d_model=128, n_heads=4, n_kv_heads=2, d_ff=256, n_layers=2, context_length=64
+    )
+    recipe = toy.recipes.FromScratch(backend=backend)
+    recipe.realize(config, toy.RecipeOptions(t_seq=64, t_batch=4))
+    adamw, tokens = recipe.adamw(lr=1e-3), np.random.default_rng(0).integers(0, 65, (4, 65))
+    print(*(
+        recipe.step(tokens[:, :-1], None, tokens[:, 1:], adamw.hp_for_step(k), is_first=k == 0) for k in range(4)
+    ))
+"""
+
+
 def run_python(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
@@ -669,3 +732,52 @@ except ImportError as error:
 """
     output = run_python(code).stdout
     assert "not built" in output and "compiler" in output
+
+
+REBUILD = "pip install --force-reinstall --no-cache-dir --no-deps "
+
+# where toy was installed from (PEP 610's direct_url.json, None: no such file) -> what pip is to be given
+ORIGINS = {
+    "an index": (None, "--no-binary toy toy"),
+    "a folder": ('{"url": "file:///home/a%20b/toy", "dir_info": {}}', "file:///home/a%20b/toy"),
+    "an sdist": ('{"url": "https://example.org/toy-1.tar.gz", "archive_info": {}}', "https://example.org/toy-1.tar.gz"),
+    "a wheel": ('{"url": "file:///tmp/toy-1-py3-none-any.whl", "archive_info": {}}', "--no-binary toy toy"),
+    "git": (
+        '{"url": "https://example.org/toy.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}',
+        "git+https://example.org/toy.git@abc",
+    ),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_what_to_type_to_build_it_again(monkeypatch, tmp_path, origin):
+    record, source = ORIGINS[origin]
+    distribution = types.SimpleNamespace(read_text={"direct_url.json": record}.get)
+    monkeypatch.setattr(_kernels.importlib.metadata, "distribution", {"toy": distribution}.get)
+    monkeypatch.setattr(_kernels, "__file__", str(tmp_path / "site-packages" / "toy" / "_kernels" / "__init__.py"))
+    assert _kernels.rebuild_command() == REBUILD + source
+
+
+def test_what_to_type_in_a_checkout(monkeypatch, tmp_path):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "setup.py").touch()
+    monkeypatch.setattr(_kernels, "__file__", str(tmp_path / "a b" / "toy" / "_kernels" / "__init__.py"))
+    command = _kernels.rebuild_command()
+    assert command == f"{REBUILD}-e {(tmp_path / 'a b').as_uri()}"
+    assert len(shlex.split(command)) == 7, "no shell takes the folder apart"
+
+
+def test_both_messages_name_the_command():
+    """Missing kernels, and kernels for another CPU."""
+    code = """
+import sys, types
+sys.modules["toy._kernels.cpu"] = CPU
+try:
+    import toy.ops.accelerated
+except ImportError as error:
+    print(error)
+"""
+    other = 'fake = types.ModuleType("cpu"); fake.missing_features = lambda: ["avx512f"]\n'
+    for module in ("None", "fake"):
+        printed = run_python(code.replace("sys.modules", other + "sys.modules").replace("CPU", module)).stdout
+        assert _kernels.rebuild_command() in printed

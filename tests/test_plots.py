@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from toy.files import BadFileError, Run
+from toy.files import BadFileError, Run, atomic
 from toy.files.events import Evaluation, EventLog, Step
 from toy.plots import draw_runs, load_curve, plot_runs, smooth
 
@@ -87,6 +87,27 @@ def test_a_long_run_gives_a_small_file(tmp_path):
 
 def test_a_run_of_one_step_can_be_drawn(tmp_path):
     plot_runs([make_run(tmp_path / "run", n_steps=1)], tmp_path / "out.png")
+
+
+def test_a_picture_that_a_viewer_holds_gets_another_name(tmp_path, monkeypatch):
+    """As on Windows: the old picture cannot be replaced while it is on the screen. A training run must not end for that."""
+    run, out = make_run(tmp_path / "run"), tmp_path / "loss.png"
+    out.write_bytes(b"on the screen")
+    real = atomic.os.replace
+
+    def replace(source, target):
+        if target == out:
+            error = PermissionError(13, "Permission denied")
+            error.winerror = 32
+            raise error
+        real(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", replace)
+    monkeypatch.setattr(atomic.time, "sleep", lambda seconds: None)
+    drawn = plot_runs([run], out)
+    assert drawn == tmp_path / "loss-new.png" and drawn.read_bytes().startswith(b"\x89PNG")
+    assert out.read_bytes() == b"on the screen"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss-new.png", "loss.png", "run"]
 
 
 def test_no_pyplot_and_no_figure_is_left_behind(tmp_path):

@@ -1,11 +1,16 @@
 """The one switch: argument, use_backend, set_backend, TOY_BACKEND, auto; and errors that say how to get a backend."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 import toy
 from toy import switch
+
+ROOT = Path(toy.__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +99,35 @@ def test_one_thread_count_for_every_backend(monkeypatch):
     for wrong in (0, -1, 1.5, "2", True):
         with pytest.raises(ValueError, match="number of threads"):
             toy.set_num_threads(wrong)
+
+
+NO_KERNELS = """
+import sys
+sys.modules["toy._kernels.cpu"] = None
+import toy
+from toy import switch
+print(switch.resolve().reason)
+for choice in (switch.resolve(), switch.resolve("numpy")):
+    print([switch.missing_kernels_notice(choice)])
+"""
+
+
+def test_who_gets_numpy_without_asking_is_told_what_to_do():
+    """pip hides what setup.py said when there was no compiler: the program says it, in one line."""
+    result = subprocess.run([sys.executable, "-c", NO_KERNELS], capture_output=True, text=True, cwd=ROOT)
+    reason, got, asked = result.stdout.splitlines()
+    assert asked == "['']"
+    assert "on numpy, several times slower" in got and "install a C compiler, then pip install --force-reinstall" in got
+    assert got.count("pip install") == 1 and "\\n" not in got
+    assert reason.count("not built") == 1, "the same reason for two backends is said once"
+
+
+def test_nobody_is_told_who_has_the_kernels_or_wants_none():
+    row = next(row for row in toy.backends() if row.name == "cython")
+    if not row.available:
+        pytest.skip("the kernels are not built")
+    assert switch.missing_kernels_notice(switch.resolve()) == ""
+    assert switch.missing_kernels_notice(switch.Resolved("numpy", "cpu", "auto: the fastest available")) == ""
 
 
 def test_use_backend_stays_in_its_thread():

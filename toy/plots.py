@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from toy.files import BadFileError, Run, read_events
+from toy.files.atomic import FileInUseError, replacing
 
 X_AXES = {"steps": "steps", "tokens": "training tokens", "seconds": "seconds in training steps"}
 # Okabe & Ito 2008: eight colours that people with any kind of colour vision can tell apart (without yellow: too light)
@@ -16,6 +17,9 @@ _MOST_POINTS = 4000  # more are not to be seen, and make an SVG of megabytes
 def plot_runs(paths, out, x="steps"):
     """Draw the runs in the directories `paths` into the file `out` (.png, .svg or .pdf). Returns the path.
 
+    Where a viewer has that picture open and the system does not let it be replaced, it is loss-new.png for loss.png: a run
+    must not end for that.
+
     x: "steps", "tokens" or "seconds". Per run: the training loss, faint, and smoothed; the validation loss as points;
     dashed, the loss ln(V) of a uniform guess.
     Raises ValueError for a wrong `x` or suffix, BadFileError for a directory that is not a run or has no step yet.
@@ -24,8 +28,13 @@ def plot_runs(paths, out, x="steps"):
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"the picture must be named .png, .svg or .pdf, got {str(out)!r}")
     figure = draw_runs([load_curve(path) for path in paths], x)
-    from toy.files.atomic import replacing
+    try:
+        return _save(figure, out)
+    except FileInUseError:
+        return _save(figure, out.with_stem(f"{out.stem}-new"))
 
+
+def _save(figure, out):
     with replacing(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=150)
     return out

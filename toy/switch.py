@@ -90,8 +90,11 @@ def resolve(backend="auto", device="auto"):
     if chosen == "auto":
         rows = backends()
         chosen = next(row.name for row in rows if row.available)
-        missing = [f"{row.name}: {row.reason}" for row in rows[: [row.name for row in rows].index(chosen)]]
-        origin = "auto: the fastest available" + (f" ({'; '.join(missing)})" if missing else "")
+        missing = {}  # reason -> names: the missing kernels are one reason for two
+        for row in rows[: [row.name for row in rows].index(chosen)]:
+            missing.setdefault(row.reason, []).append(row.name)
+        reasons = "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in missing.items())
+        origin = "auto: the fastest available" + (f" ({reasons})" if reasons else "")
     if chosen == "ggml":
         return Resolved(chosen, _ggml_device(device), origin)
     if device not in ("auto", "cpu"):
@@ -99,6 +102,17 @@ def resolve(backend="auto", device="auto"):
             f"device {device!r} is not a device of backend {chosen!r}, which runs on 'cpu' only: backend='ggml' has others"
         )
     return Resolved(chosen, "cpu", origin)
+
+
+def missing_kernels_notice(choice):
+    """One line for whoever got numpy without asking for it: the kernels are missing, why, and what to type; else "".
+
+    choice: the `Resolved` of `resolve`.
+    """
+    row = _describe("cython")
+    if choice.backend != "numpy" or not choice.reason.startswith("auto") or row.available:
+        return ""
+    return f"this runs on numpy, several times slower than it could: {row.reason}"
 
 
 def set_num_threads(n):
@@ -219,16 +233,18 @@ def _cython_facts():
 
     facts = _kernels.build_info()
     blas = " ".join(str(facts["blas"].get("name", "BLAS")).split()[:2])
+    if not facts["blas"]["held_to_one_thread"]:
+        blas += " (it cannot be held to one thread: each product runs on its own threads)"
     return facts["threads"], f"{blas}, {facts['simd_bits']}-bit SIMD"
 
 
 def _ggml_facts():
     import ggml_bridge
 
+    threads, _ = _cython_facts()  # its CPU spelling runs the compiled kernels
     available, reason = ggml_bridge.available()
     if not available:
         raise BackendUnavailableError(reason)
-    threads, _ = _cython_facts()  # its CPU spelling runs the compiled kernels
     import ggml_bridge.kernels
 
     return threads, f"ggml {ggml_bridge.version()}"

@@ -9,17 +9,45 @@ may call.
 Importing this package raises ImportError, with what to do, when the kernels are not built or not for this CPU.
 """
 
-_REBUILD = "reinstall toy on this machine, with a C compiler present (pip install --force-reinstall --no-deps .)"
+import importlib.metadata
+import json
+from pathlib import Path
+
+
+def rebuild_command():
+    """What to type to compile this installation of toy again, from where it came: its checkout, a folder, the index."""
+    root = Path(__file__).resolve().parents[2]
+    if (root / "setup.py").exists():
+        source = f"-e {root.as_uri()}"
+    else:
+        source = _installed_from() or "--no-binary toy toy"
+    # without the cache: pip would install what it compiled before, perhaps on another machine
+    return f"pip install --force-reinstall --no-cache-dir --no-deps {source}"
+
+
+def _installed_from():
+    """The address that toy was installed from, for pip; None for an index or a wheel, which is compiled already."""
+    try:
+        record = json.loads(importlib.metadata.distribution("toy").read_text("direct_url.json") or "{}")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if "vcs_info" in record:
+        return f"{record['vcs_info']['vcs']}+{record['url']}@{record['vcs_info']['commit_id']}"
+    return None if record.get("url", ".whl").endswith(".whl") else record["url"]
+
 
 try:
     import toy._kernels.cpu as cpu
 except ImportError as error:
-    raise ImportError(f"the compiled kernels of toy are not built ({error}): {_REBUILD}") from error
+    raise ImportError(
+        f"the compiled kernels of toy are not built ({error}): install a C compiler, then {rebuild_command()}"
+    ) from error
 
 if cpu.missing_features():
     raise ImportError(
         f"the compiled kernels of toy use CPU instructions that this machine lacks ({', '.join(cpu.missing_features())}): "
-        f"{_REBUILD}, or build with TOY_MARCH=x86-64-v2"
+        f"with a C compiler here, reinstall toy: {rebuild_command()}; "
+        "with the variable TOY_MARCH empty it is compiled for any CPU of this family"
     )
 
 

@@ -6,8 +6,9 @@ call would then run threads times threads, so it is held to one thread while a k
 right after: a program that also uses scipy.linalg keeps the number it chose. Only scipy's library is touched; numpy
 has one of its own.
 
-OpenBLAS (in every scipy wheel but the Accelerate ones of macOS) can be held that way. Where it is another BLAS, each
-product is one slice and that BLAS uses its own threads.
+OpenBLAS (in every scipy wheel but the Accelerate ones of macOS) can be held that way. Where it is another BLAS (as Debian
+and conda let one choose), or its number of threads does not follow, each product is one slice and that BLAS uses its own
+threads.
 """
 
 import ctypes
@@ -109,7 +110,18 @@ def blas_info():
     }
 
 
+def can_be_held(getter, setter):
+    """Whether the BLAS runs with one thread when it is told to, by its own word; its number of threads is what it was."""
+    if getter is None or setter is None:
+        return False
+    before = getter()
+    setter(1)
+    held = getter() == 1
+    setter(before)
+    return held
+
+
 cdef object getter = openblas_function("get_num_threads"), setter = openblas_function("set_num_threads")
-if getter is not None and setter is not None:
+if can_be_held(getter, setter):
     get_blas_threads = <GetThreads> <uintptr_t> ctypes.cast(getter, ctypes.c_void_p).value
     set_blas_threads = <SetThreads> <uintptr_t> ctypes.cast(setter, ctypes.c_void_p).value

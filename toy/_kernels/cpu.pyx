@@ -6,6 +6,9 @@ setup.py compiles this one file for any CPU of the family, and the others for th
 illegal instruction.
 """
 
+cdef extern from "cpu.h":
+    int toy_cpu_has(const char* name)
+
 cdef extern from *:
     """
     #ifndef TOY_TARGET_FEATURES
@@ -14,23 +17,9 @@ cdef extern from *:
     #ifndef TOY_COMPILE_FLAGS
     #define TOY_COMPILE_FLAGS "unknown"
     #endif
-
-    /* 1: this CPU has the feature, 0: it has not, -1: there is no way to ask here */
-    static int toy_cpu_has(const char *feature) {
-    #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
-        __builtin_cpu_init();
-    #define ASK(name) if (!strcmp(feature, name)) return __builtin_cpu_supports(name) != 0;
-        ASK("sse3") ASK("ssse3") ASK("sse4.1") ASK("sse4.2") ASK("popcnt")
-        ASK("avx") ASK("avx2") ASK("fma") ASK("bmi") ASK("bmi2")
-        ASK("avx512f") ASK("avx512dq") ASK("avx512bw") ASK("avx512vl") ASK("avx512cd")
-        ASK("avx512vbmi") ASK("avx512ifma") ASK("avx512vnni")
-    #endif
-        return -1;
-    }
     """
     const char* TOY_TARGET_FEATURES
     const char* TOY_COMPILE_FLAGS
-    int toy_cpu_has(const char* feature)
 
 
 def target_features():
@@ -42,6 +31,12 @@ def compile_flags():
     return TOY_COMPILE_FLAGS.decode()
 
 
+def has(feature):
+    """Whether this CPU has an instruction set, by its name in cpu.h: True, False, or None where there is no way to ask."""
+    cdef int answer = toy_cpu_has(feature.encode())
+    return None if answer < 0 else answer == 1
+
+
 def missing_features():
-    """The target features that this CPU lacks."""
-    return [feature for feature in target_features() if toy_cpu_has(feature.encode()) == 0]
+    """The target features that this CPU lacks. What there is no way to ask for is not among them."""
+    return [feature for feature in target_features() if has(feature) is False]

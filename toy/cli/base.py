@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -79,3 +81,14 @@ def as_json(record):
 def program():
     """How the user called this program, for commands to type."""
     return "python -m toy" if Path(sys.argv[0]).name == "__main__.py" else "toy"
+
+
+def quoted(word):
+    """A word of a command to type, a path say, quoted where this system's shell would take it apart.
+
+    On Windows in double quotes, which cmd and PowerShell both know; a % inside is theirs all the same.
+    """
+    word = str(word)
+    if os.name != "nt":
+        return shlex.quote(word)
+    return word if re.fullmatch(r"[\w@+:.,/\\~-]+", word) else f'"{word}"'

@@ -5,14 +5,13 @@ MODEL is what `toy.trained.read_trained` takes: a run directory, a checkpoint, a
 
 import csv
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, MODEL, PATH, Phase, as_json, command
+from toy.cli.base import BACKEND, MODEL, PATH, Phase, as_json, command, quoted
 from toy.cli.progress import clock, compact, printable
 from toy.trained import load as trained
 
@@ -246,9 +245,7 @@ def export(model, adapter, merge, lora, kind, out, force, debug):
 def llama_cpp_command(stored, out, whole):
     """What to type to use the file with llama.cpp."""
     chat = getattr(stored.tokenizer, "chat_template", None) is not None
-    files = (
-        f"-m {shlex.quote(str(out))}" if whole else f"-m {shlex.quote(str(stored.base))} --lora {shlex.quote(str(out))}"
-    )
+    files = f"-m {quoted(out)}" if whole else f"-m {quoted(stored.base)} --lora {quoted(out)}"
     return f"llama-cli {files}" if chat else f"llama-completion {files} -p 'Once upon a time'"
 
 

@@ -4,7 +4,6 @@ options."""
 import dataclasses
 import inspect
 import os
-import shlex
 import signal
 import types
 import typing
@@ -13,7 +12,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from toy.cli.base import Phase, command, program
+from toy.cli.base import Phase, command, program, quoted
 from toy.cli.progress import Progress, show_choices
 from toy.files.runs import new_folder
 from toy.training import RECIPES, Training
@@ -139,9 +138,7 @@ def _train(kind, out, resume, debug, options):
         click.echo(progress.summary())
         for name, path in job.written():
             click.echo(f"{name:<10}{path}")
-        click.echo(
-            f"{job.start.next_command[0]:<10}{program()} {job.start.next_command[1]} {shlex.quote(str(job.out))}"
-        )
+        click.echo(f"{job.start.next_command[0]:<10}{program()} {job.start.next_command[1]} {quoted(job.out)}")
     return 0
 
 
@@ -158,4 +155,4 @@ def _say_stopping():
 
 
 def resume_command(kind, folder):
-    return f"{program()} train {kind.recipe} --resume {shlex.quote(str(folder))}"
+    return f"{program()} train {kind.recipe} --resume {quoted(folder)}"

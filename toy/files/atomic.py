@@ -3,9 +3,19 @@
 import contextlib
 import os
 import secrets
+import time
 from pathlib import Path
 
 _SUFFIX = ".tmp"
+
+# Windows refuses to rename onto a file, or to delete one, while another program has it open: a viewer shows the picture, a
+# virus scanner looks at what was just written. ERROR_ACCESS_DENIED and ERROR_SHARING_VIOLATION; no other system has them.
+_IN_USE = (5, 32)
+_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds between the tries: a scanner or a reader is done by then, a viewer is not
+
+
+class FileInUseError(OSError):
+    """A file cannot be replaced because another program has it open (on Windows)."""
 
 
 @contextlib.contextmanager
@@ -13,7 +23,8 @@ def replacing(path):
     """Give a temporary path beside `path` to write to; when the block ends well, it is on the disk and takes the name.
 
     The data are flushed to the disk before the rename: after a power cut the name leads to a whole file. When the block
-    raises, the temporary file is removed and `path` is as it was. An OSError says which path could not be written and why.
+    raises, the temporary file is removed and `path` is as it was. An OSError says which path could not be written and why;
+    it is a FileInUseError where another program had the file open all the while (Windows).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_SUFFIX}")
@@ -21,14 +32,24 @@ def replacing(path):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _rename(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, FileInUseError):
             raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+@contextlib.contextmanager
+def unless_in_use():
+    """Inside the block a file that Windows does not let go, because another program has it open, is left where it is."""
+    try:
+        yield
+    except PermissionError as error:
+        if getattr(error, "winerror", None) not in _IN_USE:
+            raise
 
 
 def write_text(path, text):
@@ -42,6 +63,18 @@ def remove_leftovers(folder):
     for path in Path(folder).glob(f".*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _rename(temporary, path):
+    for wait in (*_WAITS, None):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _IN_USE:
+                raise
+            if wait is None:
+                raise FileInUseError(f"cannot write {path}: another program has it open; close it there") from error
+        time.sleep(wait)
 
 
 def _sync_folder(folder):

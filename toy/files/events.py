@@ -92,12 +92,15 @@ class RunEnd(Event):
     final_loss: float | None
 
 
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows would write every newline as two bytes
+
+
 class EventLog:
     """Appends events to a file, one line each. Every line reaches the operating system at once; `sync` reaches the disk."""
 
     def __init__(self, path):
         self._path = path
-        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _BINARY, 0o666)
 
     def write(self, event):
         """Raises OSError, naming the file, when the line cannot be written whole; readers leave out what is torn then."""

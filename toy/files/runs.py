@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 from toy.files import checkpoints, events
-from toy.files.atomic import remove_leftovers, write_text
+from toy.files.atomic import remove_leftovers, unless_in_use, write_text
 from toy.files.errors import BadFileError
+from toy.files.lock import only_process
 
 FORMAT = "toy-run-1"
 _CHECKPOINT_NAME = re.compile(r"step_(\d{1,15})\.safetensors")
@@ -134,7 +135,8 @@ class Run:
         write_text(self.weights / "latest", path.name + "\n")
         for step, old in sorted(self._checkpoints(), reverse=True)[keep:]:
             if step < checkpoint.step:
-                _remove(old)
+                with unless_in_use():
+                    _remove(old)
         return path
 
     def _checkpoints(self):
@@ -168,33 +170,20 @@ class Run:
 
     def append_sample(self, step, text):
         try:
-            with open(self.samples_path, "a", encoding="utf-8") as file:
+            with open(self.samples_path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(sample_text(step, text))
         except OSError as error:
             raise OSError(f"cannot write {self.samples_path}: {error.strerror or error}") from error
 
     @contextlib.contextmanager
     def lock(self):
-        """Keep a second process from training in this directory. Raises BlockingIOError when one already does.
-
-        The lock ends with the process, however that ends. Windows has none.
-        """
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
+        """Keep a second process from training in this directory. Raises BlockingIOError when one already does."""
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(only_process(self.folder))
             except BlockingIOError:
                 raise BlockingIOError(f"another process is training in {self.folder}: wait for it or stop it") from None
-            except OSError:
-                pass  # a file system without locks
             yield
-        finally:
-            os.close(handle)
 
 
 def _remove(checkpoint):

@@ -1,0 +1,42 @@
+"""One process at a time in a folder."""
+
+import contextlib
+import os
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+
+@contextlib.contextmanager
+def only_process(folder):
+    """Hold the lock of a folder inside the block. Raises BlockingIOError when another process holds it.
+
+    The lock ends with the process, however that ends. On Windows, which cannot lock a folder, it is on a file `.lock` in it.
+    """
+    if fcntl is None:
+        handle = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
+    else:
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle):
+    if fcntl is None:
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError(error.errno, error.strerror) from error
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # a file system without locks
