@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 def test_the_selftest_passes_and_prints_what_it_found(device):
     report = selftest.run(device, steps=10)
     assert report.ok, str(report)
-    assert {check.model for check in report.checks} == {"transformer", "gpt2", "llama"}
+    assert {check.model for check in report.checks} == {"transformer", "gpt2", "llama", "vit"}
     text = str(report)
     assert f"selftest on {device}: ok" in text and "worst gradient" in text and "FAILED" not in text
 

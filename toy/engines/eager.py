@@ -1,12 +1,64 @@
 """The engine of the eager op tables (numpy, cython): it calls the model's forward and backward, then AdamW."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from toy.engines.base import Engine
 from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.switch import ops_for
+
+
+class OpCall(NamedTuple):
+    """One call of an op. inputs: the shapes of the matrices it was given; shapes: of those it gave back."""
+
+    index: int
+    op: str
+    inputs: tuple
+    shapes: tuple
+
+
+class OpCalls(NamedTuple):
+    """What `explain()` of an eager engine returns; `str()` of it is a table."""
+
+    device: str
+    nodes: tuple  # of OpCall
+    bytes: dict
+
+    def __str__(self):
+        rows = [("call", "op", "gives", "from")]
+        for call in self.nodes:
+            gives, takes = (
+                ", ".join("x".join(map(str, shape)) for shape in group) for group in (call.shapes, call.inputs)
+            )
+            rows.append((str(call.index), call.op, gives, takes))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows]
+        sizes = ", ".join(f"{name} {size:,} bytes" for name, size in self.bytes.items())
+        return "\n".join([line.rstrip() for line in lines] + [f"{len(self.nodes)} calls on {self.device}", sizes])
+
+
+class _Recorder:
+    """An op table that passes every call on and writes it down."""
+
+    def __init__(self, ops):
+        self.ops, self.name, self.calls = ops, ops.name, []
+
+    def __getattr__(self, name):
+        function = getattr(self.ops, name)
+        if not callable(function):
+            return function
+
+        def call(*arguments, **options):
+            result = function(*arguments, **options)
+            out = result if isinstance(result, (tuple, list)) else (result,)
+            shapes = tuple(a.shape for a in out if isinstance(a, np.ndarray))
+            given = tuple(a.shape for a in arguments if hasattr(a, "shape"))
+            self.calls.append(OpCall(len(self.calls), name, given, shapes))
+            return result
+
+        return call
 
 
 class EagerEngine(Engine):
@@ -63,6 +115,29 @@ class EagerEngine(Engine):
         self._check_moments(state)
         self.m.load(state["m"])
         self.v.load(state["v"])
+
+    def explain(self):
+        """What a training step calls, op by op in order, with shapes and the bytes of the weights -> `OpCalls`; str() is a
+        table.
+
+        Forward and backward are run once for it, on zeros and into gradients of their own.
+        """
+        recorder = _Recorder(self.ops)
+        model = self.model_class.from_config(
+            self.config, ops=recorder, parameters=self.model.parameters, **self.weights.model_options
+        )
+        inputs = {
+            role: np.zeros(needed.shape, np.float32 if needed.limit is None else np.int64)
+            for role, needed in self.batch.inputs.items()
+        }
+        grads = GradientTree.like(self.model.parameters, self.weights.trained)
+        logits, cache = model.forward_rows(**inputs, batch=self.options.t_batch)
+        model.backward((logits, cache), np.zeros(self.batch.n_rows, np.int64), grads, release_cache=True)
+        sizes = {
+            "weights": sum(leaf.nbytes for leaf in self.model.parameters.values()),
+            "gradients and moments": 3 * self.masters.flat.nbytes,
+        }
+        return OpCalls(f"{self.backend} ({self.ops.name})", tuple(recorder.calls), sizes)
 
     def _train(self, inputs, labels, hp, is_first):
         grads = self.grads

@@ -70,6 +70,9 @@ class ParameterTree(Namespace):
     def items(self):
         return self._leaves.items()
 
+    def values(self):
+        return self._leaves.values()
+
     @property
     def shapes(self):
         return {name: leaf.shape for name, leaf in self.items()}
