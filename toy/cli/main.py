@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from toy import switch
+from toy.cli import data as cli_data
 from toy.cli import images as cli_images
 from toy.cli import models as cli_models
 from toy.cli import train as cli_train
@@ -55,6 +56,7 @@ def cli(context):
 
 
 cli.add_command(cli_train.train)
+cli.add_command(cli_data.data)
 for _group in (cli_models.models, cli_images.images):
     for _command in _group.commands.values():
         cli.add_command(_command)

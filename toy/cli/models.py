@@ -107,7 +107,9 @@ class Speed:
 @command(models, "eval")
 @MODEL
 @_ADAPTER
-@click.option("--corpus", help="UTF-8 text file, or a folder of them. [default: the documentation inside Python]")
+@click.option(
+    "--corpus", help="Text file, or a folder. [default: a run's own validation part, else Python's documentation]"
+)
 @click.option("--data", help="Of an image model: a data set, all of it. [default: the test part of the run's own]")
 @click.option("--context", type=int, help="Tokens in a window. [default: the model's, at most 512]")
 @click.option("--stride", type=int, help="Tokens from window to window. [default: half of --context]")
@@ -129,7 +131,8 @@ def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, j
             if tokens_out.suffix not in (".csv", ".jsonl"):
                 raise ValueError(f"--tokens-out must end with .csv or .jsonl, got {str(tokens_out)!r}")
             _check_folder(tokens_out)
-        if not trained.read_trained(model, adapter).reads_text:
+        stored = trained.read_trained(model, adapter)
+        if not stored.reads_text:
             texts = {"--corpus": corpus, "--context": context, "--stride": stride, "--limit": limit}
             if given := [name for name, value in {**texts, "--tokens-out": tokens_out}.items() if value is not None]:
                 raise ValueError(
@@ -138,7 +141,10 @@ def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, j
             return _evaluate_images(model, data, json_wanted, backend)
         if data is not None:
             raise ValueError(f"--data is for image models, {model} reads text: --corpus names one")
+        own = corpus is None and "corpus" in stored.about and tokens_out is context is stride is limit is None
         model, tokenizer, step = trained.load_trained(model, adapter, backend)
+        if own:
+            return _evaluate_own(model, tokenizer, stored.about, step, json_wanted)
         text = load_corpus(corpus).text
         job = TextEvaluator(model, tokenizer, text, context, stride, limit)
     with Phase(1, debug):
@@ -156,6 +162,20 @@ def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, j
             pieces = [token_bytes(tokenizer, i).decode("utf-8", errors="replace") for i in result.token_ids.tolist()]
             _write_tokens(tokens_out, zip(result.token_ids.tolist(), pieces, result.log_probabilities.tolist()))
             click.echo(f"{'per token':<15}{tokens_out}")
+
+
+def _evaluate_own(model, tokenizer, config, step, json_wanted):
+    """The validation part of a run, all of it."""
+    from toy.trained.evaluate import evaluate_run
+
+    result = evaluate_run(model, tokenizer, config)
+    if json_wanted:
+        numbers = {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "n_tokens")}
+        return as_json(numbers | {"checkpoint": step})
+    click.echo(f"{'loss':<15}{result.loss:.4f} nats per token")
+    click.echo(f"{'perplexity':<15}{result.perplexity:.4g}")
+    click.echo(f"{'bits per byte':<15}{result.bits_per_byte:.4f}")
+    click.echo(f"{'tokens':<15}{result.n_tokens} ({result.n_bytes} bytes), all of the run's validation part")
 
 
 def _evaluate_images(model, data, json_wanted, backend):

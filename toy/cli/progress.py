@@ -18,6 +18,23 @@ def show_choices(choices):
         click.echo(f"{name:<15}" + ("\n" + " " * 15).join(lines))
 
 
+class EncodingBar:
+    """Called with (bytes done, bytes in all) while a text is encoded: a line on a terminal's stderr, now and then."""
+
+    def __init__(self):
+        self.started = self.last = time.monotonic()
+
+    def __call__(self, done, total):
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (now - self.last < 0.2 and done < total) or now - self.started < 1:
+            return
+        self.last = now
+        left = (now - self.started) * (total - done) / max(done, 1)
+        share = f"{100 * done / max(total, 1):.0f} % of {total / 1e6:,.0f} MB, {clock(left)} left"
+        text = f"encoding {share}" if done < total else ""
+        click.echo(f"\r{text}\033[K", nl=False, err=True)
+
+
 class Progress:
     """Shows the events of a run: a live line in a terminal, otherwise a line per validation or at least every 10 seconds."""
 

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from toy.cli.base import Phase, command, program, quoted
-from toy.cli.progress import Progress, show_choices
+from toy.cli.progress import EncodingBar, Progress, show_choices
 from toy.files.runs import new_folder
 from toy.training import RECIPES, Training
 from toy.training.options import DATA, MACHINE, MODEL, REPORTS, STEPS
@@ -65,6 +65,8 @@ def flag_of(field):
     help, shown = field.metadata["help"], field.metadata["shown"]
     if kind is bool:
         return click.option(name, is_flag=True, default=field.default, help=help)
+    if field.metadata["several"]:
+        return click.option(name, type=str, multiple=True, help=f"{help}  [default: {shown}]")
     if field.metadata["choices"]:
         kind = click.Choice(field.metadata["choices"])
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
@@ -112,11 +114,11 @@ def _train(kind, out, resume, debug, options):
         if resume is not None:
             if out is not None:
                 raise ValueError("--out cannot be given with --resume: the run goes on in its own directory")
-            job = Training.resume(resume, recipe=kind.recipe, **given)
+            job = Training.resume(resume, recipe=kind.recipe, progress=EncodingBar(), **given)
         else:
             if out is None:
                 out = new_folder(options.get("arch") or kind.recipe)
-            job = Training(kind(**options), out=out)
+            job = Training(kind(**options), out=out, progress=EncodingBar())
     go_on = resume_command(kind, job.out)
 
     def hint():
@@ -124,6 +126,8 @@ def _train(kind, out, resume, debug, options):
 
     with Phase(1, debug, hint):
         show_choices(job.choices())
+        for notice in job.notices():
+            click.echo(f"note: {notice}")
         progress = Progress(job.options.steps, job.step, job.start.unit)
         try:
             with progress:

@@ -91,6 +91,11 @@ class Windows:
         """In how many places a window can begin."""
         return int(self._first[-1])
 
+    def tokens(self):
+        """All ids in the order in which they are read, run after run, int32 (n_tokens,)."""
+        parts = [self.ids[run.places(np.arange(run.n))] for run in self.runs]
+        return np.concatenate([np.asarray(part, np.int32) for part in parts]) if parts else np.zeros(0, np.int32)
+
     def training_batch(self, batch, seed, step):
         """As the function `training_batch`, and the same windows for a text in one piece."""
         return self._batch(_generator(seed, _TRAIN, step).integers(0, len(self), size=batch))

@@ -8,6 +8,8 @@ from toy.engines.eager import EagerEngine
 from toy.files import Checkpoint, write_checkpoint
 from toy.switch import resolve
 
+NO_TOKENIZER = {"kind": "none"}  # what `save` says of a model that was given none
+
 
 def build(config, options, choice, weights=None, keep_gradients=False):
     """The engine of a config on a resolved backend (`toy.switch.Resolved`). weights: `Weights`, None = random, all
@@ -120,7 +122,7 @@ class EngineHandle:
         config = {
             "arch": engine.arch,
             "model": dataclasses.asdict(engine.config),
-            "tokenizer": None if tokenizer is None else tokenizer.to_json(),
+            "tokenizer": NO_TOKENIZER if tokenizer is None else tokenizer.to_json(),
             "training": {},
             **self._base_to_save(),
         }

@@ -3,9 +3,12 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
+from toy.data.sources import open_source
+from toy.data.training_data import TextData
 from toy.trained.load import text_ids
 
 _ROWS = 2048  # tokens of a batch of windows
@@ -100,6 +103,67 @@ class TextEvaluator:
         predicted = self.ids[1:]
         n_bytes = sum(len(token_bytes(self.tokenizer, i)) for i in predicted.tolist())
         return TextEvaluation(predicted, self.log_probabilities, n_bytes, self.context, self.stride)
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """How well a run predicts its own validation part. n_tokens: what was asked for. n_bytes: UTF-8 bytes of these tokens."""
+
+    loss: float
+    n_tokens: int
+    n_bytes: int
+
+    @property
+    def perplexity(self):
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self):
+        """Bits for each UTF-8 byte of what was predicted."""
+        return self.loss * self.n_tokens / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+
+
+def evaluate_run(model, tokenizer, config):
+    """All of the validation part of a run, as it validates while it trains -> `ValidationResult`.
+
+    config: the run's, as `Stored.about` has it. Raises ValueError when its text is gone or another one by now.
+    """
+    options, described = config["training"], config["corpus"]
+    paths = described["path"]
+    source = open_source(
+        None if paths is None else [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    )
+    valid = (described.get("valid") or {}).get("path")
+    data = TextData(
+        source,
+        tokenizer,
+        context=options["context"],
+        batch=options["batch"],
+        val_fraction=options["val_fraction"],
+        seed=options["seed"],
+        valid=None if valid is None else open_source(Path(valid)),
+        train_on=options.get("train_on", "answers"),
+        split=options.get("split", "tail"),
+    )
+    data.check_same(described)
+    total, n_tokens, n_bytes = 0.0, 0, 0
+    for batch in data.all_validation():
+        token_ids = np.asarray(batch.token_ids, np.int64)
+        positions = np.tile(np.arange(token_ids.shape[1]), len(token_ids))
+        x, *_ = model.hidden_rows(token_ids.reshape(-1), positions, len(token_ids), keep_cache=False)
+        labels = batch.labels.reshape(-1)
+        rows = np.flatnonzero(labels >= 0)
+        step = max(1, _LOGITS // model.config.vocab_size)
+        for first in range(0, len(rows), step):
+            chunk = rows[first : first + step]
+            logits, *_ = model.unembed_rows(x[chunk])
+            total -= float(log_probability_of(logits, labels[chunk]).sum())
+        n_tokens += len(rows)
+        n_bytes += sum(len(token_bytes(tokenizer, i)) for i in labels[rows].tolist())
+    if not math.isfinite(total):
+        raise RuntimeError("the model gives numbers that are not finite: its weights are damaged or too large")
+    return ValidationResult(total / n_tokens, n_tokens, n_bytes)
 
 
 def window_ends(n_predicted, context, stride):

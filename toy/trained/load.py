@@ -11,6 +11,7 @@ import numpy as np
 from toy.config import LlamaConfig
 from toy.data import tokenizer_from_json
 from toy.data.open_tokenizer import load_tokenizer
+from toy.engines.handle import NO_TOKENIZER
 from toy.engines.source import borrowed_parameters
 from toy.files import BadFileError, Run, read_checkpoint
 from toy.files.fetch import FETCHABLE, find_model
@@ -154,7 +155,7 @@ def _from_run(path):
             shapes |= lens_shapes(config, donor["token_embd.weight"].shape[1])
         check_arrays(shapes, checkpoint.parameters)  # before memory is asked for
         tokenizer = None  # of an image model, and of a recipe that was saved without one
-        if checkpoint.config.get("tokenizer") is not None:
+        if architecture_of(config).reads_text and checkpoint.config["tokenizer"] != NO_TOKENIZER:
             tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
             if tokenizer.vocab_size != config.vocab_size:
                 raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")

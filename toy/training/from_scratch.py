@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from toy import recipes
-from toy.data import make_tokenizer
-from toy.data.tokenizers import KINDS
+from toy.data.bpe_tokenizer import DEFAULT_VOCAB_SIZE
+from toy.data.open_tokenizer import make_tokenizer
+from toy.data.tokenizers import KINDS, CharTokenizer
+from toy.data.training_data import training_texts
 from toy.models import ARCHITECTURES
 from toy.training.options import DATA, MODEL, TextOptions, again, option
 from toy.training.start import TextStart
@@ -22,7 +24,12 @@ class FromScratchOptions(TextOptions):
 
     recipe: ClassVar[str] = "from-scratch"
 
-    tokenizer: str = option("char", "What a token is.", DATA, choices=KINDS)
+    tokenizer: str = option(
+        "char", f"What a token is: {', '.join(KINDS)}, or the tokenizer in a file or of a fetched model.", DATA
+    )
+    vocab_size: int | None = option(
+        None, "Tokens of a vocabulary made of the text (bpe).", DATA, shown=f"{DEFAULT_VOCAB_SIZE:,}", at_least=1
+    )
     arch: str = option("transformer", "The model.", MODEL, choices=LANGUAGE_MODELS)
     d_model: int = option(128, "Width of the residual stream.", MODEL, at_least=1)
     layers: int = option(4, "Blocks.", MODEL, at_least=1)
@@ -56,6 +63,31 @@ class FromScratchOptions(TextOptions):
         return ARCHITECTURES[self.arch].config(**sizes)
 
 
+def new_tokenizer(options, source):
+    """The tokenizer that the options of a run ask for. Of a vocabulary made of the text, the validation part is no part."""
+    kind = options.tokenizer
+    if kind == "char" and options.vocab_size is None:
+        return CharTokenizer(source.characters())
+    if kind == "bpe" and options.split != "tail" and options.valid is None:
+        return make_tokenizer(
+            kind, training_texts(source, options.context, options.val_fraction, options.seed), options.vocab_size
+        )
+    try:
+        return make_tokenizer(kind, source.texts(), options.vocab_size)
+    except FileNotFoundError as error:
+        raise ValueError(f"tokenizer must be one of {', '.join(KINDS)}, or one that exists: {error}") from error
+
+
+def vocabulary_in_words(kind):
+    """What the vocabulary of a tokenizer of this kind is, for a line at the start."""
+    words = {
+        "char": "distinct characters of the text",
+        "bytes": "every byte",
+        "bpe": "byte-level BPE, made of the text",
+    }
+    return words.get(kind, f"the tokenizer of {kind}")
+
+
 def check_no_llama_sizes(options):
     """Raise ValueError when options that only a llama has were given for another model."""
     if options.kv_heads is not None and options.kv_heads != options.heads:
@@ -79,11 +111,11 @@ class FromScratchStart(TextStart):
         super().__init__(options)
         options.model_config(vocab_size=1)  # sizes that do not fit are told before a long text is read
 
-    def make_tokenizer(self, text):
-        return make_tokenizer(self.options.tokenizer, text)
+    def make_tokenizer(self):
+        return new_tokenizer(self.options, self.source)
 
     def vocabulary(self):
-        return "distinct characters of the text" if self.options.tokenizer == "char" else "every byte"
+        return vocabulary_in_words(self.options.tokenizer)
 
     def model_config(self, vocab_size):
         return self.options.model_config(vocab_size)

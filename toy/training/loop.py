@@ -23,6 +23,7 @@ import numpy as np
 
 from toy import switch
 from toy.config import VERSION
+from toy.data import Split, load_corpus
 from toy.files import BadFileError, Checkpoint, Run, read_events
 from toy.files.events import Evaluation, EventLog, RunEnd, RunStart, Sample, Step
 from toy.files.runs import check_new_folder
@@ -46,14 +47,15 @@ class Training:
     """A run that is ready to go. Making it reads and checks everything, writes nothing, and changes nothing in the process.
 
     options: the options of a recipe (`FromScratchOptions`, `LoRAOptions`, ...). out: the run directory to make (None:
-    nothing is written, the events are all there is). resumed: what `Training.resume` passes on. Raises ValueError
-    (CorpusError, ...) for anything that cannot be trained on, BackendUnavailableError for a backend that is not there.
+    nothing is written, the events are all there is). progress: called with (bytes done, bytes in all) while a long text is
+    encoded. resumed: what `Training.resume` passes on. Raises ValueError (CorpusError, ...) for anything that cannot be
+    trained on, BackendUnavailableError for a backend that is not there.
 
     Attributes: options, start (what the run begins with: data, tokenizer, recipe), config (of the model), recipe, schedule,
     step (updates done), stopped_by (the signal that ended `run`, None without one).
     """
 
-    def __init__(self, options, out=None, *, resumed=None):
+    def __init__(self, options, out=None, *, progress=None, resumed=None):
         if out is not None and resumed is None:
             check_new_folder(out)
         self.out = None if out is None else Path(out)
@@ -61,6 +63,7 @@ class Training:
         self.schedule = options.make_schedule()
         self.start = start = RECIPES[options.recipe](options)
         self.recipe = start.recipe
+        start.progress = progress
         start.read()
         self.options, self.config = start.options, start.config
         try:
@@ -81,7 +84,7 @@ class Training:
             self._go_on(resumed)
 
     @classmethod
-    def resume(cls, folder, recipe=None, **changes):
+    def resume(cls, folder, recipe=None, *, progress=None, **changes):
         """The run in `folder` (a path), ready to go on from its newest checkpoint: weights, moments and step.
 
         recipe: the name of the one it must be of, None: any.
@@ -115,7 +118,9 @@ class Training:
         if done >= steps:
             raise ValueError(f"the run in {folder} has done its {done} steps: give it more steps to go on")
         resumed = _Resumed(run, checkpoint, as_it_ran.keys() - changes.keys())
-        return cls(dataclasses.replace(options, **{**as_it_ran, **changes}), run.folder, resumed=resumed)
+        return cls(
+            dataclasses.replace(options, **{**as_it_ran, **changes}), run.folder, progress=progress, resumed=resumed
+        )
 
     def _go_on(self, resumed):
         run, checkpoint, self._unchanged = resumed
@@ -139,14 +144,23 @@ class Training:
         return self.start.tokenizer
 
     @property
+    def data(self):
+        """What the batches are drawn from: a `toy.data.training_data.TextData`, or `toy.data.images.Images`."""
+        return self.start.data
+
+    @property
     def corpus(self):
-        """Of a run on text."""
-        return self.start.corpus
+        """Of a run on text: the whole `Corpus`, read again."""
+        return load_corpus(self.options.corpus)
 
     @property
     def split(self):
-        """Of a run on text: its token ids, to train on and to validate."""
-        return self.start.split
+        """Of a run on text: the ids to train on and to validate, in the order in which they are read."""
+        return Split(self.data.training.tokens(), self.data.validation.tokens())
+
+    def notices(self):
+        """Sentences about the data that a user should know."""
+        return self.start.notices()
 
     def has_checkpoint(self):
         """Whether there is a checkpoint on the disk to go on from."""
@@ -367,7 +381,10 @@ def _read_config(run):
     """The options in a config.json, and the backend, device and threads it really ran on (they round alike)."""
     try:
         kind = RECIPES[run.config.get("recipe", "from-scratch")].options_class
-        options, ran = kind(**run.config["training"]), run.config["backend"]
+        fields = dict(run.config["training"])
+        if "split" in {field.name for field in dataclasses.fields(kind)}:
+            fields.setdefault("split", "tail")  # of runs that were begun before there was another
+        options, ran = kind(**fields), run.config["backend"]
         return options, {"backend": ran["name"], "device": ran["device"], "threads": ran["threads"]}
     except (KeyError, TypeError, ValueError) as error:
         raise BadFileError(run.config_path, f"its training options are wrong ({error})") from error

@@ -7,9 +7,12 @@ and the default are the field's, the rest stands in its metadata (`option`).
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from toy.config import WEIGHT_DTYPES, check_positive_int
+from toy.data.encoding import TRAIN_ON
+from toy.data.training_data import SPLITS
 from toy.switch import BACKEND_NAMES
 from toy.training import schedules
 
@@ -18,14 +21,16 @@ DATA, MODEL, STEPS, REPORTS, MACHINE = "Data", "Model", "Training", "Reports and
 LARGEST = 2**31 - 1  # of whole numbers: sizes, steps, seeds
 
 
-def option(default, help, group, *, shown=None, choices=None, resumable=False, at_least=None):
+def option(default, help, group, *, shown=None, choices=None, resumable=False, at_least=None, several=False):
     """A field of an options dataclass.
 
     shown: the default in words, where the value does not say it. choices: the values there are. resumable: whether a run
-    may go on with another value. at_least: the smallest value of a whole number; None there means "not said", not a bound.
+    may go on with another value. at_least: the smallest value of a whole number; None there means "not said", not a
+    bound. several: whether the flag may be given more than once.
     """
     metadata = {
         "help": help, "group": group, "shown": shown, "choices": choices, "resumable": resumable, "at_least": at_least,
+        "several": several,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -112,10 +117,22 @@ class RunOptions:
 class TextOptions(RunOptions):
     """What training on text can be told besides. Raises ValueError for a value out of range."""
 
-    corpus: str | None = option(
-        None, "UTF-8 text file, or a folder of them.", DATA, shown="the documentation inside Python", resumable=True
+    corpus: str | tuple | None = option(
+        None,
+        "Text file, .jsonl, .bin or a folder of them; may be given several times.",
+        DATA,
+        shown="the documentation inside Python",
+        resumable=True,
+        several=True,
     )
-    val_fraction: float = option(0.1, "Share of the text, at its end, to validate on.", DATA)
+    valid: str | None = option(
+        None, "File or folder to validate on.", DATA, shown="a share of --corpus", resumable=True
+    )
+    val_fraction: float = option(0.1, "Share of the documents to validate on, without --valid.", DATA)
+    split: str = option(
+        "spread", "Where that share lies: spread over the corpus, or its tail joined to one text.", DATA, choices=SPLITS
+    )
+    train_on: str = option("answers", "Of prompts and conversations: what is learned.", DATA, choices=TRAIN_ON)
     context: int | None = option(64, "Tokens in a sequence.", STEPS, at_least=1)
     eval_batches: int = option(16, "Batches in a validation.", REPORTS, at_least=1)
     sample_every: int | None = option(
@@ -131,6 +148,16 @@ class TextOptions(RunOptions):
     def __post_init__(self):
         super().__post_init__()
         check_fraction("val_fraction", self.val_fraction)
+        if isinstance(self.corpus, (tuple, list)):  # one path stands for itself
+            several = tuple(map(str, self.corpus))
+            object.__setattr__(self, "corpus", several if len(several) > 1 else several[0] if several else None)
+
+    @property
+    def corpora(self):
+        """The paths to read, None for the default corpus."""
+        if self.corpus is None:
+            return None
+        return [Path(path) for path in ((self.corpus,) if isinstance(self.corpus, str) else self.corpus)]
 
     def resolved(self):
         every = self.sample_every or min(max(1, self.steps // 4), 2000)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from toy.config import RecipeOptions
-from toy.data import load_corpus, split, training_batch, validation_batches
 from toy.data.open_tokenizer import load_tokenizer
+from toy.data.sources import open_source
+from toy.data.training_data import TextData
 from toy.files import BadFileError
 from toy.files.fetch import find_model
 from toy.files.gguf import GGUF
@@ -46,6 +47,7 @@ class Start:
         self.options = options
         self.recipe = self.recipe_class(backend=options.backend, device=options.device)
         self.config = None
+        self.progress = None  # progress(done, total) in bytes while a long text is encoded
 
     def read(self):
         """Read the data; `config` and the options are complete then."""
@@ -89,6 +91,10 @@ class Start:
     def draw(self, folder):
         """Pictures of the trained model, into the run directory."""
 
+    def notices(self):
+        """Sentences about the data that a user should know."""
+        return []
+
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def decisions(self):
@@ -117,8 +123,8 @@ class TextStart(Start):
 
     unit = "token"
 
-    def make_tokenizer(self, text):
-        """The tokenizer for training on `text`."""
+    def make_tokenizer(self):
+        """The tokenizer for training on `self.source`."""
         raise NotImplementedError
 
     def vocabulary(self):
@@ -134,12 +140,25 @@ class TextStart(Start):
         return {}
 
     def read(self):
-        self.corpus = load_corpus(self.options.corpus)
-        self.options = o = dataclasses.replace(self.options, corpus=self.corpus.path)
-        self.tokenizer = self.make_tokenizer(self.corpus.text)
-        self.split = split(self.tokenizer.encode(self.corpus.text), o.val_fraction, o.context)
+        o = self.options
+        self.source = open_source(o.corpora)
+        valid = None if o.valid is None else open_source(Path(o.valid))
+        self.tokenizer = self.make_tokenizer()
+        self.data = TextData(
+            self.source,
+            self.tokenizer,
+            context=o.context,
+            batch=o.batch,
+            val_fraction=o.val_fraction,
+            seed=o.seed,
+            valid=valid,
+            train_on=o.train_on,
+            split=o.split,
+            progress=self.progress,
+        )
+        self.options = dataclasses.replace(o, corpus=self.source.path, valid=None if valid is None else valid.path)
         self.config = self.model_config(self.tokenizer.vocab_size)
-        self._validation = validation_batches(self.split.validation, o.batch, o.context, o.eval_batches, o.seed)
+        self._validation = self.data.validation_batches(o.eval_batches)
 
     @property
     def per_step(self):
@@ -147,66 +166,62 @@ class TextStart(Start):
 
     @property
     def n_train(self):
-        return len(self.split.train)
+        return self.data.n_train_tokens
 
     def training_batch(self, step):
-        o = self.options
-        return training_batch(self.split.train, o.batch, o.context, o.seed, step)
+        return self.data.training_batch(step)
 
     def validate(self):
+        counts = [int((batch.labels >= 0).sum()) for batch in self._validation]
         losses = [self.recipe.evaluate(batch.token_ids, labels=batch.labels) for batch in self._validation]
-        return {"loss": sum(losses) / len(losses)}
+        return {"loss": sum(loss * count for loss, count in zip(losses, counts)) / sum(counts)}
 
     def sample(self, step):
         o = self.options
         ids = generate(
             self.recipe.model_copy(),
-            first_prompt(self.tokenizer, self.split.train),
+            self.sample_prompt(),
             o.sample_tokens,
             temperature=SAMPLE_TEMPERATURE,
             seed=[o.seed, step],
+            stop_ids=getattr(self.tokenizer, "stop_ids", ()),
         )
-        return self.tokenizer.decode(ids)
+        return self.tokenizer.decode(list(ids))
+
+    def sample_prompt(self):
+        """What a sample goes on from: of examples the first prompt to validate on, of a text a new line."""
+        first = self._validation[0]
+        if self.data.family == "examples":
+            return first.token_ids[0, : int((first.labels[0] >= 0).argmax()) + 1]
+        return first_prompt(self.tokenizer, first.token_ids[0])
 
     def decisions(self):
-        o, c = self.options, self.config
+        o, c, d = self.options, self.config, self.data
         model = f"{self.recipe.arch}: {c.n_layers} layers, {c.n_heads} heads, {c.d_model} wide, context {o.context}"
+        where = "" if o.valid is None else f"{d.valid.words} to validate"
         return [
-            Decision("corpus", self.corpus.source, "" if o.corpus else "the default; --corpus FILE names another"),
-            Decision("tokens", f"{self.n_train:,} to train on, {len(self.split.validation):,} to validate"),
+            Decision("corpus", self.source.words, "" if o.corpus else "the default; --corpus FILE names another"),
+            Decision("tokens", f"{self.n_train:,} to train on, {d.n_validation_tokens:,} to validate", where),
             *self.base_decisions(),
             Decision("vocabulary", f"{c.vocab_size}", self.vocabulary()),
             Decision("model", model),
         ]
+
+    def notices(self):
+        return self.data.notices
 
     def base_decisions(self):
         """Lines about the model the run begins with."""
         return []
 
     def describe(self):
-        return {
-            "tokenizer": self.tokenizer.to_json(),
-            **self.base(),
-            "corpus": {
-                "source": self.corpus.source,
-                "path": self.corpus.path,
-                "sha256": self.corpus.sha256,
-                "train_tokens": self.n_train,
-                "validation_tokens": len(self.split.validation),
-            },
-        }
+        return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": self.data.describe()}
 
     def check_same(self, run):
         try:
-            text = run.config["corpus"]
-            sha256, source = text["sha256"], text["source"]
+            self.data.check_same(run.config["corpus"])
         except (KeyError, TypeError) as error:
             raise BadFileError(run.config_path, f"its training options are wrong ({error})") from error
-        if sha256 != self.corpus.sha256:
-            raise ValueError(
-                f"{self.corpus.source} is not the text this run was trained on ({source}): "
-                "give that text with --corpus, or start a new run"
-            )
         now = self.describe()
         if without_path(run.config.get("tokenizer")) != without_path(now["tokenizer"]):
             raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
@@ -240,7 +255,7 @@ class FromGGUFStart(TextStart):
     def check_config(self):
         """Raise ValueError when the recipe cannot train this model."""
 
-    def make_tokenizer(self, text):
+    def make_tokenizer(self):
         return self.tokenizer
 
     def vocabulary(self):

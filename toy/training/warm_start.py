@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from toy import recipes
 from toy.config import LlamaConfig
-from toy.data import make_tokenizer
 from toy.data.tokenizers import KINDS
 from toy.files.fetch import find_model
 from toy.files.gguf_write import digest, write_gguf
@@ -15,8 +14,8 @@ from toy.models import ARCHITECTURES
 from toy.models.lens import without_lens
 from toy.trained.export import plain_model
 from toy.trained.load import embedding_of, read_trained
-from toy.training.from_scratch import FromScratchOptions, check_no_llama_sizes
-from toy.training.options import DATA, MODEL, FromModelOptions, TextOptions, again, option
+from toy.training.from_scratch import FromScratchOptions, check_no_llama_sizes, new_tokenizer, vocabulary_in_words
+from toy.training.options import MODEL, FromModelOptions, TextOptions, again, option
 from toy.training.start import Decision, TextStart
 
 DONORS = "the donor's"
@@ -36,7 +35,13 @@ class WarmStartOptions(FromModelOptions):
     )
     take: tuple = option(("*",), "Shell patterns of the names of the parameters to take, separated by commas.", MODEL)
     lens: bool = option(False, "See the donor's token embedding, frozen, through a trained projection (llama).", MODEL)
-    tokenizer: str = option("donor", "What a token is.", DATA, choices=("donor", *KINDS))
+    tokenizer: str = again(
+        "tokenizer",
+        "donor",
+        FromScratchOptions,
+        help=f"What a token is: donor, {', '.join(KINDS)}, or the tokenizer in a file or of a fetched model.",
+    )
+    vocab_size: int | None = again("vocab_size", None, FromScratchOptions)
     arch: str | None = again("arch", None, FromScratchOptions, shown=DONORS)
     d_model: int | None = again("d_model", None, FromScratchOptions, shown=DONORS)
     layers: int | None = again("layers", None, FromScratchOptions, shown=DONORS)
@@ -63,7 +68,7 @@ class WarmStartStart(TextStart):
     def __init__(self, options):
         super().__init__(options)
         donor = read_trained(options.model)
-        config, self.source = plain_model(donor)  # of a LoRA run: with its adapters
+        config, self.donor_weights = plain_model(donor)  # of a LoRA run: with its adapters
         self.donor = donor = donor._replace(config=config)
         path = Path(find_model(options.model)).absolute()
         if options.tokenizer == "donor" and donor.tokenizer is None:
@@ -82,13 +87,12 @@ class WarmStartStart(TextStart):
             self.options = dataclasses.replace(options, d_ff=4 * options.d_model)
         self.model_config(vocab_size=donor.config.vocab_size)
 
-    def make_tokenizer(self, text):
-        kind = self.options.tokenizer
-        return self.donor.tokenizer if kind == "donor" else make_tokenizer(kind, text)
+    def make_tokenizer(self):
+        return self.donor.tokenizer if self.options.tokenizer == "donor" else new_tokenizer(self.options, self.source)
 
     def vocabulary(self):
-        words = {"donor": "the donor's tokenizer", "char": "distinct characters of the text", "bytes": "every byte"}
-        return words[self.options.tokenizer]
+        kind = self.options.tokenizer
+        return "the donor's tokenizer" if kind == "donor" else vocabulary_in_words(kind)
 
     def model_config(self, vocab_size):
         o, donor = self.options, self.donor.config
@@ -116,7 +120,7 @@ class WarmStartStart(TextStart):
         o = self.options
         take = "*" if o.take == ("*",) else o.take
         options = self.recipe_options(o.context, init_scale=o.init_scale)
-        self.recipe.realize(self.source, self.config, options, take=take, lens=o.lens)
+        self.recipe.realize(self.donor_weights, self.config, options, take=take, lens=o.lens)
 
     def base_decisions(self):
         o = self.options
