@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "ops": {"_kernels", "arrays", "ggml_bridge", "quantized"},
     "files": SETTINGS | {"models", "optional", "quantized"},
     "data": {"files", "optional"},
-    "engines": SETTINGS | {"arrays", "models", "ops", "files", "ggml_bridge", "quantized"},
+    "engines": SETTINGS | {"models", "ops", "files", "ggml_bridge", "quantized"},
     "recipes": SETTINGS | {"models", "engines", "files"},
     "trained": SETTINGS | {"data", "engines", "files", "models", "quantized"},
     "training": SETTINGS | {"data", "engines", "files", "models", "plots", "recipes", "trained"},
