@@ -296,6 +296,8 @@ def columns(p):
         [f"[{p.count(widths[0])}, {widths[1]}, {p.count(widths[2])}]", "None", "'abc'", "[]", "[1, 2**63 - 1]"]
     )
     p.call("y", "ops.split", x, given if p.rarely(3) else widths)
+    p.call("y", "ops.reshape", x, p.count(n))
+    p.call("y", "ops.zeros_like", x)
     other = p.matrix(n, widths[0])
     p.call("y", "ops.concat", p.pick([f"[{x}, {other}]", "y", "None", "[]", "[None]", x, f"({other}, 3)"]))
 
@@ -308,7 +310,6 @@ def optimizer(p):
     hp = p.pick(ODD_ROWS) if p.rarely(5) else HP
     if all(p.run(f"view = {array}", allowed=POKED) for array in arrays if not array.isidentifier()):
         p.call("y", "ops.adamw_step", *arrays, hp)
-    p.call("y", "ops.scale_", arrays[0], p.number(0.5))
     p.call("y", "ops.sum_of_squares", arrays[0])
     if p.rarely(8):
         p.run(f"memory.set_idle_limit({p.pick(ODD_COUNTS)})", named={"size"})

@@ -274,12 +274,14 @@ def test_masked_arrays_are_refused_by_every_kernel():
     from toy.ops import accelerated as ops
 
     x, w, g = normal(6, 8), normal(5, 8), normal(8)
-    masked = {id(a): np.ma.array(a, mask=False) for a in (x, w, g)}
+    turned = x.T
+    masked = {id(a): np.ma.array(a, mask=False) for a in (x, w, g, turned)}
     hp = np.array([[1e-3, 0.9, 0.95, 1e-8, 0.1, 0.9, 0.95]])
     calls = {
         "x": [
             *((ops.linear, (x, w)), (ops.gelu, (x,)), (ops.rms_norm, (x, g)), (ops.rope, (x, np.zeros(6, int), 2))),
-            *((ops.split, (x, [8])), (ops.scale, (x, 2.0)), (ops.sum_of_squares, (x,)), (ops.scale_, (x, 1.0))),
+            *((ops.split, (x, [8])), (ops.scale, (x, 2.0)), (ops.scale, (turned, 2.0)), (ops.sum_of_squares, (x,))),
+            *((ops.reshape, (x, 4)), (ops.zeros_like, (x,))),
         ],
         "weight": [(ops.linear, (x, w)), (ops.adamw_step, (w, w.copy(), w.copy(), w.copy(), hp))],
         "gamma": [(ops.layer_norm, (x, g, g.copy()))],
