@@ -523,6 +523,8 @@ cdef class Tensor:
         if ggml_is_quantized(kind):
             self.upload_raw(values)
             return
+        if isinstance(values, np.ma.MaskedArray):
+            raise ValueError(f"{self!r} cannot take a masked array, whose mask would be lost: pass numpy.ma.filled(a, value)")
         try:
             array = np.asarray(values)
         except ValueError as error:

@@ -16,14 +16,15 @@ PACKAGES = [folder for folder in ("toy", "ggml_bridge") if (ROOT / folder / "__i
 # cli -> (training, trained, checks) -> recipes -> engines -> (models, ops) -> (_kernels | ggml_bridge).
 SETTINGS = {"config", "adamw", "switch"}
 MAY_IMPORT = {
+    "arrays": set(),
     "config": set(),
     "adamw": set(),
     "optional": set(),
     "switch": {"config", "_kernels", "ops", "ggml_bridge"},  # it looks for the backends
     "_kernels": set(),
-    "quantized": {"_kernels", "optional"},
-    "models": {"config", "adamw", "quantized"},
-    "ops": {"_kernels", "ggml_bridge", "quantized"},
+    "quantized": {"_kernels", "arrays", "optional"},
+    "models": {"arrays", "config", "adamw", "quantized"},
+    "ops": {"_kernels", "arrays", "ggml_bridge", "quantized"},
     "files": SETTINGS | {"models", "optional", "quantized"},
     "data": {"files", "optional"},
     "engines": SETTINGS | {"models", "ops", "files", "ggml_bridge", "quantized"},

@@ -147,6 +147,8 @@ def check_row(hp, wanted_mode):
     `wanted_mode`. A plain array carries no mode and is taken as it is.
     """
     mode = getattr(hp, "mode", AdamW.MODE_UNSET)
+    if isinstance(hp, np.ma.MaskedArray):
+        raise ValueError("hp is a masked array, whose mask would be lost: pass numpy.ma.filled(hp, value)")
     row = np.asarray(hp, dtype=np.float32)
     if row.shape not in ((1, 7), (7,)):
         raise ValueError(f"hp must be the (1, 7) row of AdamW.hp(), got shape {row.shape}")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from toy.arrays import whole_numbers
 from toy.optional import optional_package
 
 
@@ -109,17 +110,12 @@ class QuantizedMatrix:
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"a weight matrix has the shape (out, in), both at least 1; got {tuple(shape)}")
         n_out, n_in = (int(size) for size in shape)
-        block = TYPES[type]
+        block, plain = TYPES[type], isinstance(raw, np.ndarray) and not isinstance(raw, np.ma.MaskedArray)
         if n_in % block.block:
             raise ValueError(f"rows of type {type} consist of blocks of {block.block} numbers; got rows of {n_in}")
         expected = (n_out, n_in // block.block * block.n_bytes)
-        if (
-            not isinstance(raw, np.ndarray)
-            or raw.dtype != np.uint8
-            or raw.shape != expected
-            or not raw.flags.c_contiguous
-        ):
-            given = f"{raw.dtype} {raw.shape}" if isinstance(raw, np.ndarray) else f"a {raw.__class__.__name__}"
+        if not plain or raw.dtype != np.uint8 or raw.shape != expected or not raw.flags.c_contiguous:
+            given = f"{raw.dtype} {raw.shape}" if plain else f"a {raw.__class__.__name__}"
             wanted = f"C-contiguous uint8 {expected}, the bytes of a {type} matrix {(n_out, n_in)}"
             raise ValueError(f"raw must be {wanted}; got {given}")
         if raw.flags.writeable:
@@ -143,12 +139,7 @@ class QuantizedMatrix:
 
     def take(self, ids):
         """One row per id. ids: whole numbers (N,) from 0 to out-1 -> float32 (N, in)."""
-        ids = np.asarray(ids)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ValueError(f"ids must be a vector of whole numbers, got {ids.dtype} {ids.shape}")
-        if ids.size and (ids.min() < 0 or ids.max() >= self.shape[0]):
-            raise ValueError(f"ids must lie in [0, {self.shape[0]}), got {ids.min()} to {ids.max()}")
-        return self._read(self.raw[ids], None)
+        return self._read(self.raw[whole_numbers("token_ids", ids, 0, self.shape[0])], None)
 
     def dequantize(self):
         """The whole matrix -> float32 (out, in)."""

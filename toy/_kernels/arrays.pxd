@@ -21,6 +21,9 @@ cdef int get_weight_gradient(
     Matrix* out, object array, object name, Py_ssize_t rows, Py_ssize_t columns, object form
 ) except -1
 cdef float* get_vector_gradient(object array, object name, Py_ssize_t size, object form) except? NULL
+# What is written must not overlap what is read, or another result: in which order slices run is not fixed. None and empty
+# arrays overlap nothing; what is neither has been checked before.
+cdef int check_apart(object written, object name, object other, object other_name, object form) except -1
 # float32, any number of axes, C-contiguous; `like` is an array whose shape it must have, or None; *size: its elements
 cdef float* get_flat(object array, object name, object like, bint writable, Py_ssize_t* size, object form) except? NULL
 # An int64 copy of a 1-d array of any integer dtype: a copy, because backwards index with it and the caller may reuse
@@ -28,5 +31,11 @@ cdef float* get_flat(object array, object name, object like, bint writable, Py_s
 cdef object get_integers(object array, object name, Py_ssize_t size, Py_ssize_t low, Py_ssize_t high, object form)
 cdef long long* integers_data(object array) noexcept
 
-cdef int check_cache(object cache, type expected, object op) except -1    # a backward must get its own forward's cache
+# A whole number in low .. high, and a real number, as numpy or Python may spell them; otherwise a ValueError with the name.
+cdef Py_ssize_t get_count(object value, object name, Py_ssize_t low, Py_ssize_t high, object form) except? -1
+cdef double get_number(object value, object name, object form) except? -1.0
+
+# A backward must get its own forward's cache. `kept`: an array that every forward puts into it, None in an empty one.
+cdef int check_cache(object cache, type expected, object op) except -1
+cdef int check_filled(object kept, object op) except -1
 cdef object new_matrix(Matrix* out, Py_ssize_t rows, Py_ssize_t columns)    # a new array for a result, not initialised

@@ -26,6 +26,8 @@ cdef int check_kind(object array, object name, object expected_shape, object for
     if not cnp.PyArray_Check(array):
         problem = f"is a {type(array).__name__}, not a numpy array (numpy.asarray makes one)"
         fail(array, name, expected_shape, problem, form)
+    if is_masked(array):
+        fail(array, name, expected_shape, MASKED, form)
     if cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT32:
         problem = (
             f"has dtype {array.dtype}, but the compiled kernels compute in float32 only: "
@@ -38,10 +40,17 @@ cdef int check_kind(object array, object name, object expected_shape, object for
     return 0
 
 
+MASKED = "is a masked array, whose mask would be lost: pass numpy.ma.filled(a, value)"
+
+
+cdef bint is_masked(object array) except -1:
+    return not cnp.PyArray_CheckExact(array) and isinstance(array, np.ma.MaskedArray)
+
+
 cdef inline bint is_plain_float32(object array):
     """The same question without the reasons: the usual case, a few nanoseconds."""
     return (
-        cnp.PyArray_Check(array)
+        cnp.PyArray_CheckExact(array)
         and cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32
         and cnp.PyArray_ISBEHAVED_RO(array)
     )
@@ -132,8 +141,13 @@ cdef object get_integers(object array, object name, Py_ssize_t size, Py_ssize_t 
     if not cnp.PyArray_Check(array) or not cnp.PyArray_ISINTEGER(array):
         given = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
         raise ValueError(f"{name}: given {given}, expected a numpy array of integers, {describe((size,))}. {form}")
+    if is_masked(array):
+        raise ValueError(f"{name}: {MASKED}. {form}")
     if cnp.PyArray_NDIM(array) != 1 or (size != ANY and cnp.PyArray_DIM(array, 0) != size):
         raise ValueError(f"{name}: given shape {array.shape}, expected {describe((size,))} integers. {form}")
+    # as int64 the upper half of uint64 would turn negative, its largest number into the label -1
+    if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.max(initial=0) >= high:
+        raise ValueError(f"{name}: element {array.argmax()} is {array.max()}, expected {low} to {high - 1}. {form}")
     cdef object integers = np.array(array, dtype=np.int64)
     cdef long long* data = integers_data(integers)
     cdef Py_ssize_t i
@@ -147,10 +161,72 @@ cdef long long* integers_data(object array) noexcept:
     return <long long*> cnp.PyArray_DATA(array)
 
 
+cdef int check_apart(object written, object name, object other, object other_name, object form) except -1:
+    cdef char* start
+    cdef char* end
+    cdef char* other_start
+    cdef char* other_end
+    if written is None or other is None or cnp.PyArray_SIZE(written) == 0 or cnp.PyArray_SIZE(other) == 0:
+        return 0
+    find_bounds(written, &start, &end)
+    find_bounds(other, &other_start, &other_end)
+    if other_start < end and start < other_end and np.shares_memory(written, other):
+        raise ValueError(f"{name} and {other_name} are the same memory, or overlap: pass arrays of their own. {form}")
+    return 0
+
+
+cdef void find_bounds(object array, char** start, char** end) noexcept:
+    """The first byte of an array that is not empty, and the one after its last; its strides are not negative."""
+    cdef int axis
+    start[0] = <char*> cnp.PyArray_DATA(array)
+    end[0] = start[0] + cnp.PyArray_ITEMSIZE(array)
+    for axis in range(cnp.PyArray_NDIM(array)):
+        end[0] += (cnp.PyArray_DIM(array, axis) - 1) * cnp.PyArray_STRIDE(array, axis)
+
+
+cdef bint is_one_number(object value) except -1:
+    """Whether it is no array, or one without axes (and without a mask)."""
+    return not isinstance(value, np.ndarray) or (value.ndim == 0 and not is_masked(value))
+
+
+cdef Py_ssize_t get_count(object value, object name, Py_ssize_t low, Py_ssize_t high, object form) except? -1:
+    if not isinstance(value, bool) and is_one_number(value):
+        try:
+            whole = value.__index__()
+        except (AttributeError, TypeError):  # no whole number
+            whole = low - 1
+        if low <= whole <= high:
+            return whole
+    raise ValueError(f"{name}={value!r}, expected a whole number from {low} to {high}. {form}")
+
+
+cdef double get_number(object value, object name, object form) except? -1.0:
+    if isinstance(value, float):  # numpy.float64 too
+        return value
+    if is_one_number(value) and not isinstance(value, (str, bytes, bytearray, np.complexfloating)):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise ValueError(f"{name}={value!r}, expected a real number. {form}")
+
+
 cdef int check_cache(object cache, type expected, object op) except -1:
     if type(cache) is not expected:
         raise ValueError(f"cache: expected the cache that {op} returned, given a {type(cache).__name__}")
     return 0
+
+
+cdef int check_filled(object kept, object op) except -1:
+    if kept is None:
+        raise ValueError(f"cache: expected the cache that {op} returned, given an empty one")
+    return 0
+
+
+def check_matrix(array, name, rows, columns, form):
+    """Raise ValueError unless `array` is a float32 matrix (rows, columns) that the kernels take; None: any size."""
+    cdef Matrix matrix
+    get_matrix(&matrix, array, name, ANY if rows is None else rows, ANY if columns is None else columns, form)
 
 
 cdef object new_matrix(Matrix* out, Py_ssize_t rows, Py_ssize_t columns):

@@ -1,4 +1,4 @@
-# cython: language_level=3, cdivision=True
+# cython: language_level=3, cdivision=True, auto_pickle=False
 """Multi-head attention: softmax(q k^T / sqrt(d_head)) v per head, forward and backward.
 
 The scores of one head are computed a block of query rows at a time in a scratch buffer that stays in cache, and only
@@ -8,6 +8,7 @@ idea of FlashAttention, Dao et al. 2022).
 """
 
 cimport cython
+from libc.limits cimport INT_MAX
 from libc.math cimport INFINITY, sqrt
 from libc.string cimport memset
 
@@ -16,7 +17,7 @@ import numpy as np
 cimport numpy as cnp
 
 from toy._kernels cimport blas
-from toy._kernels.arrays cimport ANY, Matrix, check_cache, get_matrix, new_matrix
+from toy._kernels.arrays cimport ANY, Matrix, check_cache, check_filled, get_count, get_matrix, new_matrix
 from toy._kernels.memory cimport empty_matrix, empty_vector, matrix_view
 from toy._kernels.threads cimport run, slice_start
 
@@ -162,13 +163,14 @@ FORM_BACKWARD = "attention_backward: d_out (B*Tq, n_heads*d_head), as q in the f
 cdef class AttentionCache:
     """q, k and v as the forward saw them, and the largest q.k of every query row, (B*n_heads, Tq)."""
 
-    cdef readonly object q, k, v, largest
+    cdef object q, k, v, largest
     cdef Attention args
 
     @property
     def probabilities(self):
         """(B, n_kv_heads, group, Tq, Tk), computed anew at each access: for pictures; no kernel needs it."""
         cdef Attention* a = &self.args
+        check_filled(self.largest, "attention")
         heads = (a.batch, a.t_q, a.n_kv_heads, a.n_heads // a.n_kv_heads, a.d_head)
         q = np.reshape(self.q, heads).transpose(0, 2, 3, 1, 4)
         k = np.reshape(self.k, (a.batch, a.t_k, a.n_kv_heads, 1, a.d_head)).transpose(0, 2, 3, 4, 1)
@@ -179,12 +181,25 @@ cdef class AttentionCache:
         return p / p.sum(axis=4, keepdims=True)
 
 
-cdef int check_heads(Py_ssize_t batch, Py_ssize_t n_heads, Py_ssize_t n_kv_heads) except -1:
-    if batch < 1 or n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
+cdef int take_in(Attention* a, object q, object k, object v, Py_ssize_t d_head, tuple names) except -1:
+    """Take in q, k and v, which must fit batch, heads and `causal`; d_head: ANY or what it must be."""
+    cdef Matrix q_, k_, v_
+    get_matrix(&q_, q, names[0], ANY, ANY if d_head == ANY else a.n_heads * d_head, FORM)
+    if q_.columns % a.n_heads or q_.columns == 0 or q_.rows % a.batch:
         raise ValueError(
-            f"attention: batch={batch}, n_heads={n_heads}, n_kv_heads={n_kv_heads}; expected positive numbers "
-            "and n_heads a multiple of n_kv_heads"
+            f"{names[0]}: has shape {q.shape}, expected rows that divide by batch={a.batch} "
+            f"and columns that divide by n_heads={a.n_heads}. {FORM}"
         )
+    a.d_head = q_.columns // a.n_heads
+    get_matrix(&k_, k, names[1], ANY, a.n_kv_heads * a.d_head, FORM)
+    get_matrix(&v_, v, names[2], k_.rows, a.n_kv_heads * a.d_head, FORM)
+    a.t_q, a.t_k = q_.rows // a.batch, k_.rows // a.batch
+    if k_.rows % a.batch or (a.t_k < a.t_q and a.causal) or (a.t_k == 0 and a.t_q > 0):
+        raise ValueError(
+            f"{names[1]}: has shape {k.shape}, expected rows that divide by batch={a.batch}, "
+            f"with Tk >= Tq={a.t_q} if causal, Tk >= 1 if not. {FORM}"
+        )
+    a.q, a.q_stride, a.k, a.k_stride, a.v, a.v_stride = q_.data, q_.stride, k_.data, k_.stride, v_.data, v_.stride
     return 0
 
 
@@ -197,30 +212,20 @@ def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
     """
     cdef AttentionCache cache = AttentionCache.__new__(AttentionCache)
     cdef Attention* a = &cache.args
-    cdef Matrix q_, k_, v_, out_
-    a.batch, a.n_heads, a.n_kv_heads = batch, n_heads, n_kv_heads or n_heads
-    check_heads(a.batch, a.n_heads, a.n_kv_heads)
-    a.causal = causal
-    get_matrix(&q_, q, "q", ANY, ANY, FORM)
-    if q_.columns % a.n_heads or q_.columns == 0 or q_.rows % a.batch:
-        raise ValueError(
-            f"q: has shape {q.shape}, expected rows that divide by batch={a.batch} "
-            f"and columns that divide by n_heads={a.n_heads}. {FORM}"
-        )
-    a.d_head = q_.columns // a.n_heads
-    get_matrix(&k_, k, "k", ANY, a.n_kv_heads * a.d_head, FORM)
-    get_matrix(&v_, v, "v", k_.rows, a.n_kv_heads * a.d_head, FORM)
-    a.t_q, a.t_k = q_.rows // a.batch, k_.rows // a.batch
-    if k_.rows % a.batch or (a.t_k < a.t_q and a.causal) or (a.t_k == 0 and a.t_q > 0):
-        raise ValueError(
-            f"k: has shape {k.shape}, expected rows that divide by batch={a.batch}, "
-            f"with Tk >= Tq={a.t_q} if causal, Tk >= 1 if not. {FORM}"
-        )
-    out = new_matrix(&out_, q_.rows, q_.columns)
+    cdef Matrix out_
+    a.batch = get_count(batch, "batch", 1, INT_MAX, FORM)
+    a.n_heads = get_count(n_heads, "n_heads", 1, INT_MAX, FORM)
+    a.n_kv_heads = a.n_heads if n_kv_heads is None else get_count(n_kv_heads, "n_kv_heads", 1, INT_MAX, FORM)
+    if a.n_heads % a.n_kv_heads:
+        raise ValueError(f"n_heads={a.n_heads} is not a multiple of n_kv_heads={a.n_kv_heads}. {FORM}")
+    a.causal = bool(causal)
+    take_in(a, q, k, v, ANY, ("q", "k", "v"))
+    if a.t_k == 0:
+        a.batch = 1    # nothing to do, however often
+    out = new_matrix(&out_, a.batch * a.t_q, a.n_heads * a.d_head)
     cache.largest = empty_matrix(a.batch * a.n_heads, a.t_q)
     cache.q, cache.k, cache.v = q, k, v
-    a.q, a.q_stride, a.k, a.k_stride = q_.data, q_.stride, k_.data, k_.stride
-    a.v, a.v_stride, a.out, a.out_stride = v_.data, v_.stride, out_.data, out_.stride
+    a.out, a.out_stride = out_.data, out_.stride
     a.largest = <float*> cnp.PyArray_DATA(cache.largest)
     cdef int slices = blas.product_slices(attention_flops(a, 4.0), True)
     scratch = empty_vector(slices * attention_scratch(a))
@@ -246,6 +251,14 @@ def attention_backward(d_out, cache):
     cdef AttentionCache saved = <AttentionCache> cache
     cdef Attention a = saved.args
     cdef Matrix d_out_, together, d_q_, d_k_, d_v_
+    check_filled(saved.largest, "attention")
+    # once more: an array can be given another shape or other memory between the two
+    take_in(&a, saved.q, saved.k, saved.v, a.d_head, ("the cache's q", "the cache's k", "the cache's v"))
+    if (a.t_q, a.t_k) != (saved.args.t_q, saved.args.t_k):
+        raise ValueError(
+            f"the cache's q, k or v: their numbers of rows are not those of the forward, but {a.t_q} and {a.t_k} a sequence, "
+            f"expected {saved.args.t_q} and {saved.args.t_k}. {FORM}"
+        )
     cdef Py_ssize_t width = a.n_heads * a.d_head, kv_width = a.n_kv_heads * a.d_head
     get_matrix(&d_out_, d_out, "d_out", a.batch * a.t_q, width, FORM_BACKWARD)
     a.d_out, a.d_out_stride = d_out_.data, d_out_.stride

@@ -1,4 +1,4 @@
-# cython: language_level=3, cdivision=True
+# cython: language_level=3, cdivision=True, auto_pickle=False
 """Residual add, scaling, GELU, SiLU and SwiGLU: one pass over memory each, forward and backward."""
 
 cimport cython
@@ -6,7 +6,7 @@ from libc.stdint cimport uintptr_t
 
 import numpy as np
 
-from toy._kernels.arrays cimport ANY, Matrix, check_cache, get_matrix, new_matrix
+from toy._kernels.arrays cimport ANY, Matrix, check_cache, check_filled, get_matrix, get_number, new_matrix
 from toy._kernels.threads cimport run, slice_start, slices_for
 
 # the ops of the table (`exp` is none)
@@ -180,7 +180,7 @@ cdef Kernel elementwise_kernel(object name) except NULL:
 cdef class ElementwiseCache:
     """The inputs of gelu, silu or swiglu; the backward reads these arrays themselves, not copies."""
 
-    cdef readonly object a, b
+    cdef object a, b
     cdef Matrix a_matrix, b_matrix
     cdef Kernel backward
 
@@ -227,12 +227,17 @@ cdef object forward(
 cdef object backward(Kernel kernel, object d_y, object cache, object op, object form):
     check_cache(cache, ElementwiseCache, op)
     cdef ElementwiseCache saved = <ElementwiseCache> cache
+    check_filled(saved.a, op)
     if saved.backward != kernel:
         raise ValueError(f"cache: expected the cache that {op} returned, given that of another elementwise op")
     cdef Elementwise args = no_arguments()
     cdef Matrix d_y_matrix, d_a_matrix, d_b_matrix
     cdef Py_ssize_t rows = saved.a_matrix.rows, columns = saved.a_matrix.columns
     get_matrix(&d_y_matrix, d_y, "d_y", rows, columns, form)
+    # once more: an array can be given another shape or other memory between the two
+    get_matrix(&saved.a_matrix, saved.a, "the cache's first array", rows, columns, form)
+    if saved.b is not None:
+        get_matrix(&saved.b_matrix, saved.b, "the cache's second array", rows, columns, form)
     args.d_y, args.d_y_stride = d_y_matrix.data, d_y_matrix.stride
     args.a, args.a_stride = saved.a_matrix.data, saved.a_matrix.stride
     d_a = new_matrix(&d_a_matrix, rows, columns)
@@ -255,9 +260,10 @@ def add(a, b):
 
 def scale(x, factor):
     """factor * x for a plain number, x (N, D) in any strides. Its backward is the same op on the gradient."""
-    if isinstance(x, np.ndarray) and x.strides[-1:] != (x.itemsize,):
+    cdef float number = <float> get_number(factor, "factor", "scale: x (N, D), factor a number")
+    if type(x) is np.ndarray and x.strides[-1:] != (x.itemsize,):
         x = np.ascontiguousarray(x)
-    return forward(scale_forward, NULL, x, "x", None, None, ADD_COST, "scale: x (N, D)", factor)[0]
+    return forward(scale_forward, NULL, x, "x", None, None, ADD_COST, "scale: x (N, D)", number)[0]
 
 
 def gelu(x):

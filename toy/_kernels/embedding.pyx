@@ -1,7 +1,8 @@
-# cython: language_level=3, cdivision=True
+# cython: language_level=3, cdivision=True, auto_pickle=False
 """What depends on a token's id and place: the embedding lookup and the rotary position embedding (RoPE)."""
 
 cimport cython
+from libc.limits cimport INT_MAX
 from libc.string cimport memcpy
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 cimport numpy as cnp
 
 from toy._kernels.arrays cimport (
-    ANY, Matrix, check_cache, get_integers, get_matrix, get_weight, get_weight_gradient, integers_data, new_matrix,
+    ANY, Matrix, check_apart, check_cache, check_filled, get_count, get_integers, get_matrix, get_number, get_weight,
+    get_weight_gradient, integers_data, new_matrix,
 )
 from toy._kernels.threads cimport run, slice_start, slices_for
 
@@ -49,8 +51,8 @@ FORM_BACKWARD = "embedding_backward: d_out (N, D), d_table (V, D) or None, as in
 cdef class EmbeddingCache:
     """token_ids: a private int64 copy (N,); table_rows: V; columns: D."""
 
-    cdef readonly object token_ids
-    cdef readonly Py_ssize_t table_rows, columns
+    cdef object token_ids
+    cdef Py_ssize_t table_rows, columns
 
 
 def embedding(token_ids, table):
@@ -76,11 +78,13 @@ def embedding_backward(d_out, cache, d_table):
     cdef EmbeddingCache saved = <EmbeddingCache> cache
     cdef Embedding args
     cdef Matrix d_table_, d_out_
+    check_filled(saved.token_ids, "embedding")
     args.n, args.columns, args.table_rows = cnp.PyArray_DIM(saved.token_ids, 0), saved.columns, saved.table_rows
     get_matrix(&d_out_, d_out, "d_out", args.n, args.columns, FORM_BACKWARD)
     if d_table is None:
         return
     get_weight_gradient(&d_table_, d_table, "d_table", args.table_rows, args.columns, FORM_BACKWARD)
+    check_apart(d_table, "d_table", d_out, "d_out", FORM_BACKWARD)
     args.ids, args.d_table = integers_data(saved.token_ids), d_table_.data
     args.d_rows, args.rows_stride = d_out_.data, d_out_.stride
     with nogil:
@@ -112,7 +116,8 @@ cdef void rope_rotate(void* args, int ith, int nth) noexcept nogil:
 FORM_ROPE = "rope: x (N, n_heads*d_head) with an even d_head, positions int (N,)"
 FORM_ROPE_BACKWARD = "rope_backward: d_y (N, n_heads*d_head), as x in the forward"
 
-cdef Py_ssize_t LARGEST_POSITION = 1 << 24    # the tables have a row for every position below the largest
+cdef Py_ssize_t LARGEST_POSITION = 1 << 24
+cdef Py_ssize_t LARGEST_TABLE = 1 << 22    # numbers that a table for all positions up to the largest may have
 
 # (base, d_head) -> (cosines, sines), each (positions so far, d_head/2) float32. A model uses one entry.
 cdef dict tables = {}
@@ -123,23 +128,28 @@ cdef object tables_for(double base, Py_ssize_t d_head, Py_ssize_t n_positions):
     known = tables.get((base, d_head))
     if known is not None and known[0].shape[0] >= n_positions:
         return known
-    n_positions = max(n_positions, 256 if known is None else 2 * known[0].shape[0])
-    frequencies = base ** (-np.arange(0, d_head, 2) / d_head)
-    angles = np.arange(n_positions)[:, None] * frequencies
-    known = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    n_positions = max(n_positions, 256 if known is None else min(2 * known[0].shape[0], LARGEST_TABLE // (d_head // 2)))
+    known = cosines_and_sines(np.arange(n_positions), base, d_head)
     if len(tables) >= 8:
         tables.clear()
     tables[base, d_head] = known
     return known
 
 
+cdef object cosines_and_sines(object positions, double base, Py_ssize_t d_head):
+    angles = positions[:, None] * base ** (-np.arange(0, d_head, 2) / d_head)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
 @cython.final
 @cython.freelist(64)
 cdef class RopeCache:
-    """positions: a private int64 copy (N,); cosines and sines: tables (positions, d_head/2) that it points into."""
+    """positions: a private int64 copy (N,); cosines and sines: tables (positions, d_head/2) that it points into.
 
-    cdef readonly object positions, cosines, sines
-    cdef readonly Py_ssize_t n_heads, d_head
+    The tables are shared by all caches, so nothing of a cache can be reached from Python."""
+
+    cdef object positions, cosines, sines
+    cdef Py_ssize_t n_heads, d_head
 
 
 cdef object rotate(object x, object name, RopeCache cache, float direction, object form):
@@ -165,20 +175,29 @@ def rope(x, positions, n_heads, base=10000.0):
     """
     cdef RopeCache cache = RopeCache.__new__(RopeCache)
     cdef Matrix x_
+    cdef Py_ssize_t n_positions
+    cdef double base_ = get_number(base, "base", FORM_ROPE)
     get_matrix(&x_, x, "x", ANY, ANY, FORM_ROPE)
-    if n_heads < 1 or x_.columns == 0 or x_.columns % (2 * n_heads):
+    cache.n_heads = get_count(n_heads, "n_heads", 1, INT_MAX, FORM_ROPE)
+    if x_.columns == 0 or x_.columns % (2 * cache.n_heads):
         raise ValueError(
             f"rope: x has shape {x.shape} and n_heads={n_heads}, expected columns that divide by 2*n_heads. {FORM_ROPE}"
         )
-    if not base > 0:
+    if not base_ > 0:
         raise ValueError(f"rope: base is {base}, expected a positive number")
-    cache.n_heads, cache.d_head = n_heads, x_.columns // n_heads
+    cache.d_head = x_.columns // cache.n_heads
     cache.positions = get_integers(positions, "positions", x_.rows, 0, LARGEST_POSITION, FORM_ROPE)
-    cache.cosines, cache.sines = tables_for(base, cache.d_head, 1 + cache.positions.max(initial=0))
+    n_positions = 1 + cache.positions.max(initial=0)
+    if n_positions * (cache.d_head // 2) <= LARGEST_TABLE:
+        cache.cosines, cache.sines = tables_for(base_, cache.d_head, n_positions)
+    else:  # few tokens at far positions must not take the memory of all positions before them
+        cache.cosines, cache.sines = cosines_and_sines(cache.positions, base_, cache.d_head)
+        cache.positions = np.arange(x_.rows)
     return rotate(x, "x", cache, 1.0, FORM_ROPE), cache
 
 
 def rope_backward(d_y, cache):
     """d_y: (N, n_heads*d_head) -> d_x. A rotation is orthogonal: its transpose turns back by the same angle."""
     check_cache(cache, RopeCache, "rope")
+    check_filled((<RopeCache> cache).sines, "rope")
     return rotate(d_y, "d_y", cache, -1.0, FORM_ROPE_BACKWARD)

@@ -1,13 +1,14 @@
 # cython: language_level=3, cdivision=True
 """How numbers lie in matrices: columns cut out and put together, rows regrouped. Nothing is computed here."""
 
+from libc.limits cimport INT_MAX
 from libc.string cimport memset
 
 import numpy as np
 
 cimport numpy as cnp
 
-from toy._kernels.arrays cimport ANY, Matrix, get_matrix, new_matrix
+from toy._kernels.arrays cimport ANY, Matrix, get_count, get_matrix, new_matrix
 from toy._kernels.memory cimport matrix_view
 
 cnp.import_array()
@@ -20,8 +21,11 @@ def split(x, widths):
     cdef Matrix m
     cdef Py_ssize_t start = 0, width
     get_matrix(&m, x, "x", ANY, ANY, "split: x (N, sum of widths)")
+    if not isinstance(widths, (list, tuple)):
+        raise ValueError(f"widths: expected a list of whole numbers, given a {type(widths).__name__}")
     parts = []
-    for width in widths:
+    for given in widths:
+        width = get_count(given, f"one of the widths {widths}", -INT_MAX, INT_MAX, "split: x (N, sum of widths)")
         if width < 0 or start + width > m.columns:
             break
         parts.append(matrix_view(x, m.data + start, m.rows, width, m.stride))
@@ -40,8 +44,9 @@ def concat(parts):
     cdef Matrix first, m, whole
     cdef Py_ssize_t width = 0
     cdef bint adjacent = True
-    if not len(parts):
-        raise ValueError("concat: parts is empty, expected at least one matrix")
+    if not isinstance(parts, (list, tuple)) or not len(parts):
+        given = "is empty" if isinstance(parts, (list, tuple)) else f"is a {type(parts).__name__}"
+        raise ValueError(f"concat: parts {given}, expected a list of at least one matrix")
     get_matrix(&first, parts[0], "parts", ANY, ANY, "concat: matrices (N, w_i)")
     base = parts[0].base
     for part in parts:
@@ -62,9 +67,10 @@ def reshape(x, rows):
     """
     cdef Matrix m
     get_matrix(&m, x, "x", ANY, ANY, "reshape: x (N, D), rows a divisor of N*D")
-    if rows < 1 or m.rows * m.columns % rows:
+    cdef Py_ssize_t n = get_count(rows, "rows", -INT_MAX, INT_MAX, "reshape: x (N, D), rows a divisor of N*D")
+    if n < 1 or m.rows * m.columns % n:
         raise ValueError(f"rows: is {rows}, expected a divisor of the {m.rows * m.columns} numbers of x, shape {x.shape}")
-    return x.reshape(rows, m.rows * m.columns // rows)
+    return x.reshape(n, m.rows * m.columns // n)
 
 
 def zeros_like(x):

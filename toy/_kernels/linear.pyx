@@ -1,4 +1,4 @@
-# cython: language_level=3, cdivision=True
+# cython: language_level=3, cdivision=True, auto_pickle=False
 """y = x W^T + b and its backward: three matrix products, cut into slices.
 
 A slice is a band of rows or of columns of the result. Each sgemm call repacks the operand that is not cut, so the cut
@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 
 from toy._kernels cimport blas
 from toy._kernels.arrays cimport (
-    ANY, Matrix, check_cache, get_matrix, get_vector, get_vector_gradient, get_weight, get_weight_gradient, new_matrix,
+    ANY, Matrix, check_apart, check_cache, check_filled, get_matrix, get_vector, get_vector_gradient, get_weight, get_weight_gradient, new_matrix,
 )
 from toy._kernels.threads cimport run, slice_start
 
@@ -101,7 +101,7 @@ FORM_BACKWARD = "linear_backward: d_y (N, out), d_weight (out, in) or None, d_bi
 cdef class LinearCache:
     """x (N, in) and weight (out, in); the backward reads both arrays themselves, not copies."""
 
-    cdef readonly object x, weight
+    cdef object x, weight
     cdef Matrix x_matrix, weight_matrix
 
 
@@ -133,6 +133,12 @@ def linear_backward(d_y, cache, d_weight, d_bias=None):
     cdef LinearCache saved = <LinearCache> cache
     cdef LinearBackward args
     cdef Matrix d_y_matrix, d_weight_matrix, d_x_matrix
+    check_filled(saved.weight, "linear")
+    # once more: an array can be given another shape or other memory between the two
+    get_matrix(&saved.x_matrix, saved.x, "the cache's x", saved.x_matrix.rows, saved.x_matrix.columns, FORM)
+    get_weight(
+        &saved.weight_matrix, saved.weight, "the cache's weight", saved.weight_matrix.rows, saved.x_matrix.columns, FORM
+    )
     args.n, args.n_in, args.n_out = saved.x_matrix.rows, saved.x_matrix.columns, saved.weight_matrix.rows
     get_matrix(&d_y_matrix, d_y, "d_y", args.n, args.n_out, FORM_BACKWARD)
     args.d_weight = args.d_bias = NULL
@@ -142,6 +148,11 @@ def linear_backward(d_y, cache, d_weight, d_bias=None):
         args.d_weight = d_weight_matrix.data
     if d_bias is not None:
         args.d_bias = get_vector_gradient(d_bias, "d_bias", args.n_out, FORM_BACKWARD)
+    check_apart(d_weight, "d_weight", d_bias, "d_bias", FORM_BACKWARD)
+    for written, name in ((d_weight, "d_weight"), (d_bias, "d_bias")):
+        check_apart(written, name, d_y, "d_y", FORM_BACKWARD)
+        check_apart(written, name, saved.x, "the cache's x", FORM_BACKWARD)
+        check_apart(written, name, saved.weight, "the cache's weight", FORM_BACKWARD)
     d_x = new_matrix(&d_x_matrix, args.n, args.n_in)
     args.d_y, args.d_y_stride = d_y_matrix.data, d_y_matrix.stride
     args.x, args.x_stride = saved.x_matrix.data, saved.x_matrix.stride

@@ -1,4 +1,4 @@
-# cython: language_level=3, cdivision=True
+# cython: language_level=3, cdivision=True, auto_pickle=False
 """Softmax cross-entropy. Nothing as wide as the vocabulary is stored: the backward starts from the logits again."""
 
 cimport cython
@@ -9,8 +9,10 @@ import numpy as np
 
 cimport numpy as cnp
 
-from toy._kernels.arrays cimport ANY, Matrix, check_cache, get_integers, get_matrix, integers_data, new_matrix
-from toy._kernels.memory cimport empty_vector
+from toy._kernels.arrays cimport (
+    ANY, Matrix, check_cache, check_filled, get_integers, get_matrix, integers_data, new_matrix,
+)
+from toy._kernels.memory cimport empty_matrix, empty_vector
 from toy._kernels.threads cimport run, slice_start, slices_for
 
 cnp.import_array()
@@ -87,10 +89,10 @@ FORM = "cross_entropy: logits (N, V), labels int (N,) in -1 .. V-1, or float32 r
 @cython.final
 @cython.freelist(16)
 cdef class CrossEntropyCache:
-    """The logits themselves (no copy: leave them as they are until the backward), the labels, two numbers a row."""
+    """The logits themselves (no copy: leave them as they are until the backward), a copy of the labels, two numbers a
+    row."""
 
-    cdef readonly object logits, labels, largest, share
-    cdef readonly Py_ssize_t n_counted
+    cdef object logits, labels, largest, share
     cdef CrossEntropy args
 
 
@@ -115,7 +117,9 @@ def cross_entropy(logits, labels):
         a.labels, a.targets = integers_data(cache.labels), NULL
     else:
         get_matrix(&targets_, labels, "labels", a.rows, a.columns, FORM)
-        cache.labels = labels
+        cache.labels = empty_matrix(a.rows, a.columns)    # a copy, as of whole numbers: the caller may reuse the array
+        cache.labels[...] = labels
+        get_matrix(&targets_, cache.labels, "labels", a.rows, a.columns, FORM)
         a.labels, a.targets, a.targets_stride = NULL, targets_.data, targets_.stride
     cache.logits = logits
     cache.largest, cache.share = empty_vector(a.rows), empty_vector(a.rows)
@@ -131,7 +135,6 @@ def cross_entropy(logits, labels):
             n_counted += a.labels[i] >= 0
     else:
         n_counted = np.count_nonzero(np.any(labels != 0, axis=1))
-    cache.n_counted = n_counted
     a.scale = <float> (1.0 / max(n_counted, 1))
     return loss / max(n_counted, 1), cache
 
@@ -141,7 +144,11 @@ def cross_entropy_backward(cache):
     check_cache(cache, CrossEntropyCache, "cross_entropy")
     cdef CrossEntropyCache saved = <CrossEntropyCache> cache
     cdef CrossEntropy args = saved.args
-    cdef Matrix d_logits_
+    cdef Matrix d_logits_, logits_
+    check_filled(saved.share, "cross_entropy")
+    # once more: an array can be given another shape or other memory between the two
+    get_matrix(&logits_, saved.logits, "the cache's logits", args.rows, args.columns, FORM)
+    args.logits, args.logits_stride = logits_.data, logits_.stride
     d_logits = new_matrix(&d_logits_, args.rows, args.columns)
     args.d_logits, args.d_logits_stride = d_logits_.data, d_logits_.stride
     with nogil:

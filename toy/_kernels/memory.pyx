@@ -1,4 +1,4 @@
-# cython: language_level=3, cdivision=True
+# cython: language_level=3, cdivision=True, auto_pickle=False
 """Arrays whose memory is recycled.
 
 A training step makes the same big arrays again and again. The C library returns such blocks to the operating system
@@ -160,12 +160,16 @@ def idle_memory():
 def set_idle_limit(size):
     """Keep at most `size` bytes for reuse (1 GiB unless set); if more wait now, free them all.
 
-    Raises ValueError if size < 0.
+    Raises ValueError unless size is a whole number of bytes, at least 0.
     """
     global idle_limit
-    if size < 0:
-        raise ValueError(f"set_idle_limit: size is {size}, expected a number of bytes >= 0")
-    idle_limit = size
+    try:
+        whole = -1 if isinstance(size, bool) else size.__index__()
+    except (AttributeError, TypeError):
+        whole = -1
+    if not 0 <= whole < 1 << 62:
+        raise ValueError(f"set_idle_limit: size is {size!r}, expected a whole number of bytes from 0 to 2**62")
+    idle_limit = whole
     if idle_bytes > idle_limit:
         clear()
 

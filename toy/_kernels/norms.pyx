@@ -1,4 +1,4 @@
-# cython: language_level=3, cdivision=True
+# cython: language_level=3, cdivision=True, auto_pickle=False
 """RMSNorm and LayerNorm, forward and backward: every row is read from memory once and stays in the nearest cache.
 
 The gradients of gamma and beta are sums over all rows. Each slice sums its own rows into a row of its own; the rows are
@@ -9,7 +9,9 @@ cimport cython
 from libc.math cimport sqrtf
 from libc.string cimport memset
 
-from toy._kernels.arrays cimport ANY, Matrix, check_cache, get_matrix, get_vector, get_vector_gradient, new_matrix
+from toy._kernels.arrays cimport (
+    ANY, Matrix, check_apart, check_cache, check_filled, get_matrix, get_number, get_vector, get_vector_gradient, new_matrix,
+)
 from toy._kernels.memory cimport empty_vector
 from toy._kernels.threads cimport run, slice_start, slices_for
 
@@ -131,16 +133,17 @@ cdef void add_partials(const float* partials, int nth, Py_ssize_t columns, float
 cdef class NormCache:
     """x (N, D), gamma (D,), and what the forward found out about each row: rstd (N,), for LayerNorm also mean (N,)."""
 
-    cdef readonly object x, gamma, mean, rstd
+    cdef object x, gamma, mean, rstd
     cdef Matrix x_matrix
 
 
-cdef object forward(object x, object gamma, object beta, double eps, bint is_layer_norm, object form):
+cdef object forward(object x, object gamma, object beta, object eps, bint is_layer_norm, object form):
     cdef NormCache cache = NormCache.__new__(NormCache)
     cdef Norm args
     cdef Matrix y_matrix
     get_matrix(&cache.x_matrix, x, "x", ANY, ANY, form)
-    args.rows, args.columns, args.eps = cache.x_matrix.rows, cache.x_matrix.columns, eps
+    args.rows, args.columns = cache.x_matrix.rows, cache.x_matrix.columns
+    args.eps = <float> get_number(eps, "eps", form)
     args.gamma = get_vector(gamma, "gamma", args.columns, form)
     args.beta = get_vector(beta, "beta", args.columns, form) if is_layer_norm else NULL
     cache.x, cache.gamma = x, gamma
@@ -164,9 +167,12 @@ cdef object backward(object d_y, NormCache cache, object d_gamma, object d_beta,
     cdef Matrix d_y_matrix, d_x_matrix, partials_matrix
     cdef float* gamma_total = NULL
     cdef float* beta_total = NULL
+    check_filled(cache.rstd, "layer_norm" if is_layer_norm else "rms_norm")
     args.rows, args.columns = cache.x_matrix.rows, cache.x_matrix.columns
     get_matrix(&d_y_matrix, d_y, "d_y", args.rows, args.columns, form)
-    args.gamma = get_vector(cache.gamma, "gamma", args.columns, form)
+    # once more: an array can be given another shape or other memory between the two
+    get_matrix(&cache.x_matrix, cache.x, "the cache's x", args.rows, args.columns, form)
+    args.gamma = get_vector(cache.gamma, "the cache's gamma", args.columns, form)
     args.rstd = <float*> cnp.PyArray_DATA(cache.rstd)
     args.mean = <float*> cnp.PyArray_DATA(cache.mean) if is_layer_norm else NULL
     cdef int slices = slices_for(BACKWARD_COST * args.rows * args.columns, True)
@@ -179,6 +185,11 @@ cdef object backward(object d_y, NormCache cache, object d_gamma, object d_beta,
     if d_beta is not None:
         beta_total = get_vector_gradient(d_beta, "d_beta", args.columns, form)
         args.partial_beta = partials_matrix.data + slices * args.columns
+    check_apart(d_gamma, "d_gamma", d_beta, "d_beta", form)
+    for written, name in ((d_gamma, "d_gamma"), (d_beta, "d_beta")):
+        check_apart(written, name, d_y, "d_y", form)
+        check_apart(written, name, cache.x, "the cache's x", form)
+        check_apart(written, name, cache.gamma, "the cache's gamma", form)
     d_x = new_matrix(&d_x_matrix, args.rows, args.columns)
     args.d_y, args.d_y_stride = d_y_matrix.data, d_y_matrix.stride
     args.x, args.x_stride = cache.x_matrix.data, cache.x_matrix.stride
@@ -214,6 +225,7 @@ def layer_norm(x, gamma, beta, eps=1e-5):
 def layer_norm_backward(d_y, cache, d_gamma, d_beta):
     """d_y: (N, D) -> d_x (N, D). Adds into d_gamma and d_beta (D,); None = frozen."""
     check_cache(cache, NormCache, "layer_norm")
+    check_filled((<NormCache> cache).rstd, "layer_norm")
     if (<NormCache> cache).mean is None:
         raise ValueError("cache: expected the cache that layer_norm returned, given that of rms_norm")
     form = "layer_norm_backward: d_y (N, D), d_gamma and d_beta (D,) or None"

@@ -8,7 +8,7 @@ import numpy as np
 
 cimport numpy as cnp
 
-from toy._kernels.arrays cimport get_flat
+from toy._kernels.arrays cimport check_apart, get_flat
 from toy._kernels.threads cimport run, slice_start, slices_for
 
 cnp.import_array()
@@ -62,9 +62,17 @@ def adamw_step(weight, gradient, m, v, hp):
     a.gradient = get_flat(gradient, "gradient", weight, False, &a.size, FORM)
     a.m = get_flat(m, "m", weight, True, &a.size, FORM)
     a.v = get_flat(v, "v", weight, True, &a.size, FORM)
-    numbers = np.ascontiguousarray(hp, dtype=np.float32)
+    numbers = np.asanyarray(hp)
+    if isinstance(numbers, np.ma.MaskedArray) or numbers.dtype.kind not in "fiu":
+        raise ValueError(f"hp: is a {type(hp).__name__} of {numbers.dtype}, expected seven real numbers. {FORM}")
     if numbers.size != 7:
         raise ValueError(f"hp: has shape {numbers.shape}, expected (1, 7) or (7,). {FORM}")
+    numbers = np.ascontiguousarray(numbers, dtype=np.float32)
+    for written, name in ((weight, "weight"), (m, "m"), (v, "v")):
+        check_apart(written, name, gradient, "gradient", FORM)
+    check_apart(weight, "weight", m, "m", FORM)
+    check_apart(weight, "weight", v, "v", FORM)
+    check_apart(m, "m", v, "v", FORM)
     cdef float* row = <float*> cnp.PyArray_DATA(numbers)
     a.lr, a.beta1, a.beta2, a.eps, a.weight_decay, a.s5, a.s6 = row[0], row[1], row[2], row[3], row[4], row[5], row[6]
     with nogil:

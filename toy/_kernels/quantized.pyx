@@ -9,11 +9,14 @@ the sums.
 
 from libc.limits cimport INT_MAX
 from libc.string cimport memcpy
+
+import numpy as np
+
 cimport numpy as cnp
 
 from toy._kernels cimport blas
 from toy._kernels.arrays cimport (
-    ANY, Matrix, get_integers, get_matrix, get_vector, get_vector_gradient, integers_data, new_matrix,
+    ANY, Matrix, check_apart, get_integers, get_matrix, get_vector, get_vector_gradient, integers_data, new_matrix,
 )
 from toy._kernels.memory cimport empty_vector
 from toy._kernels.threads cimport run, slice_start, slices_for
@@ -202,16 +205,20 @@ cdef struct Weight:
 
 cdef int get_quantized(Weight* out, object raw, object type) except -1:
     """Whole rows of bytes; their length says how many numbers a row has."""
-    out.type = block_type(TYPES.get(type, -1))
+    out.type = block_type(TYPES.get(type, -1) if isinstance(type, str) else -1)
     if out.type == NULL:
         raise ValueError(f"there is no compiled kernel for the type {type!r}, only for {', '.join(TYPES)}")
     if not cnp.PyArray_Check(raw) or cnp.PyArray_TYPE(raw) != cnp.NPY_UINT8 or cnp.PyArray_NDIM(raw) != 2:
         raise ValueError("raw must be an array of uint8 (rows, bytes of a row)")
+    if isinstance(raw, np.ma.MaskedArray):
+        raise ValueError("raw is a masked array, whose mask would be lost: pass numpy.ma.filled(raw, value)")
     if not cnp.PyArray_IS_C_CONTIGUOUS(raw):
         raise ValueError("raw must be C-contiguous: pass numpy.ascontiguousarray(raw)")
     cdef Py_ssize_t row_bytes = cnp.PyArray_DIM(raw, 1)
     if row_bytes % out.type.bytes:
         raise ValueError(f"raw has rows of {row_bytes} bytes, expected a multiple of {out.type.bytes}, a block of {type}")
+    if cnp.PyArray_SIZE(raw) == 0:
+        raise ValueError(f"raw is empty, shape {raw.shape}: expected at least one row of at least one block of {type}")
     out.data = <const unsigned char*> cnp.PyArray_DATA(raw)
     out.n_out, out.n_in = cnp.PyArray_DIM(raw, 0), row_bytes // out.type.bytes * out.type.block
     if out.n_out > INT_MAX or out.n_in > INT_MAX:
@@ -235,6 +242,7 @@ def dequantize(raw, type, out):
     get_matrix(&out_, out, "out", weight.n_out, weight.n_in, "dequantize: raw (rows, bytes), out (rows, numbers)")
     if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError("out is read-only, but the result is written into it: pass a writable array")
+    check_apart(out, "out", raw, "raw", "dequantize: raw (rows, bytes), out (rows, numbers)")
     args.n, args.columns, args.ids, args.table, args.type = weight.n_out, weight.n_in, NULL, weight.data, weight.type
     args.rows, args.rows_stride = out_.data, out_.stride
     with nogil:
@@ -299,6 +307,8 @@ def linear_backward(d_y, raw, type, d_bias):
     args.d_y, args.d_y_stride = d_y_.data, d_y_.stride
     if d_bias is not None:
         sums = get_vector_gradient(d_bias, "d_bias", args.n_out, FORM_BACKWARD)
+        check_apart(d_bias, "d_bias", d_y, "d_y", FORM_BACKWARD)
+        check_apart(d_bias, "d_bias", raw, "raw", FORM_BACKWARD)
         for i in range(args.n):
             for j in range(args.n_out):
                 sums[j] += args.d_y[i * args.d_y_stride + j]

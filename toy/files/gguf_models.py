@@ -47,7 +47,7 @@ def config_of(gguf):
     if architecture not in architectures.IN_GGUF:
         raise UnsupportedModelError(
             f"{gguf.path} holds a model of architecture {architecture!r}; "
-            f"this library has {' and '.join(architectures.IN_GGUF)}"
+            f"this library has {' and '.join(sorted(architectures.IN_GGUF, reverse=True))}"
         )
     keys = _Keys(gguf)
     if "token_embd.weight" not in gguf.tensors:

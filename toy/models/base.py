@@ -3,6 +3,7 @@ ids become rows, and the key/value cache."""
 
 import numpy as np
 
+from toy.arrays import plain_array
 from toy.models.generation import generate
 from toy.models.inputs import TokenBatch, check_range
 from toy.models.parameters import GradientTree, ParameterTree, initialize
@@ -55,7 +56,7 @@ class Model:
         again).
         """
         logits, cache = cache
-        labels = np.asarray(labels)
+        labels = plain_array("labels", labels)
         if labels.dtype.kind in "iu":
             check_range("labels", labels, -1, self.n_classes)
             labels = np.ascontiguousarray(labels.reshape(-1), dtype=np.int64)
@@ -90,7 +91,7 @@ class LanguageModel(Model):
         shape, and no cache (None): for a large vocabulary they are most of the memory of a long prompt.
         Raises ValueError for ids outside the vocabulary, sequences longer than the context, and a batch with a cache.
         """
-        token_ids = np.asarray(token_ids)
+        token_ids = plain_array("token_ids", token_ids)
         if token_ids.ndim not in (1, 2) or token_ids.size == 0 or token_ids.dtype.kind not in "iu":
             raise ValueError(f"token_ids must be integers (B, T) or (T,), got {token_ids.dtype} {token_ids.shape}")
         batch = token_ids.shape[0] if token_ids.ndim == 2 else 1
@@ -103,9 +104,9 @@ class LanguageModel(Model):
                 f"{n_past + t_seq} tokens do not fit the context of {self.config.context_length}: shorten the sequence"
             )
         check_range("token_ids", token_ids, 0, self.config.vocab_size)
-        positions = np.arange(n_past, n_past + t_seq) if positions is None else np.asarray(positions)
-        if positions.shape != (t_seq,):
-            raise ValueError(f"positions must have shape {(t_seq,)}, got {positions.shape}")
+        positions = np.arange(n_past, n_past + t_seq) if positions is None else plain_array("positions", positions)
+        if positions.shape != (t_seq,) or positions.dtype.kind not in "iu":
+            raise ValueError(f"positions must be integers {(t_seq,)}, got {positions.dtype} {positions.shape}")
         check_range("positions", positions, 0, self.config.context_length)
         rows = np.ascontiguousarray(token_ids.reshape(-1), dtype=np.int64)
         positions = np.tile(positions, batch).astype(np.int64)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from toy.arrays import plain_array
+
 
 class Input(NamedTuple):
     """One argument of a model's `forward_rows`. shape: of the checked array. limit: integers 0 .. limit-1, None: float32."""
@@ -55,7 +57,7 @@ class Batch:
 
         Raises ValueError for another shape or dtype, labels out of range, and a batch in which nothing counts.
         """
-        labels = np.asarray(labels)
+        labels = plain_array("labels", labels)
         if labels.dtype.kind in "iu":
             labels = self._rows("labels", labels)
             check_range("labels", labels, -1, self.n_classes)
@@ -110,7 +112,7 @@ class TokenBatch(Batch):
         }
 
     def check(self, token_ids, positions=None):
-        ids = self._rows("token_ids", np.asarray(token_ids))
+        ids = self._rows("token_ids", plain_array("token_ids", token_ids))
         check_range("token_ids", ids, 0, self.n_classes)
         return {"token_ids": ids, "positions": self._check_positions(positions)}
 
@@ -123,7 +125,7 @@ class TokenBatch(Batch):
         t_batch, t_seq = self.label_shape
         if positions is None:
             positions = np.arange(t_seq)
-        positions = np.asarray(positions)
+        positions = plain_array("positions", positions)
         if positions.shape != (t_seq,) or positions.dtype.kind not in "iu":
             raise ValueError(
                 f"positions must be integers of shape {(t_seq,)} or None, got {positions.dtype} {positions.shape}"
@@ -158,7 +160,7 @@ class ImageBatch(Batch):
         }
 
     def check(self, images, positions=None):
-        c, images = self.config, np.asarray(images)
+        c, images = self.config, plain_array("images", images)
         if positions is not None:
             raise ValueError("images have no positions to give: leave positions out")
         if images.ndim == 3 and c.channels == 1:

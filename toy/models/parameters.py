@@ -10,6 +10,8 @@ import zlib
 
 import numpy as np
 
+from toy.arrays import plain_array
+
 
 class Namespace:
     """Attributes made from the dotted part of names; assigning to a leaf copies into its array."""
@@ -146,7 +148,7 @@ def check_arrays(shapes, mapping, what="parameters"):
             + (f"; unknown: {some_names(unknown)}" if unknown else "")
         )
     for name, shape in shapes.items():
-        array = np.asarray(mapping[name])
+        array = plain_array(f"{what}: {name}", mapping[name])
         if array.shape != tuple(shape):
             raise ValueError(f"{what}: {name} has shape {array.shape}, this model expects {tuple(shape)}")
         if array.dtype.kind not in "fiu":

@@ -18,6 +18,7 @@ import numpy as np
 from toy._kernels import embedding as _embedding
 from toy._kernels import linear as _linear
 from toy._kernels import quantized as _quantized
+from toy._kernels.arrays import check_matrix
 
 # the ops that a kernel file lists in its __all__ are ops of this table
 from toy._kernels.attention import *  # noqa: F403
@@ -63,6 +64,9 @@ def linear(x, weight, bias=None):
         return _linear.linear(x, weight, bias)
     if weight.type in _quantized.TYPES:
         return _quantized.linear(x, weight.raw, weight.type, bias), QuantizedCache(weight)
+    check_matrix(
+        x, "x", None, weight.shape[1], "linear: x (N, in), weight a QuantizedMatrix (out, in), bias (out,) or None"
+    )
     y = np.empty((len(x), weight.shape[0]), np.float32)
     for rows in weight.bands():
         part = None if bias is None else bias[rows]
@@ -79,6 +83,7 @@ def linear_backward(d_y, cache, d_weight, d_bias=None):
     weight = cache.weight
     if weight.type in _quantized.TYPES:
         return _quantized.linear_backward(d_y, weight.raw, weight.type, d_bias)
+    check_matrix(d_y, "d_y", None, weight.shape[0], "linear_backward: d_y (N, out), d_bias (out,) or None")
     if d_bias is not None:
         d_bias += d_y.sum(axis=0)
     d_x = np.zeros((len(d_y), weight.shape[1]), np.float32)

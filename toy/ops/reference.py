@@ -8,15 +8,18 @@ Conventions, the same in every op table:
 * `d_<name>` is the gradient of the loss with respect to `<name>`. A backward *returns* the gradients of the
   activations and *adds* (+=) the gradients of the parameters into the arrays it is given. Passing None for a
   parameter gradient means that parameter is frozen.
+* Token ids and labels are checked and copied, because a backward indexes with them; other arrays are neither.
 * The arithmetic is done in the dtype of the inputs: float32 for training, float64 for checking derivatives.
 * The weight of `embedding` and `linear` may be a `toy.quantized.QuantizedMatrix`. It is frozen, and exactly the numbers that
   its bytes stand for; the activations are not rounded.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
+from toy.arrays import whole_numbers
 from toy.quantized import QuantizedMatrix
 
 name = "reference"
@@ -33,6 +36,7 @@ class EmbeddingCache(NamedTuple):
 
 def embedding(token_ids, table):
     """Look up one row per id. token_ids: int (N,), table: (V, D) -> (N, D)."""
+    token_ids = whole_numbers("token_ids", token_ids, 0, table.shape[0])
     if isinstance(table, QuantizedMatrix):
         return table.take(token_ids), EmbeddingCache(token_ids, table_is_quantized=True)
     return table[token_ids], EmbeddingCache(token_ids)
@@ -56,7 +60,9 @@ class LinearCache(NamedTuple):
     weight: np.ndarray | QuantizedMatrix  # (out, in)
 
 
-QUANTIZED_IS_FROZEN = "a quantised weight is frozen and has no gradient: pass None, or dequantise it to train it"
+QUANTIZED_IS_FROZEN = (
+    "d_weight or d_table: a quantised weight is frozen and has no gradient: pass None, or dequantise it to train it"
+)
 
 
 def linear(x, weight, bias=None):
@@ -388,10 +394,12 @@ def cross_entropy(logits, labels):
     total = exponentials.sum(axis=1, keepdims=True)  # (N, 1)
     log_total = np.log(total)
     if labels.ndim == 1:
+        labels = whole_numbers("labels", labels, -1, logits.shape[1])
         counted = np.flatnonzero(labels >= 0)
         losses = log_total[counted, 0] - shifted[counted, labels[counted]]
         n_counted = len(counted)
     else:
+        labels = np.array(labels)
         losses = (labels * (log_total - shifted)).sum(axis=1)
         n_counted = int(np.any(labels != 0, axis=1).sum())
     loss = float(losses.sum(dtype=np.float64)) / max(n_counted, 1)
@@ -420,7 +428,10 @@ def adamw_step(weight, gradient, m, v, hp):
     """One AdamW update (Loshchilov & Hutter 2019, algorithm 2), in place on weight, m and v; all of one shape.
 
     hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,).
+    Raises ValueError when two of the four arrays share memory.
     """
+    if any(np.shares_memory(a, b) for a, b in itertools.combinations((weight, gradient, m, v), 2)):
+        raise ValueError("weight, gradient, m and v must be four arrays: two of them share memory")
     lr, beta1, beta2, eps, weight_decay, s5, s6 = (weight.dtype.type(number) for number in np.ravel(hp))
     m *= beta1
     m += (1 - beta1) * gradient
