@@ -11,15 +11,17 @@ class ViTTiny(EngineHandle):
     labels are int (t_batch,). The convention of the hyper-parameter row is `AdamW.constant_slots()`.
     """
 
-    def realize(self, cfg, opts=None, keep_gradients=False, *, t_batch=1, seed=0):
+    def realize(self, cfg, opts=None, keep_gradients=False, *, t_batch=None, seed=None):
         """Build everything for the `ViTConfig` cfg; returns self.
 
-        opts: `RecipeOptions` with the t_seq of an image (cfg.n_tokens), or None: made from t_batch, the images in a step, and
-        seed.
+        opts: `RecipeOptions` with the t_seq of an image (cfg.n_tokens), or None: made from t_batch, the images in a step
+        (None: 1), and seed (None: 0).
         Raises TypeError for a config of another model and ValueError for options that do not fit it.
         """
         if not isinstance(cfg, ViTConfig):
             raise TypeError(f"cfg must be a toy.ViTConfig, got {type(cfg).__name__}")
         if opts is None:
-            opts = RecipeOptions(t_seq=cfg.n_tokens, t_batch=t_batch, seed=seed)
+            opts = RecipeOptions(cfg.n_tokens, 1 if t_batch is None else t_batch, seed=0 if seed is None else seed)
+        elif t_batch is not None or seed is not None:
+            raise ValueError("t_batch and seed stand in opts already: give them there, or leave opts out")
         return self._realize(cfg, opts, keep_gradients)
