@@ -1,5 +1,7 @@
 """ViT-tiny: a small vision transformer from random weights."""
 
+import math
+
 from toy.config import RecipeOptions, ViTConfig
 from toy.engines import EngineHandle
 
@@ -25,3 +27,21 @@ class ViTTiny(EngineHandle):
         elif t_batch is not None or seed is not None:
             raise ValueError("t_batch and seed stand in opts already: give them there, or leave opts out")
         return self._realize(cfg, opts, keep_gradients)
+
+    def save(self, path, *, classes=None, normalisation=None):
+        """Write the model into the file `path` (safetensors, atomically), for `toy.load`, toy predict and toy eval.
+
+        classes: their names, None: they are numbered. normalisation: the (mean, standard deviation) that were subtracted from
+        pixels of 0 to 1, and divided by, before `step` got them; None: nothing was done. The AdamW moments are in it too.
+        Raises ValueError for another number of classes and a path that ends with .gguf, OSError when the file cannot be
+        written.
+        """
+        n_classes = self._ready("save").config.n_classes
+        classes = range(n_classes) if classes is None else classes
+        mean, std = (0.0, 1.0) if normalisation is None else normalisation
+        names = [str(name) for name in classes]
+        if len(names) != n_classes:
+            raise ValueError(f"classes: there are {len(names)} names, the model has {n_classes} classes")
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise ValueError(f"normalisation must be a mean and a standard deviation above 0, got {mean} and {std}")
+        self._write(path, classes=names, normalisation={"mean": float(mean), "std": float(std)})
