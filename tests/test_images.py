@@ -63,7 +63,11 @@ def test_digits():
     assert data.sha256 == load_images("digits").sha256
 
 
-@pytest.mark.parametrize(("module", "name", "package"), [("sklearn.datasets", "digits", "scikit-learn"), ("PIL.Image", "pictures", "pillow")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "name", "package"),
+    [("sklearn.datasets", "digits", "scikit-learn"), ("PIL.Image", "pictures", "pillow")],
+    ids=["digits", "folder"],
+)
 def test_a_missing_package_is_one_sentence_with_the_command_to_type(toy_command, monkeypatch, module, name, package):
     write_images(Path("pictures"))
     before = sorted(Path().rglob("*"))
@@ -159,7 +163,7 @@ def test_a_bad_idx_file_is_named_and_nothing_is_written(tmp_path, toy_command, c
     ("damage", "message"),
     [
         (lambda data: data[:-12], r"train-images-idx3-ubyte\.gz cannot be read: .*end-of-stream"),
-        (lambda data: data[:60] + bytes(40) + data[100:], r"train-images-idx3-ubyte\.gz cannot be read: "),
+        (lambda data: data[:10] + b"\xff" + data[11:], r"train-images-idx3-ubyte\.gz cannot be read: Error -3"),
         (
             lambda data: data[:-8] + bytes(4) + data[-4:],
             r"train-images-idx3-ubyte\.gz cannot be read: CRC check failed",
@@ -242,22 +246,46 @@ def broken(data):
 
 
 BAD_FOLDERS = {
-    "one-class": (only_one_class, "{0} must have one subfolder for each class, at least two of them: there is only 'diagonal'"),
+    "one-class": (
+        only_one_class,
+        "{0} must have one subfolder for each class, at least two of them: there is only 'diagonal'",
+    ),
     "no-class": (lambda f: [shutil.rmtree(f / name) for name in CLASSES], "{0} must have .*: there is none"),
     "empty-class": (lambda f: (f / "empty").mkdir(), "{0}/empty has no images"),
-    "class-of-one": (lambda f: [path.unlink() for path in sorted((f / "down").iterdir())[1:]], "class 'down' has 1 image, it needs at least two"),
-    "another-size": (lambda f: save(f / "down" / "zz.png", stripes(1, side=5)[0][0]), "{0}/down/zz.png is 5 x 5 pixels, expected 6 x 6: resize it first"),
-    "not-square": (lambda f: save(f / "across" / "000.png", np.zeros((4, 6), np.uint8)), "{0}/across/000.png is 6 x 4 pixels: images must be square"),
+    "class-of-one": (
+        lambda f: [path.unlink() for path in sorted((f / "down").iterdir())[1:]],
+        "class 'down' has 1 image, it needs at least two",
+    ),
+    "another-size": (
+        lambda f: save(f / "down" / "zz.png", stripes(1, side=5)[0][0]),
+        "{0}/down/zz.png is 5 x 5 pixels, expected 6 x 6: resize it first",
+    ),
+    "not-square": (
+        lambda f: save(f / "across" / "000.png", np.zeros((4, 6), np.uint8)),
+        "{0}/across/000.png is 6 x 4 pixels: images must be square",
+    ),
     "broken": (lambda f: change(f / "down" / "001.png", broken), "{0}/down/001.png cannot be read as an image"),
-    "no-image-inside": (lambda f: (f / "down" / "001.png").write_text("text"), "{0}/down/001.png cannot be read as an image"),
+    "no-image-inside": (
+        lambda f: (f / "down" / "001.png").write_text("text"),
+        "{0}/down/001.png cannot be read as an image",
+    ),
     "empty-file": (lambda f: (f / "down" / "001.png").write_bytes(b""), "{0}/down/001.png cannot be read as an image"),
-    "text-between": (lambda f: (f / "down" / "notes.txt").write_text("text"), "{0}/down/notes.txt is not an image .*: move it out"),
+    "text-between": (
+        lambda f: (f / "down" / "notes.txt").write_text("text"),
+        "{0}/down/notes.txt is not an image .*: move it out",
+    ),
     "folder-inside": (lambda f: (f / "down" / "more").mkdir(), "{0}/down/more is a folder inside of a class"),
-    "32-bits": (lambda f: save(f / "down" / "zz.tif", np.ones((6, 6), np.int32) << 20), "{0}/down/zz.tif has 32 bits in a pixel"),
-    "float": (lambda f: save(f / "down" / "zz.tif", np.ones((6, 6), np.float32)), "{0}/down/zz.tif has 32 bits in a pixel"),
+    "32-bits": (
+        lambda f: save(f / "down" / "zz.tif", np.ones((6, 6), np.int32) << 20),
+        "{0}/down/zz.tif has 32 bits in a pixel",
+    ),
+    "float": (
+        lambda f: save(f / "down" / "zz.tif", np.ones((6, 6), np.float32)),
+        "{0}/down/zz.tif has 32 bits in a pixel",
+    ),
     "missing": (shutil.rmtree, "there is no folder '{0}'; data sets by name: digits, fashion-mnist"),
     "a-file": (lambda f: [shutil.rmtree(f), f.write_text("text")], "{0} is a file: give a folder"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
@@ -277,10 +305,10 @@ def test_a_very_large_image_is_refused_before_it_is_decoded(tmp_path, monkeypatc
     folder = write_images(tmp_path / "pictures")
     save(folder / "down" / "zz.png", np.zeros((40, 40), np.uint8))
     monkeypatch.setattr(pillow.Image, "load", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(ImageError, match="zz.png is 40 x 40 pixels, expected 6 x 6"):
+    with pytest.raises(ImageError, match=r"zz\.png is 40 x 40 pixels, expected 6 x 6"):
         read_image(folder / "down" / "zz.png", 6, 1)
     monkeypatch.setattr(pillow, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ImageError, match=r"zz.png cannot be read as an image: .*1600 pixels.* exceeds limit"):
+    with pytest.raises(ImageError, match=r"zz\.png cannot be read as an image: .*1600 pixels.* exceeds limit"):
         read_image(folder / "down" / "zz.png", 40, 1)
 
 
@@ -319,7 +347,8 @@ def test_kinds_of_pixels(tmp_path):
     with pytest.raises(ImageError, match=r"image\.png: image files have 1, 3 or 4 channels, the model reads 2"):
         read_image(path, 5, 2)
     big_endian = tmp_path / "image.tif"
-    pillow.fromarray(deep).convert("I;16B").save(big_endian)
+    pillow.frombytes("I;16B", (5, 5), deep.astype(">u2").tobytes()).save(big_endian)
+    assert pillow.open(big_endian).mode == "I;16B"
     close(read_image(big_endian, 5, 1)[..., 0], deep / 65535)
 
 
@@ -331,7 +360,9 @@ def test_a_photo_is_turned_as_the_camera_was_held(tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "photo.png", 5, 1)[..., 0] * 255, np.rot90(image, -1), atol=1e-4)
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("LA", 1), ("1", 1), ("I;16", 1), ("RGB", 3), ("RGBA", 3), ("P", 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("L", 1), ("LA", 1), ("1", 1), ("I;16", 1), ("RGB", 3), ("RGBA", 3), ("P", 3)]
+)
 def test_the_first_image_says_how_many_channels_there_are(tmp_path, mode, channels):
     folder = write_images(tmp_path / "pictures")
     first = folder / "across" / "000.png"
@@ -416,7 +447,7 @@ def test_deformed_images_are_a_little_different_and_stay_in_range(tmp_path):
     mass = moved[..., 0].sum(axis=(1, 2))
     centres = np.stack([(moved[..., 0] * axis).sum(axis=(1, 2)) / mass for axis in (rows, columns)], axis=1) - 7
     assert np.abs(centres).max() < 2.5 and np.abs(centres.mean(axis=0)).max() < 0.5 < centres.std()
-    assert 12 < mass.min() and mass.max() < 45  # of 25: stretched by at most e^0.12 each way, and slanted
+    assert mass.min() > 12 and mass.max() < 45  # of 25: stretched by at most e^0.12 each way, and slanted
 
 
 def test_normalisation_is_of_the_training_part(tmp_path):
@@ -439,7 +470,7 @@ def test_score_and_confusion():
 
 
 def test_the_default_patch_divides_the_image():
-    cases = {(8, 4): 4, (28, 7): 7, (32, 8): 8, (30, 7.5): 6, (13, 4): 1, (64, 16): 16, (6, 4): 3}
+    cases = {(8, 4): 4, (28, 7): 7, (32, 8): 8, (30, 7.5): 6, (13, 4): 13, (64, 16): 16, (6, 4): 3}
     assert {case: nearest_divisor(*case) for case in cases} == cases
 
 
@@ -472,7 +503,7 @@ def test_train_prints_what_it_does_and_leaves_its_pictures(run_folder):
     assert re.search(
         r"^done: 120 steps in 0:\d\d, loss \S+, validation loss \S+ nats per image, \d+\.\d % right$", out, re.M
     )
-    assert out.splitlines()[-1].split() == ["try", "it", "toy", "predict", "run", "IMAGE..."]
+    assert re.fullmatch(r"try it    .*toy predict run IMAGE\.\.\.", out.splitlines()[-1])
     for name in ("loss.png", "confusion.png"):
         assert (run_folder / name).read_bytes().startswith(b"\x89PNG")
     assert not list(run_folder.glob("weights/*.gguf"))  # llama.cpp has no such model
@@ -488,7 +519,7 @@ def test_predict_names_what_is_on_an_image(toy_command, run_folder):
     paths = [*sorted(Path("pictures/down").iterdir())[:8], *sorted(Path("pictures/across").iterdir())[:8]]
     code, out, err = toy_command("predict", run_folder, *paths)
     assert (code, err) == (0, "")
-    pattern = r"(\S+)  (\w+) (\d+\.\d) %  \((\w+) \d+\.\d %, (\w+) \d+\.\d %\)"
+    pattern = r"(\S+) +(\w+) (\d+\.\d) %  \((\w+) \d+\.\d %, (\w+) \d+\.\d %\)"
     rows = [re.fullmatch(pattern, line).groups() for line in out.splitlines()]
     assert [row[0] for row in rows] == [str(path) for path in paths]
     assert sum(row[1] == path.parent.name for row, path in zip(rows, paths)) >= 14
@@ -580,7 +611,7 @@ def test_what_is_for_text_says_so_of_an_image_model(toy_command, run_folder):
     code, _, err = toy_command("generate", run_folder)
     assert (code, one_sentence(err)) == (2, True) and "reads images: toy predict is for it" in err
     code, _, err = toy_command("export", run_folder)
-    assert (code, one_sentence(err)) == (2, True) and "vit" in err and not list(Path().glob("*.gguf"))
+    assert (code, one_sentence(err)) == (2, True) and "ViTConfig" in err and not list(Path().glob("*.gguf"))
     assert toy_command("plot", run_folder, "--out=curve.png")[0] == 0
     text = "".join(f"{i} and then comes {i + 1}.\n" for i in range(200))
     Path("text.txt").write_text(text)
