@@ -99,7 +99,7 @@ def _leaf(array):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# models: dict of parameters, config, token ids (B, T) -> logits (B*T, V)
+# models: dict of parameters, config, token ids (B, T) -> logits (B*T, V); of images -> logits (B, n_classes)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -128,21 +128,40 @@ def unembed(p, x):
     return x @ p.get("output.weight", p["token_embd.weight"]).T
 
 
-def gpt2(p, config, token_ids):
-    batch, t_seq = token_ids.shape
+def affine(p, x, name):
+    return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+
+def pre_norm_block(p, config, x, block, batch, eps, causal):
+    """What a block of GPT-2 and of a ViT adds to the residual stream, and the stream itself. x: (B*T, D)."""
 
     def norm(x, name):
-        return layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
+        return layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], eps)
 
-    def affine(x, name):
-        return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+    q, k, v = affine(p, norm(x, f"{block}.attn_norm"), f"{block}.attn_qkv").chunk(3, dim=1)
+    x = x + affine(p, attention(q, k, v, batch, config.n_heads, causal=causal), f"{block}.attn_output")
+    return x + affine(p, gelu(affine(p, norm(x, f"{block}.ffn_norm"), f"{block}.ffn_up")), f"{block}.ffn_down")
 
+
+def gpt2(p, config, token_ids):
+    batch, t_seq = token_ids.shape
     x = (embed(p, token_ids) + p["position_embd.weight"][:t_seq]).reshape(batch * t_seq, -1)
     for i in range(config.n_layers):
-        q, k, v = affine(norm(x, f"blk.{i}.attn_norm"), f"blk.{i}.attn_qkv").chunk(3, dim=1)
-        x = x + affine(attention(q, k, v, batch, config.n_heads), f"blk.{i}.attn_output")
-        x = x + affine(gelu(affine(norm(x, f"blk.{i}.ffn_norm"), f"blk.{i}.ffn_up")), f"blk.{i}.ffn_down")
-    return unembed(p, norm(x, "output_norm"))
+        x = pre_norm_block(p, config, x, f"blk.{i}", batch, 1e-5, causal=True)
+    return unembed(p, layer_norm(x, p["output_norm.weight"], p["output_norm.bias"], 1e-5))
+
+
+def vit(p, config, images):
+    """images: (B, height, width, channels) -> logits (B, n_classes). The patches are cut by a strided convolution."""
+    batch, size = len(images), config.patch_size
+    kernel = p["patch_embd.weight"].reshape(-1, size, size, config.channels).permute(0, 3, 1, 2)
+    x = F.conv2d(images.double().permute(0, 3, 1, 2), kernel, p["patch_embd.bias"], stride=size)  # (B, D, side, side)
+    x = torch.cat([p["class_embd.weight"].expand(batch, 1, -1), x.flatten(2).transpose(1, 2)], dim=1)  # (B, T, D)
+    x = (x + p["position_embd.weight"]).reshape(batch * config.n_tokens, -1)
+    for i in range(config.n_layers):
+        x = pre_norm_block(p, config, x, f"blk.{i}", batch, 1e-6, causal=False)
+    x = x.reshape(batch, config.n_tokens, -1)[:, 0]  # the class tokens
+    return affine(p, layer_norm(x, p["output_norm.weight"], p["output_norm.bias"], 1e-6), "head")
 
 
 def llama(p, config, token_ids):
@@ -168,13 +187,14 @@ def llama(p, config, token_ids):
     return unembed(p, rms_norm(x, p["output_norm.weight"], eps))
 
 
-MODELS = {"transformer": transformer, "gpt2": gpt2, "llama": llama}  # by the `arch` of a model
+MODELS = {"transformer": transformer, "gpt2": gpt2, "llama": llama, "vit": vit}  # by the `arch` of a model
 
 
-def run_model(arch, parameters, config, token_ids, labels):
-    """Logits, mean cross-entropy and its gradients by name. parameters: dict of arrays; labels as in `toy`."""
+def run_model(arch, parameters, config, inputs, labels):
+    """Logits, mean cross-entropy and its gradients by name. parameters: dict of arrays; inputs: token ids or images; labels
+    as in `toy`."""
     leaves = {name: _leaf(array) for name, array in parameters.items()}
-    logits = MODELS[arch](leaves, config, torch.as_tensor(token_ids))
+    logits = MODELS[arch](leaves, config, torch.as_tensor(inputs))
     labels = np.asarray(labels)
     labels = torch.as_tensor(labels.reshape(-1) if labels.dtype.kind in "iu" else labels)
     loss = cross_entropy(logits, labels)

@@ -91,9 +91,9 @@ class Progress:
     def summary(self):
         numbers = [f"loss {self.losses.mean():.3f}"] if self.losses.count else []
         numbers += [f"validation loss {self.validation:.3f}"] if self.validation is not None else []
-        numbers += [f"{100 * self.accuracy:.1f} % right"] if self.accuracy is not None else []
+        right = f", {100 * self.accuracy:.1f} % right" if self.accuracy is not None else ""
         seconds = time.monotonic() - self.started
-        return f"done: {self.steps} steps in {clock(seconds)}, {', '.join(numbers)} nats per {self.unit}"
+        return f"done: {self.steps} steps in {clock(seconds)}, {', '.join(numbers)} nats per {self.unit}{right}"
 
     def _numbers(self):
         numbers = []

@@ -142,7 +142,8 @@ def _train(kind, out, resume, debug, options):
         click.echo(progress.summary())
         for name, path in job.written():
             click.echo(f"{name:<10}{path}")
-        click.echo(f"{job.start.next_command[0]:<10}{program()} {job.start.next_command[1]} {quoted(job.out)}")
+        what, name, *more = job.start.next_command
+        click.echo(f"{what:<10}{' '.join([program(), name, quoted(job.out), *more])}")
     return 0
 
 

@@ -1,10 +1,13 @@
 """Images to train on: scikit-learn's digits, Fashion-MNIST as IDX files, or a folder with one subfolder a class.
 
-Pixels become float32 numbers from 0 to 1, in arrays (N, height, width, channels); what a model is given is `normalised`.
+Pixels become float32 numbers from 0 to 1, in arrays (N, height, width, channels); what a model is given is normalised
+(`Normalisation`).
 """
 
 import gzip
 import hashlib
+import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +36,7 @@ class ImageError(ValueError):
 class Images(NamedTuple):
     """images: float32 (N, height, width, channels), 0 to 1. labels: int64 (N,). classes: their names. test: how many of the
     images, at the end, are the test part of the data set itself; 0 where it has none. source: where they came from, in words.
-    path: absolute, None for scikit-learn's."""
+    path: absolute, None for a data set by name."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -85,8 +88,8 @@ def load_images(name="digits", image_size=None, channels=None):
         raise ImageError(f"there is no folder {str(name)!r}; data sets by name: {', '.join(KNOWN)}")
     if not path.is_dir():
         raise ImageError(f"{path} is a file: give a folder with one subfolder of images for each class")
-    if any(_idx_file(path, file) for file in _FASHION_MNIST_FILES["train"]):
-        return _idx_folder(path, None, f"IDX files in {path}")
+    if any(_idx_file(path, file) for part in _FASHION_MNIST_FILES.values() for file in part):
+        return _idx_folder(path, None, f"IDX files in {path}")._replace(path=str(path.resolve()))
     return _image_folder(path, image_size, channels)
 
 
@@ -95,12 +98,7 @@ def read_image(path, image_size, channels):
 
     channels: 1 (grey), 3 (colour) or 4. Raises ImageError for a file that is no image or has another size.
     """
-    image = _open_image(Path(path))
-    if image.size != (image_size, image_size):
-        raise ImageError(
-            f"{path} is {image.size[0]} x {image.size[1]} pixels, expected {image_size} x {image_size}: resize it first"
-        )
-    return _pixels(path, image, channels)
+    return _pixels(path, _open_image(Path(path), image_size), channels)
 
 
 def split_images(data, val_fraction, seed):
@@ -185,24 +183,26 @@ def _idx_folder(folder, classes, source):
         images, labels = read_idx(image_path, 3), read_idx(label_path, 1)
         if len(images) != len(labels):
             raise ImageError(f"{image_path} has {len(images)} images and {label_path} {len(labels)} labels")
+        if not images.size:
+            raise ImageError(f"{image_path} has no images: its shape is {images.shape}")
         if images.shape[1] != images.shape[2]:
             raise ImageError(
                 f"{image_path} has images of {images.shape[2]} x {images.shape[1]} pixels: they must be square"
             )
-        if not len(images):
-            raise ImageError(f"{image_path} has no images")
         parts[part] = images, labels
     (train, train_labels), (test, test_labels) = parts["train"], parts["test"]
     if train.shape[1:] != test.shape[1:]:
         raise ImageError(f"{folder}: the images to train on and to test have different sizes")
     labels = np.concatenate([train_labels, test_labels]).astype(np.int64)
     n_classes = int(labels.max()) + 1
+    if len(np.unique(labels)) < 2:
+        raise ImageError(f"{folder}: every label is {labels[0]}, there must be at least two classes")
     if classes is None:
         classes = tuple(str(i) for i in range(n_classes))
     if n_classes > len(classes):
         raise ImageError(f"{folder} has the label {n_classes - 1}, and there are {len(classes)} classes")
     images = np.concatenate([train, test]).astype(np.float32)[..., None] / np.float32(255)
-    return Images(images, labels, classes, len(test), source, str(folder.resolve()))
+    return Images(images, labels, classes, len(test), source, None)
 
 
 def _idx_file(folder, name):
@@ -226,7 +226,7 @@ def read_idx(path, n_axes):
             if size > _MOST_NUMBERS:
                 raise ImageError(f"{path} claims {size:,} numbers, at most {_MOST_NUMBERS:,} can be read")
             data = file.read(size + 1)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ImageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(data) != size:
         raise ImageError(
@@ -247,20 +247,21 @@ def _image_folder(folder, image_size, channels):
         raise ImageError(f"{folder} must have one subfolder for each class, at least two of them: there is {found}")
     paths, labels = [], []
     for label, subfolder in enumerate(classes):
-        members = sorted(path for path in subfolder.iterdir() if path.is_file() and not path.name.startswith("."))
+        members = sorted(path for path in subfolder.iterdir() if not path.name.startswith("."))
         if not members:
             raise ImageError(f"{subfolder} has no images")
+        if inner := [path for path in members if path.is_dir()]:
+            raise ImageError(f"{inner[0]} is a folder inside of a class: the images must lie in {subfolder} itself")
         wrong = [path for path in members if path.suffix.lower() not in _SUFFIXES]
         if wrong:
             raise ImageError(f"{wrong[0]} is not an image ({', '.join(_SUFFIXES)}): move it out of the folder")
         paths += members
         labels += [label] * len(members)
-    first = _open_image(paths[0])
-    if image_size is None:
-        if first.size[0] != first.size[1]:
-            raise ImageError(f"{paths[0]} is {first.size[0]} x {first.size[1]} pixels: images must be square")
-        image_size = first.size[0]
-    channels = channels or (1 if first.mode in ("1", "L", "I;16", "LA") else 3)
+    first = _open_image(paths[0], image_size)
+    if first.size[0] != first.size[1]:
+        raise ImageError(f"{paths[0]} is {first.size[0]} x {first.size[1]} pixels: images must be square")
+    image_size = first.size[0]
+    channels = channels or (1 if first.mode in _GREY or first.mode.startswith("I;16") else 3)
     if len(paths) * image_size**2 * channels > _MOST_NUMBERS:
         raise ImageError(f"{folder} has {len(paths):,} images of {image_size} pixels: too many for memory")
     images = np.empty((len(paths), image_size, image_size, channels), np.float32)
@@ -271,12 +272,22 @@ def _image_folder(folder, image_size, channels):
     return Images(images, np.array(labels, np.int64), names, 0, source, str(folder.resolve()))
 
 
-def _open_image(path):
+def _open_image(path, image_size=None):
+    """The image in a file, turned as its camera was held. image_size: what its sides must be, looked at before it is read."""
     package = optional_package("PIL.Image", "image files", install="pillow")
+    operations = optional_package("PIL.ImageOps", "image files", install="pillow")
     try:
-        with package.open(path) as image:
-            image.load()
-            return image
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", package.DecompressionBombWarning)
+            with package.open(path) as image:
+                if image_size is not None and image.size != (image_size, image_size):
+                    raise ImageError(
+                        f"{path} is {image.size[0]} x {image.size[1]} pixels, expected {image_size} x {image_size}: "
+                        "resize it first"
+                    )
+                return operations.exif_transpose(image)
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(f"there is no image {path}") from error
     except Exception as error:  # decoders of damaged files raise what they like
@@ -284,12 +295,26 @@ def _open_image(path):
         raise ImageError(f"{path} cannot be read as an image: {reason}") from error
 
 
+_GREY = ("1", "L", "LA")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+
+
 def _pixels(path, image, channels):
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    if channels not in modes:
-        raise ImageError(f"images have 1, 3 or 4 channels, expected {channels}")
-    if image.mode == "I;16":
-        pixels = np.asarray(image, np.float32)[..., None] / np.float32(65535)
-        return np.repeat(pixels, channels, axis=2) if channels == 3 else pixels
-    pixels = np.asarray(image.convert(modes[channels]), np.float32) / np.float32(255)
+    """float32 (height, width, channels) from 0 to 1. Transparent pixels are seen on white, unless there are 4 channels."""
+    if channels not in _MODES:
+        raise ImageError(f"{path}: image files have 1, 3 or 4 channels, the model reads {channels}")
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"{path} has 32 bits in a pixel, and nothing says which of them are white: save it with 8 or 16"
+        )
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image)[..., None].astype(np.float32) / np.float32(65535)
+        return np.concatenate([grey] * min(channels, 3) + [np.ones_like(grey)] * (channels == 4), axis=2)
+    if channels < 4 and image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = image.copy()
+        white.paste((255, 255, 255, 255), (0, 0, *image.size))
+        white.alpha_composite(image)
+        image = white
+    pixels = np.asarray(image.convert(_MODES[channels]), np.float32) / np.float32(255)
     return pixels.reshape(*pixels.shape[:2], channels)

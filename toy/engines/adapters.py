@@ -2,10 +2,12 @@
 
 import numbers
 from collections.abc import Iterable
+from pathlib import Path
 
 from toy.adamw import AdamW
 from toy.config import LlamaConfig, check_positive_int
 from toy.engines.weights import Weights
+from toy.files.gguf_write import digest
 from toy.models.parameters import initialize_array
 
 # what may be corrected, in the words of the paper and the command line, and the parameters that this means
@@ -28,6 +30,20 @@ def adapter_weights(config, base, rank, options, alpha=None, targets=("q",)):
         model_options={"lora_scale": check_alpha(alpha, rank) / rank},
         hp_mode=AdamW.MODE_LORA,
     )
+
+
+def adapters_to_save(path, base, rank, alpha, targets):
+    """What the config of saved adapters says. path: of the GGUF file they are for. base: its leaves by name. Others as
+    `adapter_weights`."""
+    return {
+        "recipe": "lora",
+        "base": {"path": str(Path(path).absolute()), "digest": digest(base)},
+        "lora": {
+            "rank": check_positive_int("rank", rank),
+            "alpha": check_alpha(alpha, rank),
+            "targets": list(check_targets(targets)),
+        },
+    }
 
 
 def adapter_shapes(base, rank, targets, n_layers):

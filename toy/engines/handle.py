@@ -6,6 +6,7 @@ from pathlib import Path
 from toy.config import RecipeOptions
 from toy.engines.eager import EagerEngine
 from toy.files import Checkpoint, write_checkpoint
+from toy.models.base import LanguageModel
 from toy.switch import resolve
 
 NO_TOKENIZER = {"kind": "none"}  # what `save` says of a model that was given none
@@ -111,22 +112,33 @@ class EngineHandle:
         checkpoint.
 
         tokenizer: what turns its text into ids, if it is to read and write text. The AdamW moments are in it too. Raises
-        ValueError for a tokenizer of another vocabulary and a base that is in no file, OSError when the file cannot be
-        written.
+        ValueError for a tokenizer of another vocabulary, a base that is in no file and a path that ends with .gguf, OSError
+        when the file cannot be written.
         """
         engine = self._ready("save")
+        if tokenizer is not None and not issubclass(engine.model_class, LanguageModel):
+            raise ValueError(f"a {engine.arch} reads no text: leave the tokenizer out")
         if tokenizer is not None and tokenizer.vocab_size != engine.batch.n_classes:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids and the model {engine.batch.n_classes}: they do not fit"
             )
+        self._write(path, tokenizer=NO_TOKENIZER if tokenizer is None else tokenizer.to_json())
+
+    def _write(self, path, **about):
+        """The file of `save`. about: what its config says besides the model."""
+        engine, path = self._ready("save"), Path(path)
+        if path.suffix.lower() == ".gguf":
+            raise ValueError(
+                f"{path}: what is written is no GGUF file, give it another name; toy export makes one of it"
+            )
         config = {
             "arch": engine.arch,
             "model": dataclasses.asdict(engine.config),
-            "tokenizer": NO_TOKENIZER if tokenizer is None else tokenizer.to_json(),
             "training": {},
+            **about,
             **self._base_to_save(),
         }
-        write_checkpoint(Path(path), Checkpoint(0, config, engine.parameters(), engine.optimizer_state()))
+        write_checkpoint(path, Checkpoint(0, config, engine.parameters(), engine.optimizer_state()))
 
     def _base_to_save(self):
         """What `save` says of weights that are not the engine's own."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from toy.config import GPT2Config, LlamaConfig, RecipeOptions, ViTConfig, check_positive_int
-from toy.engines.adapters import adapter_fill, adapter_weights
+from toy.engines.adapters import adapter_fill, adapter_weights, adapters_to_save
 from toy.engines.base import with_model_options
 from toy.engines.handle import EngineHandle
 from toy.engines.source import borrowed_parameters, checked_config, finetuned_weights
@@ -149,6 +149,12 @@ class LlamaSeqEngine(EngineHandle):
         loss = super().step(token_ids, positions, labels, hp, is_first)
         tensors.t_loss.value, tensors.t_labels.value, tensors.t_hp.value = loss, np.array(labels), np.array(hp)
         return loss
+
+    def _base_to_save(self):
+        gguf = self._source[2]
+        if self._rank is None or gguf is None:
+            return super()._base_to_save()
+        return adapters_to_save(gguf.path, self.engine.weights.borrowed, self._rank, None, ("q",))
 
     def _from(self, config, options, gguf):
         self._check_open("realize")

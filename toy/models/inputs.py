@@ -163,16 +163,16 @@ class ImageBatch(Batch):
         c, images = self.config, plain_array("images", images)
         if positions is not None:
             raise ValueError("images have no positions to give: leave positions out")
-        if images.ndim == 3 and c.channels == 1:
-            images = images[..., None]
         wanted = (*self.label_shape, c.image_size, c.image_size, c.channels)
-        if images.shape != wanted or images.dtype.kind not in "fiu":
+        grey = c.channels == 1 and images.shape == wanted[:3]
+        if not (images.shape == wanted or grey) or images.dtype.kind not in "fiu":
             raise ValueError(
                 f"images must be numbers {wanted} (t_batch, height, width, channels), got {images.dtype} {images.shape}"
             )
-        images = images.astype(np.float32)
+        with np.errstate(over="ignore"):
+            images = images.astype(np.float32)
         if not np.isfinite(images).all():
-            raise ValueError("images must be finite numbers")
+            raise ValueError("images must be finite numbers in float32")
         side, p = c.image_size // c.patch_size, c.patch_size
         patches = images.reshape(-1, side, p, side, p, c.channels).swapaxes(2, 3)  # (B, side, side, p, p, channels)
         return {

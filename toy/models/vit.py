@@ -102,9 +102,12 @@ class ViT(Model):
 
     def forward(self, images):
         """images: numbers (B, height, width, channels), or (B, height, width) of one channel -> logits (B, n_classes), and
-        the cache that `backward` takes. Raises ValueError for images of another size."""
+        the cache that `backward` takes. Raises ValueError for images of another size and for none."""
         images = np.asarray(images)
-        n = len(images) if images.ndim else 0
+        is_batch = images.ndim == 4 or (images.ndim == 3 and self.config.channels == 1)
+        n = len(images) if is_batch else 1
+        if n == 0:
+            raise ValueError(f"images must be at least one, got the shape {images.shape}")
         inputs = ImageBatch(self.config, n, self.config.n_tokens).check(images)
         inputs["patches"] = inputs["patches"].astype(self.parameters.dtype, copy=False)
         logits, cache = self.forward_rows(**inputs, batch=n)
@@ -161,9 +164,7 @@ class ViT(Model):
         d_first, d_x = ops.split(ops.reshape(d_x, batch), (c.d_model, c.n_patches * c.d_model))  # (B, D), (B, P*D)
         ops.embedding_backward(d_first, cache.class_token, grads.class_embd.weight)
         d_x = ops.reshape(d_x, batch * c.n_patches)  # (B*P, D)
-        ops.linear_backward(
-            d_x, cache.patch, grads.patch_embd.weight, grads.patch_embd.bias
-        )  # nobody asks for d_patches
+        ops.linear_backward(d_x, cache.patch, grads.patch_embd.weight, grads.patch_embd.bias)  # d_patches: unused
 
     def block_backward(self, d_x, cache, grads):
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""

@@ -1,11 +1,8 @@
 """LoRA: small trained corrections beside a frozen model that stays in its file."""
 
-from pathlib import Path
-
 from toy.engines import EngineHandle, check_options
-from toy.engines.adapters import adapter_weights, check_alpha
+from toy.engines.adapters import adapter_weights, adapters_to_save
 from toy.engines.source import borrowed_parameters, checked_config
-from toy.files.gguf_write import digest
 
 
 class LoRA(EngineHandle):
@@ -32,15 +29,11 @@ class LoRA(EngineHandle):
         check_options(opts)
         config = checked_config(gguf, cfg, opts.untied, opts.qkv_bias)
         weights = adapter_weights(config, borrowed_parameters(gguf, config), rank, opts, alpha, targets)
-        self._base, self._adapters = (
-            gguf.path,
-            {"rank": rank, "alpha": check_alpha(alpha, rank), "targets": list(targets)},
-        )
+        self._base, self._adapters = gguf.path, (rank, alpha, targets)
         return self._realize(config, opts, keep_gradients, weights)
 
     def _base_to_save(self):
-        base = {"path": str(Path(self._base).absolute()), "digest": digest(self.engine.weights.borrowed)}
-        return {"recipe": "lora", "base": base, "lora": self._adapters}
+        return adapters_to_save(self._base, self.engine.weights.borrowed, *self._adapters)
 
 
 class LoRAMetal(LoRA):

@@ -1,12 +1,13 @@
 """Image models that exist: what is on a picture, and how often they are right."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from toy.config import ViTConfig
-from toy.data.images import Normalisation, load_images, read_image, split_images
+from toy.data.images import ImageError, Normalisation, load_images, read_image, split_images
 from toy.engines import model_from
 from toy.files import BadFileError
 from toy.trained.load import read_trained
@@ -31,7 +32,8 @@ class ImageEvaluation(NamedTuple):
 
 
 class Classifier:
-    """A trained image model to use. path: a run of `toy train vit-tiny`, or a checkpoint of one.
+    """A trained image model to use. path: a run of `toy train vit-tiny`, a checkpoint of one, or what `recipe.save` wrote:
+    there the classes are numbered and the pixels taken as they are, unless `ViTTiny.save` was told more.
 
     Attributes: model, config, classes (their names), normalise, step. Raises the errors of `read_trained`, ValueError for a
     model that reads text.
@@ -41,32 +43,40 @@ class Classifier:
         stored = read_trained(path)
         if not isinstance(stored.config, ViTConfig):
             raise ValueError(f"{path} is a {stored.arch}, which reads text: toy generate and toy eval are for it")
-        self.path, self.step, self.config = stored.path, stored.step, stored.config
+        self.path, self.step, self.config, self.about = stored.path, stored.step, stored.config, stored.about
+        classes = self.about.get("classes", range(self.config.n_classes))
+        normalisation = self.about.get("normalisation", {"mean": 0.0, "std": 1.0})
         try:
-            self.classes = tuple(str(name) for name in stored.about["classes"])
-            self.normalise = Normalisation(
-                **{key: float(stored.about["normalisation"][key]) for key in ("mean", "std")}
-            )
+            self.classes = tuple(str(name) for name in classes)
+            self.normalise = Normalisation(**{key: float(normalisation[key]) for key in ("mean", "std")})
         except (KeyError, TypeError, ValueError) as error:
             raise BadFileError(stored.path, f"does not say what its classes are ({error})") from error
         if len(self.classes) != self.config.n_classes:
             raise BadFileError(
                 stored.path, f"names {len(self.classes)} classes and its model has {self.config.n_classes}"
             )
-        self.about = stored.about
         self.model = model_from(stored.config, stored.parameters, backend)
 
     def logits(self, images):
-        """images: numbers from 0 to 1 (N, height, width, channels) -> float32 (N, n_classes)."""
+        """images: numbers from 0 to 1 (N, height, width, channels) -> float32 (N, n_classes). Others raise ValueError."""
         images = np.asarray(images, np.float32)
+        if images.size and not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(
+                f"images must be numbers from 0 to 1, these are from {images.min():g} to {images.max():g}: "
+                "divide bytes by 255"
+            )
+        if not len(images):
+            return np.zeros((0, self.config.n_classes), np.float32)
         parts = [self.model.forward(self.normalise(images[i : i + _ROWS]))[0] for i in range(0, len(images), _ROWS)]
         return np.concatenate(parts)
 
     def predict(self, paths):
-        """What is on each of the image files -> list of `Prediction`. Raises ImageError for one that cannot be read or has
-        another size than the model's images; nothing is predicted then."""
-        c = self.config
-        images = np.stack([read_image(path, c.image_size, c.channels) for path in paths])
+        """What is on each of the image files -> list of `Prediction`. paths: a list, or one path alone. Raises ImageError for
+        one that cannot be read or has another size than the model's images; nothing is predicted then."""
+        c, paths = self.config, [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+        images = np.empty((len(paths), c.image_size, c.image_size, c.channels), np.float32)
+        for i, path in enumerate(paths):
+            images[i] = read_image(path, c.image_size, c.channels)
         rows = softmax(self.logits(images))
         return [
             Prediction(Path(path), self.classes[row.argmax()], dict(zip(self.classes, row.tolist())))
@@ -77,19 +87,43 @@ class Classifier:
         """How often it is right -> `ImageEvaluation`.
 
         data: a data set as `load_images` takes it, all of it; None: the test part of the run's own data, all of it. Raises
-        ImageError for one with other classes or another size of images.
+        ImageError for one with other classes or another size of images, ValueError when the run's own data are others now, or
+        when there is no run.
         """
-        c, own = self.config, self.about.get("training", {})
-        found = load_images(own.get("data", "digits") if data is None else data, c.image_size, c.channels)
+        c, own = self.config, None
+        if data is None:
+            data, own = self._own_data()
+        found = load_images(data, c.image_size, c.channels)
         if found.classes != self.classes:
-            raise ValueError(
+            raise ImageError(
                 f"{found.source} has the classes {', '.join(found.classes[:20])}, the model {', '.join(self.classes[:20])}"
             )
+        if found.images.shape[1:] != (c.image_size, c.image_size, c.channels):
+            height, width, channels = found.images.shape[1:]
+            raise ImageError(
+                f"{found.source} has images of {height} x {width} pixels and {channels} channels, the model reads "
+                f"{c.image_size} x {c.image_size} and {c.channels}"
+            )
         chosen = np.arange(len(found.labels))
-        if data is None:
-            _, chosen = split_images(found, own.get("val_fraction", 0.2), own.get("seed", 0))
+        if own is not None:
+            sha256, val_fraction, seed = own
+            if found.sha256 != sha256:
+                raise ValueError(
+                    f"{found.source}: not the images that the model was trained on, so no test part of them"
+                )
+            _, chosen = split_images(found, val_fraction, seed)
         loss, accuracy = score(self.logits(found.images[chosen]), found.labels[chosen])
         return ImageEvaluation(loss, accuracy, len(chosen))
+
+    def _own_data(self):
+        """(the name of the run's data set, (its sha256, the share of the test part, the seed of the split))."""
+        if not self.about.get("training"):
+            raise ValueError(f"{self.path} is of no run, so it has no test part of its own: name a data set")
+        try:
+            options, data = self.about["training"], self.about["data"]
+            return str(options["data"]), (data["sha256"], float(options["val_fraction"]), int(options["seed"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadFileError(self.path, f"does not say what its test part is ({error})") from error
 
 
 def softmax(logits):

@@ -154,12 +154,7 @@ def _from_run(path):
             donor = _donor_embedding(base, shapes, path)
             shapes |= lens_shapes(config, donor["token_embd.weight"].shape[1])
         check_arrays(shapes, checkpoint.parameters)  # before memory is asked for
-        tokenizer = None  # of an image model, and of a recipe that was saved without one
-        if architecture_of(config).reads_text and checkpoint.config["tokenizer"] != NO_TOKENIZER:
-            tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
-            if tokenizer.vocab_size != config.vocab_size:
-                raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-        parameters = donor | checkpoint.parameters
+        parameters, tokenizer = donor | checkpoint.parameters, _tokenizer_of(checkpoint, config)
         return Stored(path, config, parameters, tokenizer, checkpoint.step, about=checkpoint.config)
     except BadFileError:
         raise
@@ -167,14 +162,25 @@ def _from_run(path):
         raise BadFileError(path, f"its config and tensors are not those of a model ({error})") from error
 
 
+def _tokenizer_of(checkpoint, config):
+    """The tokenizer in a checkpoint's config; None of an image model, and of a recipe that was saved without one."""
+    if not architecture_of(config).reads_text or checkpoint.config["tokenizer"] == NO_TOKENIZER:
+        return None
+    tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    return tokenizer
+
+
 def _on_its_base(path, checkpoint, base):
     """The model of a LoRA run: its checkpoint has the adapters, the GGUF file at base["path"] everything else."""
     alpha, base_path = float(checkpoint.config["lora"]["alpha"]), _path_of_base(base)
     stored = _from_gguf(base_path)
     _check_base(base_path, base, stored.parameters, path)
-    if stored.tokenizer is None:
-        raise BadFileError(base_path, f"has no tokenizer, which {path} was trained with")
-    config = LlamaConfig(**checkpoint.config["model"])
+    config, tokenizer = LlamaConfig(**checkpoint.config["model"]), stored.tokenizer
+    own = checkpoint.config["tokenizer"]
+    if own != NO_TOKENIZER and own["kind"] != "gguf":  # a recipe was saved with another one than its base has
+        tokenizer = _tokenizer_of(checkpoint, config)
     shapes = {name: leaf.shape for name, leaf in stored.parameters.items()}
     if model_for(config).parameter_shapes(config) != shapes:
         raise BadFileError(base_path, f"is not the base model that {path} was trained on (its sizes are others)")
@@ -184,6 +190,7 @@ def _on_its_base(path, checkpoint, base):
     return stored._replace(
         path=path,
         config=config,
+        tokenizer=tokenizer,
         step=checkpoint.step,
         adapters=dict(checkpoint.parameters),
         alpha=alpha,

@@ -3,9 +3,10 @@
 import numpy as np
 
 from toy.models.generation import generate
+from toy.switch import eager_ops
 from toy.trained.classify import Classifier
 from toy.trained.evaluate import evaluate_text
-from toy.trained.load import first_prompt, load_trained, read_trained, text_ids
+from toy.trained.load import first_prompt, read_trained, text_ids
 
 
 def load(path, adapter=None, backend="auto"):
@@ -16,12 +17,11 @@ def load(path, adapter=None, backend="auto"):
     kernels). Raises FileNotFoundError for a path where nothing is, BadFileError for a damaged file, ValueError for one that
     does not serve.
     """
+    eager_ops(backend)  # a backend that is not there is told before anything is read
     stored = read_trained(path, adapter)
     if not stored.reads_text:
         return LoadedClassifier(Classifier(path, backend))
-    if stored.tokenizer is None:
-        return Loaded(stored.model(backend), None, stored)
-    return Loaded(*load_trained(path, adapter, backend)[:2], stored)
+    return Loaded(stored.model(backend), stored.tokenizer, stored)
 
 
 class _Open:

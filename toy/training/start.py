@@ -38,10 +38,7 @@ class Start:
     options_class: ClassVar[type]
     recipe_class: ClassVar[type]
     unit: ClassVar[str]  # what the loss is a mean over, and what is counted: "token", "image"
-    next_command: ClassVar[tuple] = (
-        "write",
-        "generate",
-    )  # what to try with the trained run: in a word, and the command
+    next_command: ClassVar[tuple] = ("write", "generate")  # what to try: in a word, the command, what follows the run
 
     def __init__(self, options):
         self.options = options

@@ -65,7 +65,7 @@ class ViTTinyStart(Start):
     options_class = ViTTinyOptions
     recipe_class = recipes.ViTTiny
     unit = "image"
-    next_command = ("try it", "predict")
+    next_command = ("try it", "predict", "IMAGE...")
 
     def read(self):
         o = self.options
