@@ -1,5 +1,6 @@
 """The card of a GGUF file."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -57,6 +58,23 @@ def test_the_algorithm_has_the_models_numbers(config, expected):
     text = algorithm(config)
     for words in expected:
         assert words in text, words
+    assert "\nwith " not in text
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaWithMore(toy.LlamaConfig):
+    """As it would be with two more options, of which the lines of the algorithm know nothing yet."""
+
+    swim: bool = False
+    window: int | None = None
+
+
+def test_no_option_is_missing_in_the_algorithm():
+    """An option that changes no line is told in one of its own, so that the card never describes another model."""
+    plain = LlamaWithMore(7, 32, 5, 5, 48, 3, 16, head_dim=6, untied=True)
+    assert algorithm(plain) == algorithm(toy.LlamaConfig(7, 32, 5, 5, 48, 3, 16, head_dim=6, untied=True))
+    changed = algorithm(dataclasses.replace(plain, swim=True, window=4))
+    assert changed.splitlines() == [*algorithm(plain).splitlines(), "with swim = True", "with window = 4"]
 
 
 def test_an_adapter(tmp_path):

@@ -1,9 +1,11 @@
 """GGUF files: what is written is read back, other writers' files are read alike, and damaged or lying files are refused."""
 
 import ctypes
+import dataclasses
 import importlib.util
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -19,12 +21,15 @@ from work import Counted
 import toy
 from toy.data.open_tokenizer import load_tokenizer
 from toy.data.tokenizers import ByteTokenizer, CharTokenizer
+from toy.files import gguf_models
 from toy.files.errors import BadFileError
 from toy.files.gguf import GGUF, MAX_KEYS, MAX_STRING, MAX_STRINGS, MAX_TENSORS, SCALARS
 from toy.files.gguf_models import UnsupportedModelError
 from toy.files.gguf_write import fingerprint, read_adapter, write_adapter, write_gguf
-from toy.models import ParameterTree, model_for
+from toy.models import ARCHITECTURES, ParameterTree, model_for
 from toy.quantized import TYPES
+from toy.trained import read_trained
+from toy.trained.export import export_adapter, export_model
 
 ROOT = Path(__file__).parent.parent
 needs_gguf_package = pytest.mark.skipif(
@@ -363,6 +368,11 @@ def rewritten(path, change):
         ({"general.type": "adapter"}, UnsupportedModelError, "general.type is 'adapter'"),
         ({"llama.rope.scaling.type": "yarn"}, UnsupportedModelError, "rope.scaling.type = 'yarn'"),
         ({"llama.rope.scaling.factor": 4.0}, UnsupportedModelError, "rope.scaling.factor = 4.0"),
+        (
+            {"llama.rope.scaling.attn_factor": 0.5},
+            UnsupportedModelError,
+            "attn_factor = 0.5, which this library's Llama",
+        ),
         ({"llama.expert_count": 8}, UnsupportedModelError, "expert_count = 8"),
         ({"llama.rope.dimension_count": 4}, UnsupportedModelError, "rope.dimension_count = 4 and heads of 8"),
         ({"llama.block_count": None}, BadFileError, "no metadata key llama.block_count"),
@@ -403,6 +413,135 @@ def test_optional_keys_have_llama_cpps_defaults(tmp_path):
 
     with GGUF.open(rewritten(path, changed)) as gguf:
         assert gguf.config() == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpt2.attention.layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06; this library's GPT2 has 1e-05"),
+        ({"gpt2.attention.head_count_kv": 2}, "head_count_kv = 2 and attention.head_count = 4: they must be the same"),
+    ],
+)
+def test_what_config_refuses_of_gpt2(tmp_path, change, message):
+    config, path = CONFIGS["gpt2"], tmp_path / "m.gguf"
+    write_gguf(path, config, random_parameters(config))
+    with GGUF.open(rewritten(path, lambda entries: entries | {"gpt2.attention.head_count_kv": 4})) as gguf:
+        assert gguf.config() == config
+    rewritten(path, lambda entries: entries | change)
+    with GGUF.open(path) as gguf, pytest.raises(UnsupportedModelError, match=re.escape(message)):
+        gguf.config()
+
+
+# every key that a file of ours has about its sizes, as the first files had them
+WRITTEN = {
+    "gpt2": {
+        "general.architecture": "gpt2", "gpt2.vocab_size": 11, "gpt2.context_length": 8, "gpt2.embedding_length": 32,
+        "gpt2.block_count": 2, "gpt2.feed_forward_length": 64, "gpt2.attention.head_count": 4,
+        "gpt2.attention.layer_norm_epsilon": 1e-5,
+    },
+    "llama": {
+        "general.architecture": "llama", "llama.vocab_size": 11, "llama.context_length": 8,
+        "llama.embedding_length": 32, "llama.block_count": 2, "llama.feed_forward_length": 64,
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.rope.dimension_count": 8,
+        "llama.rope.freq_base": 10000.0, "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    },
+}  # fmt: skip
+WRITTEN["llama-options"] = WRITTEN["llama"] | {
+    "llama.rope.dimension_count": 6, "llama.attention.key_length": 6, "llama.attention.value_length": 6,
+    "llama.rope.freq_base": 5e5, "llama.attention.layer_norm_rms_epsilon": 1e-6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_keys_that_are_written(name):
+    assert gguf_models.metadata_of(CONFIGS[name]) == WRITTEN[name]
+
+
+# -- the forms of GGUF -------------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_a_config_is_said_by_every_form():
+    assert list(gguf_models.FORMS) == ["llama", "mistral3", "gpt2"]
+    for name, (row, form) in gguf_models.FORMS.items():
+        fields = {field.name for field in dataclasses.fields(row.config)}
+        said = {"vocab_size", *(key.field for key in form.keys), *form.tensors, *form.fixed}
+        assert said == fields, name
+        keys = [key.key for key in form.keys] + [*form.constants, *form.harmless]
+        assert len(keys) == len(set(keys)), name
+    for row in ARCHITECTURES.values():  # a model is written under its own name
+        assert not row.in_gguf or row.gguf_forms[0].name == row.name
+
+
+@pytest.fixture
+def ministral(tmp_path):
+    """The path of a file of architecture mistral3, its config and its parameters."""
+    config = CONFIGS["llama-options"]
+    parameters = random_parameters(config)
+    write_gguf(tmp_path / "ministral.gguf", config, parameters, CHARACTERS)
+    return renamed(tmp_path / "ministral.gguf", "mistral3"), config, parameters
+
+
+def renamed(path, architecture, **more):
+    """The llama file at `path` as one of another architecture with the same keys, and more of them."""
+
+    def change(entries):
+        entries = {re.sub(r"^llama\.", f"{architecture}.", name): value for name, value in entries.items()}
+        return entries | {"general.architecture": architecture} | more
+
+    return rewritten(path, change)
+
+
+def test_mistral3_is_read_as_the_llama_it_is(ministral, tmp_path):
+    path, config, parameters = ministral
+    with GGUF.open(path) as gguf:
+        assert gguf.architecture == "mistral3" and gguf.config() == config
+        assert all(np.array_equal(array, parameters[name]) for name, array in gguf.parameters().items())
+        assert gguf.matrix("blk.0.attn_q.weight").shape == (24, 32)
+    with toy.load(path, backend="numpy") as loaded:
+        assert isinstance(loaded.model, toy.Llama) and len(loaded.generate("abc", 4)) == 4
+    export_model(read_trained(path), tmp_path / "again.gguf")
+    with GGUF.open(tmp_path / "again.gguf") as gguf:
+        assert gguf.architecture == "llama" and gguf.config() == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.temperature_scale", 0.5), ("rope.scaling.type", "yarn"), ("rope.scaling.attn_factor", 1.5)],
+)
+def test_what_a_llama_cannot_do_is_refused_by_name(ministral, key, value):
+    path, *_ = ministral
+    rewritten(path, lambda entries: entries | {f"mistral3.{key}": value})
+    message = re.escape(f"has mistral3.{key} = {value!r}, which this library's Llama cannot do")
+    with GGUF.open(path) as gguf, pytest.raises(UnsupportedModelError, match=message):
+        gguf.config()
+
+
+def test_adapters_carry_the_name_of_their_bases_architecture(ministral, tmp_path):
+    """llama.cpp compares it; here both names are the same model."""
+    path, config, _ = ministral
+    adapters, out = random_adapter(config), tmp_path / "adapter.gguf"
+    with GGUF.open(path) as base:
+        write_adapter(out, config, adapters, alpha=2.0, base=base)
+        adapter = read_adapter(out, config, base)
+    assert adapter.architecture == "mistral3"
+    stored = read_trained(path, out)
+    export_adapter(stored, tmp_path / "again.gguf")
+    assert read_adapter(tmp_path / "again.gguf", config).architecture == "mistral3"
+    write_adapter(out, config, adapters, alpha=2.0)
+    assert read_adapter(out, config).architecture == "llama"
+    with pytest.raises(ValueError, match="it is for a llama model, not gpt2"):
+        read_adapter(out, CONFIGS["gpt2"])
+
+
+def test_a_fixed_field_chooses_the_form(monkeypatch):
+    """A form that fixes a field reads it so, and writes the configs that have it so; what no form has is not written."""
+    row, form = gguf_models.FORMS["llama"]
+    forms = (form._replace(fixed={"rms_eps": 1e-5}), form._replace(name="other", fixed={"rms_eps": 1e-6}))
+    monkeypatch.setitem(ARCHITECTURES, "llama", row._replace(gguf_forms=forms))
+    assert gguf_models.architecture_of(CONFIGS["llama"]) == "llama"
+    assert gguf_models.architecture_of(CONFIGS["llama-options"]) == "other"
+    with pytest.raises(ValueError, match=r"no architecture for this model: LlamaConfig\(.*rms_eps=0.5"):
+        gguf_models.architecture_of(dataclasses.replace(CONFIGS["llama"], rms_eps=0.5))
 
 
 def test_gpt2_with_a_second_copy_of_the_embedding(tmp_path):

@@ -18,7 +18,9 @@ from toy.data.batches import training_batch
 from toy.data.corpora import python_documentation
 from toy.data.open_tokenizer import load_tokenizer
 from toy.data.tokenizers import ByteTokenizer, CharTokenizer
+from toy.files import gguf_write
 from toy.files.gguf import GGUF
+from toy.files.gguf_models import UnsupportedModelError
 from toy.files.gguf_write import write_adapter, write_gguf
 from toy.models.parameters import ParameterTree
 from toy.ops import reference
@@ -269,6 +271,83 @@ def check_adapted(adapted, judge):
     for prompt in PROMPTS:
         ours = continuation(adapted.model, base.tokenizer, prompt, CONTEXT - len(prompt))
         assert judge.write(prompt, CONTEXT - len(prompt)) == ours, prompt
+
+
+# -- other names of the same model ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ministral(tmp_path_factory):
+    """A file of architecture mistral3 with random weights, large enough that attention matters."""
+    folder, generator = tmp_path_factory.mktemp("ministral"), np.random.default_rng(2)
+    tokenizer = TOKENIZERS["ascii"]
+    config = toy.LlamaConfig(
+        tokenizer.vocab_size, 48, 3, 1, 80, 2, CONTEXT, rope_base=5e4, rms_eps=1e-6, head_dim=24, untied=True
+    )
+    parameters = {
+        name: generator.normal(0, 0.3 if len(shape) == 2 else 1, shape).astype(np.float32)
+        for name, shape in toy.Llama.parameter_shapes(config).items()
+    }
+    write_gguf(folder / "llama.gguf", config, parameters, tokenizer)
+    return written_as_mistral3(folder / "llama.gguf", folder / "ministral.gguf")
+
+
+def written_as_mistral3(source, path, **more):
+    with GGUF.open(source) as gguf:
+        prefix = f"{gguf.architecture}."
+        entries = {name.replace(prefix, "mistral3.", 1): value for name, value in gguf.metadata.items()}
+        tensors = [(name, gguf.dequantize(name), "F32") for name in gguf.tensors]
+    more = {f"mistral3.{name}": value for name, value in more.items()}
+    gguf_write._write(path, entries | {"general.architecture": "mistral3"} | more, tensors)
+    return path
+
+
+IDS = np.arange(20) * 7 % TOKENIZERS["ascii"].vocab_size
+
+
+def test_mistral3_on_a_plain_file(ministral):
+    loaded = toy.load(ministral, backend="numpy")
+    theirs = LlamaCpp(ministral).log_probabilities(IDS, loaded.config.vocab_size)
+    assert theirs.std() > 1
+    assert np.abs(theirs - log_softmax(loaded.logits(IDS))).max() <= BAR
+    prompt = "a = "
+    ours = loaded.generate(prompt, CONTEXT - len(prompt), temperature=0)
+    assert LlamaCpp(ministral).write(prompt, CONTEXT - len(prompt)) == ours
+
+
+def test_an_adapter_on_a_mistral3_file(ministral, tmp_path):
+    """llama.cpp takes it because it names the base's architecture."""
+    generator = np.random.default_rng(3)
+    with GGUF.open(ministral) as gguf:
+        config = gguf.config()
+        n_out, n_in = gguf.tensors["blk.1.attn_q.weight"].shape
+        adapters = {
+            "blk.1.attn_q.lora_a": generator.normal(0, n_in**-0.5, (4, n_in)).astype(np.float32),
+            "blk.1.attn_q.lora_b": generator.normal(0, 1, (n_out, 4)).astype(np.float32),
+        }
+        write_adapter(tmp_path / "adapter.gguf", config, adapters, alpha=6.0, base=gguf)
+    theirs = LlamaCpp(ministral, tmp_path / "adapter.gguf").log_probabilities(IDS, config.vocab_size)
+    ours = toy.load(ministral, tmp_path / "adapter.gguf", backend="numpy").logits(IDS)
+    assert np.abs(theirs - log_softmax(ours)).max() <= BAR
+    without = toy.load(ministral, backend="numpy").logits(IDS)
+    assert np.abs(theirs - log_softmax(without)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope.scaling.attn_factor": 2.0},
+        {"attention.temperature_scale": 0.5, "rope.scaling.original_context_length": 4},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 8},
+    ],
+)
+def test_what_is_refused_of_mistral3_changes_the_result(ministral, tmp_path, keys):
+    path = written_as_mistral3(ministral, tmp_path / "scaled.gguf", **keys)
+    with pytest.raises(UnsupportedModelError, match=f"has mistral3.{next(iter(keys))} = "):
+        toy.load(path)
+    ours = toy.load(ministral, backend="numpy").logits(IDS)
+    theirs = LlamaCpp(path).log_probabilities(IDS, ours.shape[-1])
+    assert np.abs(theirs - log_softmax(ours)).max() > 0.1
 
 
 # -- toy export --------------------------------------------------------------------------------------------------------

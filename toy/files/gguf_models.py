@@ -1,37 +1,25 @@
 """Which model a GGUF file holds: metadata keys and tensor names on one side, this library's configs on the other.
 
-The two architectures are `llama` and `gpt2`, whose tensors this library's parameters are named after. Rows of attn_q and
-attn_k stand in the order of interleaved RoPE pairs, in GGUF `llama` files as in `toy.Llama`: nothing is permuted.
+The architectures of GGUF and their keys are the `GGUF_FORMS` of the models, after whose tensors this library's parameters are
+named; here is how they are read and written. Rows of attn_q and attn_k stand in the order of interleaved RoPE pairs, in GGUF
+`llama` files as in `toy.Llama`: nothing is permuted.
 """
 
+import fnmatch
 import math
 import re
 import reprlib
 
 import numpy as np
 
-from toy.config import GPT2Config, LlamaConfig
 from toy.files.errors import BadFileError
 from toy.models import architectures
-from toy.models.gpt2 import NORM_EPS
+from toy.models.gguf_form import REQUIRED
 
 short = reprlib.repr  # of what a file says, for error messages: never megabytes
-_REQUIRED = object()
 
-# keys that would change what a Llama computes, and the values with which they do not
-_HARMLESS = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0, 1),
-    "rope.scale_linear": (0, 1),
-    "expert_count": (0,),
-    "attention.sliding_window": (0,),
-    "attention.causal": (True,),
-    "attention.scale": (0,),
-    "attention.clamp_kqv": (0,),
-    "logit_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "embedding_scale": (0, 1),
-}
+# general.architecture -> the row of the model that computes it, and the form of its files
+FORMS = {form.name: (row, form) for row in architectures.ARCHITECTURES.values() for form in row.gguf_forms}
 
 
 class UnsupportedModelError(ValueError):
@@ -43,12 +31,11 @@ def config_of(gguf):
     kind = gguf.metadata.get("general.type", "model")
     if kind != "model":
         raise UnsupportedModelError(f"{gguf.path} is not a model: its general.type is {short(kind)}")
-    architecture = gguf.architecture
-    if architecture not in architectures.IN_GGUF:
+    if gguf.architecture not in FORMS:
         raise UnsupportedModelError(
-            f"{gguf.path} holds a model of architecture {architecture!r}; "
-            f"this library has {' and '.join(sorted(architectures.IN_GGUF, reverse=True))}"
+            f"{gguf.path} holds a model of architecture {gguf.architecture!r}; this library has {_what_there_is()}"
         )
+    row, form = FORMS[gguf.architecture]
     keys = _Keys(gguf)
     if "token_embd.weight" not in gguf.tensors:
         raise UnsupportedModelError(
@@ -58,7 +45,7 @@ def config_of(gguf):
     if n_layers > len(gguf.tensors):  # before anything is made for each layer
         raise BadFileError(gguf.path, f"claims {n_layers} layers and has {len(gguf.tensors)} tensors")
     try:
-        config = (_llama if architecture == "llama" else _gpt2)(gguf, keys)
+        config = row.config(**_fields(gguf, keys, row, form))
     except (BadFileError, UnsupportedModelError):
         raise
     except ValueError as error:
@@ -75,99 +62,84 @@ def parameter_shapes(config):
 
     Raises ValueError for any other config.
     """
-    return _row(config).model.parameter_shapes(config)
+    row, _ = _row_and_form(config)
+    return row.model.parameter_shapes(config)
 
 
 def architecture_of(config):
-    """The GGUF architecture of a config. Raises ValueError when there is none."""
-    return _row(config).name
+    """The GGUF architecture in which a model of this config is written. Raises ValueError when there is none."""
+    _, form = _row_and_form(config)
+    return form.name
+
+
+def is_architecture_of(name, config):
+    """Whether files of the GGUF architecture `name` can hold a model of this config."""
+    row, form = FORMS.get(name, (None, None))
+    return row is not None and type(config) is row.config and _fits(form, config)
 
 
 def metadata_of(config):
     """dict of the metadata keys that describe the model's sizes: what `config_of` reads."""
-    arch = architecture_of(config)
-    metadata = {
-        "general.architecture": arch,
-        f"{arch}.vocab_size": config.vocab_size,
-        f"{arch}.context_length": config.context_length,
-        f"{arch}.embedding_length": config.d_model,
-        f"{arch}.block_count": config.n_layers,
-        f"{arch}.feed_forward_length": config.d_ff,
-        f"{arch}.attention.head_count": config.n_heads,
-    }
-    if arch == "gpt2":
-        return metadata | {f"{arch}.attention.layer_norm_epsilon": NORM_EPS}
-    metadata |= {
-        f"{arch}.attention.head_count_kv": config.n_kv_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_eps,
-        f"{arch}.rope.dimension_count": config.head_dim,
-        f"{arch}.rope.freq_base": config.rope_base,
-    }
-    if config.head_dim * config.n_heads != config.d_model:
-        metadata |= {f"{arch}.attention.{kind}_length": config.head_dim for kind in ("key", "value")}
-    return metadata
+    _, form = _row_and_form(config)
+    metadata = {"vocab_size": config.vocab_size, **form.constants}
+    metadata |= {key.key: getattr(config, key.field) for key in form.keys if not key.unless(config)}
+    return {"general.architecture": form.name} | {f"{form.name}.{key}": value for key, value in metadata.items()}
 
 
-def _row(config):
+def _row_and_form(config):
     row = architectures.architecture_of(config)
-    if row.in_gguf:
-        return row
+    for form in row.gguf_forms:
+        if _fits(form, config):
+            return row, form
+    if row.gguf_forms:
+        raise ValueError(f"GGUF and llama.cpp have no architecture for this model: {config}")
     raise ValueError(
         f"GGUF and llama.cpp have no architecture for a {type(config).__name__}: "
         "train a GPT-2 (toy.GPT2Config) or a Llama (toy.LlamaConfig) to export it"
     )
 
 
-def _llama(gguf, keys):
-    for key, harmless in _HARMLESS.items():
+def _fits(form, config):
+    return all(getattr(config, field) == value for field, value in form.fixed.items())
+
+
+def _what_there_is():
+    """The architectures of GGUF, in words: those of the models' own names, and what else is read as one of them."""
+    own = [row.name for row in architectures.ARCHITECTURES.values() if row.in_gguf]
+    others = [f"{form.name} as {row.name}" for row, form in FORMS.values() if form.name != row.name]
+    return " and ".join(own) + (f" (and reads {', '.join(others)})" if others else "")
+
+
+def _fields(gguf, keys, row, form):
+    """dict of the fields of the config that a file of this form says."""
+    for key, harmless in form.harmless.items():
         value = keys.get(key, harmless[0])
         if not isinstance(value, (str, int, float)) or value not in harmless:
             raise UnsupportedModelError(
-                f"{gguf.path} has {keys.arch}.{key} = {short(value)}, which this library's Llama cannot do"
+                f"{gguf.path} has {keys.arch}.{key} = {short(value)}, which this library's {row.model.__name__} cannot do"
             )
-    n_heads, d_model = keys.integer("attention.head_count"), keys.integer("embedding_length")
-    n_kv_heads = keys.integer("attention.head_count_kv", n_heads)
-    if d_model % n_heads and keys.get("attention.key_length") is None:
-        raise ValueError(f"{n_heads} heads do not divide a width of {d_model}")
-    head_dim = keys.integer("attention.key_length", d_model // n_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.integer(key, head_dim) != head_dim:
+    for key, constant in form.constants.items():
+        value = keys.number(key)
+        if not math.isclose(value, constant, rel_tol=1e-5):
             raise UnsupportedModelError(
-                f"{gguf.path} has {keys.arch}.{key} = {keys.integer(key)} and heads of {head_dim}: they must be the same"
+                f"{gguf.path} has {keys.arch}.{key} = {value}; this library's {row.model.__name__} has {constant}"
             )
-    return LlamaConfig(
-        vocab_size=_vocab_size(gguf, keys),
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        d_ff=keys.integer("feed_forward_length"),
-        n_layers=keys.integer("block_count"),
-        context_length=keys.integer("context_length"),
-        rope_base=keys.number("rope.freq_base", 10000.0),
-        rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        head_dim=head_dim,
-        untied="output.weight" in gguf.tensors,
-        qkv_bias=any(name.endswith(("attn_q.bias", "attn_k.bias", "attn_v.bias")) for name in gguf.tensors),
-    )
-
-
-def _gpt2(gguf, keys):
-    eps = keys.number("attention.layer_norm_epsilon")
-    if not math.isclose(eps, NORM_EPS, rel_tol=1e-5):
-        raise UnsupportedModelError(
-            f"{gguf.path} has a LayerNorm epsilon of {eps}; this library's GPT-2 has {NORM_EPS}"
-        )
-    n_heads = keys.integer("attention.head_count")
-    if keys.integer("attention.head_count_kv", n_heads) != n_heads:
-        raise UnsupportedModelError(f"{gguf.path} has grouped key/value heads, which this library's GPT-2 has not")
-    return GPT2Config(
-        vocab_size=_vocab_size(gguf, keys),
-        d_model=keys.integer("embedding_length"),
-        n_heads=n_heads,
-        d_ff=keys.integer("feed_forward_length"),
-        n_layers=keys.integer("block_count"),
-        context_length=keys.integer("context_length"),
-    )
+    fields = dict(form.fixed)
+    for key in form.keys:
+        read, known = keys.number if key.number else keys.integer, fields.get(key.field)
+        if known is not None:
+            if read(key.key, known) != known:
+                raise UnsupportedModelError(
+                    f"{gguf.path} has {keys.arch}.{key.key} = {read(key.key)} and {key.says} {known}: they must be the same"
+                )
+            continue
+        default = key.default
+        if callable(default) and keys.get(key.key) is None:
+            default = default(fields)
+        fields[key.field] = read(key.key, default)
+    for field, pattern in form.tensors.items():
+        fields[field] = any(fnmatch.fnmatchcase(name, pattern) for name in gguf.tensors)
+    return fields | {"vocab_size": _vocab_size(gguf, keys)}
 
 
 def _vocab_size(gguf, keys):
@@ -212,7 +184,7 @@ class _Keys:
     def get(self, key, default=None):
         return self.metadata.get(f"{self.arch}.{key}", default)
 
-    def integer(self, key, default=_REQUIRED):
+    def integer(self, key, default=REQUIRED):
         value = self._value(key, default)
         if isinstance(value, np.ndarray) and len(value):  # one number a layer: fine when they are all the same
             if (value != value[0]).any():
@@ -222,7 +194,7 @@ class _Keys:
             raise BadFileError(self.path, f"has {self.arch}.{key} = {short(value)}, expected a whole number above 0")
         return value
 
-    def number(self, key, default=_REQUIRED):
+    def number(self, key, default=REQUIRED):
         value = self._value(key, default)
         if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
             raise BadFileError(self.path, f"has {self.arch}.{key} = {short(value)}, expected a number above 0")
@@ -230,6 +202,6 @@ class _Keys:
 
     def _value(self, key, default):
         value = self.get(key, default)
-        if value is _REQUIRED:
+        if value is REQUIRED:
             raise BadFileError(self.path, f"has no metadata key {self.arch}.{key}")
         return value

@@ -68,21 +68,24 @@ class Adapter(NamedTuple):
     metadata: dict
 
 
-def write_adapter(path, config, adapters, alpha, base=None, metadata=None):
+def write_adapter(path, config, adapters, alpha, base=None, metadata=None, architecture=None):
     """Write LoRA adapters as the GGUF file that llama.cpp takes with --lora, in F32; atomically.
 
     config: of the base model. adapters: mapping of `blk.0.attn_q.lora_a` (rank, in) and `blk.0.attn_q.lora_b` (out, rank),
     as in the parameter tree. base: the base model (a `GGUF`, or its parameters), whose fingerprint is recorded so that
-    `read_adapter` knows it again. metadata: as `write_gguf`.
+    `read_adapter` knows it again. metadata: as `write_gguf`. architecture: of the file that the base is in, which llama.cpp
+    compares; None: that of a base that is a `GGUF`, or the one in which such a model is written.
     Raises ValueError for adapters that do not fit the model or are of different ranks; OSError as `write_gguf`.
     """
     parameters = {name: np.asarray(array) for name, array in dict(adapters).items()}
     check_adapter(parameters, config)
+    if architecture is None and isinstance(base, GGUF):
+        architecture = base.architecture
     if not (np.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be a positive number, got {alpha!r}")
     entries = {
         "general.type": "adapter",
-        "general.architecture": gguf_models.architecture_of(config),
+        "general.architecture": architecture or gguf_models.architecture_of(config),
         "general.name": "toy LoRA adapter",
         "general.file_type": 0,
         "adapter.type": "lora",
@@ -122,7 +125,7 @@ def read_adapter(path, config=None, base=None):
             if not np.isfinite(array).all():
                 raise BadFileError(path, f"tensor {name!r} holds numbers that are not finite")
     try:
-        if config is not None and gguf.architecture != gguf_models.architecture_of(config):
+        if config is not None and not gguf_models.is_architecture_of(gguf.architecture, config):
             raise ValueError(f"it is for a {gguf.architecture} model, not {gguf_models.architecture_of(config)}")
         rank = check_adapter(parameters, config)
     except ValueError as error:
@@ -196,7 +199,7 @@ def _type_of(name, shape, matrix_type):
 def _add_own(entries, metadata, *replaceable):
     for key, value in (metadata or {}).items():
         taken = key in entries and key not in replaceable
-        if taken or key == "general.alignment" or key.startswith(("tokenizer.", "llama.", "gpt2.", "adapter.")):
+        if taken or key == "general.alignment" or key.split(".")[0] in {"tokenizer", "adapter", *gguf_models.FORMS}:
             raise ValueError(f"the metadata key {key!r} is written from the model and cannot be chosen")
         entries[key] = value
 

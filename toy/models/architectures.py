@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from toy.config import GPT2Config, LlamaConfig, TransformerConfig, ViTConfig
+from toy.models import gpt2, llama
 from toy.models.base import LanguageModel
 from toy.models.gpt2 import GPT2
 from toy.models.llama import Llama
@@ -11,14 +12,19 @@ from toy.models.vit import ViT
 
 
 class Architecture(NamedTuple):
-    """One row. in_gguf: whether llama.cpp has it, with the model's own name as `general.architecture`. tiny, small: configs
-    to try it on, of the size for central differences and of the size for a self-test of a second."""
+    """One row. gguf_forms: how GGUF files hold it (`toy.models.gguf_form`); empty: llama.cpp has no such model. tiny, small:
+    configs to try it on, of the size for central differences and of the size for a self-test of a second."""
 
     config: type
     model: type
-    in_gguf: bool
+    gguf_forms: tuple
     tiny: object
     small: object
+
+    @property
+    def in_gguf(self):
+        """Whether there are GGUF files of it."""
+        return bool(self.gguf_forms)
 
     @property
     def reads_text(self):
@@ -39,26 +45,25 @@ ARCHITECTURES = {
     row.name: row
     for row in (
         Architecture(
-            TransformerConfig, TransformerLM, False, tiny=TransformerConfig(**_TINY), small=TransformerConfig(**_SMALL)
+            TransformerConfig, TransformerLM, (), tiny=TransformerConfig(**_TINY), small=TransformerConfig(**_SMALL)
         ),
         Architecture(
             LlamaConfig,
             Llama,
-            True,
+            llama.GGUF_FORMS,
             tiny=LlamaConfig(**_TINY, n_kv_heads=1),
             small=LlamaConfig(**{**_SMALL, "d_ff": 128}, n_kv_heads=2),
         ),
-        Architecture(GPT2Config, GPT2, True, tiny=GPT2Config(**_TINY), small=GPT2Config(**_SMALL)),
+        Architecture(GPT2Config, GPT2, gpt2.GGUF_FORMS, tiny=GPT2Config(**_TINY), small=GPT2Config(**_SMALL)),
         Architecture(
             ViTConfig,
             ViT,
-            False,
+            (),
             tiny=ViTConfig(**_IMAGES, image_size=4, patch_size=2, d_model=8, n_heads=2, d_ff=12),
             small=ViTConfig(**_IMAGES, image_size=8, patch_size=2, d_model=64, n_heads=4, d_ff=256),
         ),
     )
 }
-IN_GGUF = tuple(row.name for row in ARCHITECTURES.values() if row.in_gguf)
 
 
 def architecture_of(config):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from toy.adamw import AdamW
 from toy.config import GPT2Config
 from toy.models.base import LanguageModel, backward_order
+from toy.models.gguf_form import SIZES, Form, Key
 from toy.models.parameters import residual_stream_stds
 
 NORM_EPS = 1e-5
@@ -144,3 +145,17 @@ class GPT2(LanguageModel):
         d_h = ops.linear_backward(d_qkv, cache.attn_qkv, grads.attn_qkv.weight, grads.attn_qkv.bias)  # (N, D)
         d_h = ops.layer_norm_backward(d_h, cache.attn_norm, grads.attn_norm.weight, grads.attn_norm.bias)  # (N, D)
         return ops.add(d_x, d_h)
+
+
+# -- in GGUF files ----------------------------------------------------------------------------------------------------
+
+GGUF_FORMS = (
+    Form(
+        "gpt2",
+        keys=(
+            *SIZES,
+            Key("n_heads", "attention.head_count_kv", says="attention.head_count =", unless=lambda config: True),
+        ),
+        constants={"attention.layer_norm_epsilon": NORM_EPS},
+    ),
+)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from toy.adamw import AdamW
 from toy.config import LlamaConfig
 from toy.models.base import LanguageModel, backward_order
+from toy.models.gguf_form import PLAIN, SIZES, Form, Key
 from toy.models.lens import embed, embed_backward, unembed, unembed_backward
 from toy.models.lora import project, project_backward
 from toy.models.parameters import residual_stream_stds
@@ -175,3 +176,37 @@ class Llama(LanguageModel):
         d_h = ops.add(d_h, project_backward(ops, d_v, cache.attn_v, grads.attn_v, scale))
         d_h = ops.rms_norm_backward(d_h, cache.attn_norm, grads.attn_norm.weight)  # (N, D)
         return ops.add(d_x, d_h)
+
+
+# -- in GGUF files ----------------------------------------------------------------------------------------------------
+
+
+def _width_of_a_head(sizes):
+    if sizes["d_model"] % sizes["n_heads"]:
+        raise ValueError(f"{sizes['n_heads']} heads do not divide a width of {sizes['d_model']}")
+    return sizes["d_model"] // sizes["n_heads"]
+
+
+def _heads_fill_the_width(config):
+    return config.n_heads * config.head_dim == config.d_model
+
+
+_LLAMA = Form(
+    "llama",
+    keys=(
+        *SIZES,
+        Key("n_kv_heads", "attention.head_count_kv", default=lambda sizes: sizes["n_heads"]),
+        Key("head_dim", "attention.key_length", default=_width_of_a_head, unless=_heads_fill_the_width),
+        Key("head_dim", "attention.value_length", says="heads of", unless=_heads_fill_the_width),
+        Key("head_dim", "rope.dimension_count", says="heads of"),
+        Key("rope_base", "rope.freq_base", number=True, default=10000.0),
+        Key("rms_eps", "attention.layer_norm_rms_epsilon", number=True),
+    ),
+    tensors={"untied": "output.weight", "qkv_bias": "blk.*.attn_[qkv].bias"},
+    harmless=PLAIN,
+)
+GGUF_FORMS = (
+    _LLAMA,
+    # Ministral 3 without its scaled RoPE and its attention temperature computes what llama does
+    _LLAMA._replace(name="mistral3", harmless=PLAIN | {"attention.temperature_scale": (0,)}),
+)

@@ -4,6 +4,7 @@ The algorithm is written in the manner of Phuong & Hutter, "Formal Algorithms fo
 forward pass, with the shape of everything that is made.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -47,9 +48,24 @@ def describe(path):
 
 def algorithm(config):
     """The forward pass of a GPT-2 or Llama as pseudocode, with the numbers of `config` -> str, the shapes in a column."""
-    lines = _gpt2_lines(config) if isinstance(config, GPT2Config) else _llama_lines(config)
+    write = _gpt2_lines if isinstance(config, GPT2Config) else _llama_lines
+    lines = write(config)
+    lines += [(f"with {field} = {value}", "") for field, value in _left_out(write, config)]
     widest = max(len(line) for line, shape in lines if shape)
     return "\n".join(f"{line:<{widest}}   {shape}".rstrip() for line, shape in lines)
+
+
+def _left_out(write, config):
+    """Yields (name, value) of the options of the config that are not at their default and change no line of `write`."""
+    for field in dataclasses.fields(config):
+        if field.default is dataclasses.MISSING:
+            continue
+        try:
+            plain = dataclasses.replace(config, **{field.name: field.default})
+        except ValueError:  # heads of a width of their own, which the lines show
+            continue
+        if plain != config and write(plain) == write(config):
+            yield field.name, getattr(config, field.name)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

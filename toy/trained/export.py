@@ -43,7 +43,9 @@ def export_adapter(stored, path):
     """
     if not stored.adapters:
         raise ValueError(f"{stored.path} has no adapters to export")
-    write_adapter(path, stored.config, stored.adapters, stored.alpha, base=stored.parameters)
+    write_adapter(
+        path, stored.config, stored.adapters, stored.alpha, base=stored.parameters, architecture=stored.in_gguf
+    )
 
 
 def merge_adapters(parameters, adapters, scale):

@@ -31,6 +31,7 @@ class Stored(NamedTuple):
     `blk.0.attn_q.lora_a` ... to arrays, empty without an adapter; alpha: theirs. tokenizer: None where there is none.
     step: of the checkpoint, None for a GGUF file. name: what the model is called, "" where nobody said.
     base: the GGUF file that a LoRA run's adapters are for. about: the whole config of a run, empty for a GGUF file.
+    in_gguf: the architecture that the GGUF file names, which may be another name for `arch`; None for a run of its own.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Stored(NamedTuple):
     name: str = ""
     base: Path | None = None
     about: dict = {}  # noqa: RUF012 (never changed)
+    in_gguf: str | None = None
 
     @property
     def arch(self):
@@ -131,7 +133,8 @@ def _from_gguf(path):
     tokenizer = load_tokenizer(gguf) if has_tokenizer else None
     name = gguf.metadata.get("general.name")
     parameters = borrowed_parameters(gguf, config)
-    return Stored(path, config, parameters, tokenizer, name=name if isinstance(name, str) else "")
+    name = name if isinstance(name, str) else ""
+    return Stored(path, config, parameters, tokenizer, name=name, in_gguf=gguf.architecture)
 
 
 def _from_run(path):

@@ -1,0 +1,71 @@
+"""How GGUF files say which model they hold: a `Form` is one architecture of GGUF, a `Key` one metadata key of it.
+
+The forms of a model stand in its own file (`GGUF_FORMS`), the first of them is the one it is written in;
+`toy/files/gguf_models.py` reads and writes by them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+REQUIRED = object()
+
+
+class Key(NamedTuple):
+    """A metadata key, named without the architecture in front, that says a field of the config.
+
+    number: a number above 0; otherwise a whole number above 0. default: what it means when the key is missing: a value, or a
+    function of the dict of the fields before it, which raises ValueError when it has none. says: of a key that says a field
+    once more: how the field is called in the error when it says something else. unless: a function of the config: the key is
+    left out of files for which it is true.
+    """
+
+    field: str
+    key: str
+    number: bool = False
+    default: object = REQUIRED
+    says: str = ""
+    unless: Callable = lambda config: False
+
+
+class Form(NamedTuple):
+    """One architecture of GGUF, which a model of this library computes.
+
+    name: its `general.architecture`. keys: all that say a field of the config, but the size of the vocabulary, which every
+    form has. tensors: fields of the config -> a shell pattern; the field is True when there is a tensor of such a name.
+    fixed: fields of the config that are the same in all its files. constants: keys of numbers that the model's own code has.
+    harmless: keys that change what llama.cpp computes, or are meant to, and the values with which they do not; a missing key
+    means the first.
+    """
+
+    name: str
+    keys: tuple
+    tensors: dict = {}  # noqa: RUF012 (never changed)
+    fixed: dict = {}  # noqa: RUF012 (never changed)
+    constants: dict = {}  # noqa: RUF012 (never changed)
+    harmless: dict = {}  # noqa: RUF012 (never changed)
+
+
+# what every language model is made of
+SIZES = (
+    Key("context_length", "context_length"),
+    Key("d_model", "embedding_length"),
+    Key("n_layers", "block_count"),
+    Key("d_ff", "feed_forward_length"),
+    Key("n_heads", "attention.head_count"),
+)
+
+# what changes a plain Llama in llama.cpp, or is meant to, and is not in this library
+PLAIN = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scale_linear": (0, 1),
+    "expert_count": (0,),
+    "attention.sliding_window": (0,),
+    "attention.causal": (True,),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+}
