@@ -88,6 +88,7 @@ def sources(tmp_path_factory):
         f"toy/_kernels/linear{SUFFIX}",
         "ggml_bridge/core.c",
         "tests/__pycache__/a.pyc",
+        "tests/a.so",
     ):
         (folder / decoy).parent.mkdir(exist_ok=True)
         (folder / decoy).write_bytes(b"of an earlier build")
