@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+
 def rebuild_command() -> str:
     """What to type to compile this installation of toy again, from where it came: its checkout, a folder, the index."""
     root = Path(__file__).resolve().parents[2]
