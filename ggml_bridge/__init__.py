@@ -29,9 +29,16 @@ Importing this package loads nothing. `available()` tells whether ggml can be us
 with the reason. TOY_GGML_DIR names a ggml build of your own; TOY_GGML_LOG=1 prints what ggml logs.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ggml_bridge.library import available, devices, find_device, load, start, version
 from ggml_bridge.loading import LoadError
 from ggml_bridge.records import Device, Explanation, Node, Source
+
+if TYPE_CHECKING:
+    from ggml_bridge.core import Backend, Graph, Tensor
+    from ggml_bridge.metal import metal_unsupported
+    from ggml_bridge.session import Session
 
 __all__ = [
     "Backend",
@@ -52,7 +59,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in ("Backend", "Graph", "Tensor"):
         return getattr(start(), name)
     if name == "Session":

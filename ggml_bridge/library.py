@@ -1,12 +1,19 @@
 """The ggml library: opened once, its devices, its version."""
 
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 from ggml_bridge import loading
 from ggml_bridge.loading import LoadError
+from ggml_bridge.records import Device
 
-_loaded = {}  # "core": the extension, bound; "directory": of the libraries; "error": the LoadError of a failed attempt
+_loaded: dict[
+    str, Any
+] = {}  # "core": the extension, bound; "directory": of the libraries; "error": the LoadError of a failed attempt
 
 
-def load():
+def load() -> ModuleType:
     """Open libggml and return the compiled core. Raises LoadError (always the same one after a failure)."""
     if "error" in _loaded:
         raise _loaded["error"]
@@ -19,7 +26,7 @@ def load():
     return _loaded["core"]
 
 
-def _open():
+def _open() -> tuple[ModuleType, Path]:
     try:
         from ggml_bridge import core
     except ImportError as error:
@@ -38,14 +45,14 @@ def _open():
     return core, directory
 
 
-def start():
+def start() -> ModuleType:
     """The core with its backends registered, which initialises the devices."""
     core = load()
     core.load_backends(_loaded["directory"])
     return core
 
 
-def available():
+def available() -> tuple[bool, str]:
     """(True, "ggml 0.20.2 from ...") or (False, why not and what to type)."""
     try:
         core = load()
@@ -54,16 +61,16 @@ def available():
     return True, f"ggml {core.library_version()} from {_loaded['directory']}"
 
 
-def version():
+def version() -> str:
     """The version of the ggml library, for example "0.20.2". Raises LoadError."""
     return load().library_version()
 
 
-def devices():
+def devices() -> list[Device]:
     """The devices of this ggml as `Device` records: CPU, Metal, other GPUs, accelerators. Raises LoadError."""
     return start().devices()
 
 
-def find_device(name):
+def find_device(name: str) -> Device:
     """The `Device` of a name, a backend's name ("metal") or a kind ("gpu"). Raises ValueError, listing those there are."""
     return start().device(name)

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 INSTALL = "pip install 'libggml-python>=0.20.2,<0.21'"
@@ -16,7 +17,7 @@ class LoadError(RuntimeError):
     """libggml, or the compiled part of the bridge, cannot be used here; the message says why and what to type."""
 
 
-def how_to_rebuild():
+def how_to_rebuild() -> str:
     """What to type to compile the bridge, again or at last: one package with the kernels, so theirs is the text."""
     try:
         from toy._kernels import rebuild_command
@@ -25,7 +26,7 @@ def how_to_rebuild():
     return f"install a C compiler, then {INSTALL} && {rebuild_command()}"
 
 
-def library_directory():
+def library_directory() -> Path:
     """The directory that holds the ggml libraries. Raises LoadError when there is none."""
     own = os.environ.get("TOY_GGML_DIR")
     if own:
@@ -33,7 +34,7 @@ def library_directory():
         missing = f"TOY_GGML_DIR={own} holds no {_pattern('ggml-base')} (looked in it and in its lib64, lib and bin)"
     else:
         spec = importlib.util.find_spec("libggml")
-        if spec is None:
+        if spec is None or spec.submodule_search_locations is None:
             raise LoadError(f"the package libggml-python is not installed; {INSTALL}")
         roots = [Path(place) for place in spec.submodule_search_locations]
         missing = f"the package libggml in {roots[0]} holds no {_pattern('ggml-base')}; {INSTALL} --force-reinstall"
@@ -44,13 +45,13 @@ def library_directory():
     raise LoadError(missing)
 
 
-def _pattern(stem):
+def _pattern(stem: str) -> str:
     if sys.platform == "win32":
         return f"{stem}.dll"
     return f"lib{stem}*.dylib" if sys.platform == "darwin" else f"lib{stem}.so*"
 
 
-def _find(directory, stem):
+def _find(directory: Path, stem: str) -> Path | None:
     """The library file named `stem` in a directory, or None. Linux packages carry one library under three names (.so,
     .so.0, .so.0.20.2): the one that the other libraries ask for (.so.0) is opened, so that it is loaded only once."""
     if sys.platform == "win32":
@@ -63,7 +64,7 @@ def _find(directory, stem):
     return next((path for path in candidates if path.is_file()), None)
 
 
-def missing_cpu_features(features):
+def missing_cpu_features(features: int) -> list[str]:
     """Names of the x86 features that the prebuilt Linux and Windows libraries need and this machine lacks.
 
     features: the bits of `core.x86_features()` (-1: not an x86 processor). A libggml that was compiled here, or one
@@ -80,7 +81,7 @@ def missing_cpu_features(features):
     return [name for bit, name in X86_FEATURES.items() if not features & bit]
 
 
-def open_libraries(directory):
+def open_libraries(directory: Path) -> list[ctypes.CDLL]:
     """Open libggml-base, the backends and libggml, in the order in which they need each other; returns the handles."""
     if sys.platform == "win32":
         os.add_dll_directory(str(directory))
@@ -92,7 +93,8 @@ def open_libraries(directory):
     # if libggml then does not open either
     stems = ("metal", "blas", "vulkan", "cuda", "hip", "sycl", "opencl", "rpc")
     others = [path for path in (_find(directory, f"ggml-{stem}") for stem in stems) if path is not None]
-    handles, refused = [], []
+    handles: list[ctypes.CDLL] = []
+    refused: list[str] = []
     for path in [*first, *others, last]:
         if path is None:
             continue
@@ -105,14 +107,14 @@ def open_libraries(directory):
     return handles
 
 
-def addresses(handles, names):
+def addresses(handles: Sequence[ctypes.CDLL], names: Iterable[str]) -> dict[str, int]:
     """{name: address} of functions in the opened libraries. Raises LoadError naming those that are missing."""
-    found = {}
+    names, found = list(names), {}
     for name in names:
         for handle in reversed(handles):
             function = getattr(handle, name, None)
-            if function is not None:
-                found[name] = ctypes.cast(function, ctypes.c_void_p).value
+            if function is not None and (address := ctypes.cast(function, ctypes.c_void_p).value):
+                found[name] = address
                 break
     missing = sorted(set(names) - set(found))
     if missing:
@@ -122,7 +124,7 @@ def addresses(handles, names):
     return found
 
 
-def check_version(headers, library):
+def check_version(headers: str, library: str) -> None:
     """ggml's interface changes between releases: the headers the extension was compiled with must be the library's."""
     if headers.split(".")[:2] != library.split(".")[:2]:
         raise LoadError(

@@ -4,6 +4,14 @@ The table is that of ggml 0.20 (`ggml_metal_device_supports_op`) for Apple silic
 It makes the question answerable on machines without Metal.
 """
 
+from typing import TYPE_CHECKING
+
+from ggml_bridge.records import Node
+
+if TYPE_CHECKING:
+    from ggml_bridge.core import Graph
+    from ggml_bridge.session import Session
+
 FLOATS = ("f32", "f16")
 
 VIEWS = {"NONE", "RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE"}
@@ -32,12 +40,14 @@ QUANTIZED = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0"}  # these are copied to f32 
 CUMSUM_LONGEST = 1024 * 1024  # two passes over blocks of at most 1024
 
 
-def reason(node):
+def reason(node: Node) -> str | None:
     """Why Metal does not run a `Node`, or None when it does."""
     sources = node.sources
-    first = sources[0] if sources else None
     if node.op in VIEWS or node.op in ANY:
         return None
+    if not sources:
+        return "Metal has no such operation"
+    first = sources[0]
     if node.op in ONE_INPUT:
         if first.dtype not in FLOATS:
             return f"input is {first.dtype}, not f32 or f16"
@@ -68,7 +78,7 @@ def reason(node):
     return "Metal has no such operation"
 
 
-def metal_unsupported(graph):
+def metal_unsupported(graph: "Graph | Session") -> list[tuple[Node, str]]:
     """The nodes of a Graph or Session that Metal does not run, as a list of (Node, reason)."""
     nodes = graph.describe() if hasattr(graph, "describe") else graph.explain().nodes
     return [(node, why) for node in nodes if (why := reason(node)) is not None]

@@ -11,26 +11,34 @@ arguments and returns one gradient per tensor (None where there is none). A grad
 returned. `d_<name>` is the gradient of the loss with respect to `<name>`.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from ggml_bridge.core import Graph, Tensor
 
-def contiguous(g, x):
+    LossCache = tuple[Tensor, Tensor, Tensor, Tensor]  # probabilities, weights, target, 1/count
+
+
+def contiguous(g: Graph, x: Tensor) -> Tensor:
     return x if x.is_contiguous else g.cont(x)
 
 
-def columns_summed(g, d):
+def columns_summed(g: Graph, d: Tensor) -> Tensor:
     """(N, D) -> (D,): the sum over the rows."""
     return g.reshape(g.sum_rows(g.transposed(d)), (d.shape[1],))
 
 
-def as_matrix(x):
+def as_matrix(x: Tensor) -> tuple[int, ...]:
     """The shape of x as (rows, columns)."""
     return (1, *x.shape) if x.ndim == 1 else x.shape
 
 
-def reduced(g, d, x):
+def reduced(g: Graph, d: Tensor, x: Tensor) -> Tensor:
     """Sum d over the axes along which x was broadcast, and give it x's shape."""
     rows, columns = as_matrix(x)
     d = d if d.ndim == 2 else g.reshape(d, as_matrix(d))
@@ -45,7 +53,7 @@ def reduced(g, d, x):
     return total if total.shape == x.shape else g.reshape(total, x.shape)
 
 
-def part_of_row(g, row, columns):
+def part_of_row(g: Graph, row: Tensor, columns: int) -> Tensor:
     """The first numbers of a row (1, width) of equal ones, to multiply a matrix of so many columns with.
 
     A single one where the matrix is wider than the row: a CPU then repeats it element by element, which takes longer.
@@ -59,29 +67,29 @@ def part_of_row(g, row, columns):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def add(g, a, b):
+def add(g: Graph, a: Tensor, b: Tensor) -> tuple[Tensor, None]:
     """a + b, b broadcast to a."""
     return g.add(a, b), None
 
 
-def add_backward(g, d_out, cache, a, b):
+def add_backward(g: Graph, d_out: Tensor, cache: None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return d_out, reduced(g, d_out, b)
 
 
-def mul(g, a, b):
+def mul(g: Graph, a: Tensor, b: Tensor) -> tuple[Tensor, None]:
     """a * b, b broadcast to a."""
     return g.mul(a, b), None
 
 
-def mul_backward(g, d_out, cache, a, b):
+def mul_backward(g: Graph, d_out: Tensor, cache: None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return g.mul(d_out, b), reduced(g, g.mul(d_out, a), b)
 
 
-def scale(g, a, factor):
+def scale(g: Graph, a: Tensor, factor: float) -> tuple[Tensor, float]:
     return g.scale(a, factor), factor
 
 
-def scale_backward(g, d_out, factor, a):
+def scale_backward(g: Graph, d_out: Tensor, factor: float, a: Tensor) -> tuple[Tensor]:
     return (g.scale(d_out, factor),)
 
 
@@ -89,7 +97,7 @@ SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 CUBIC = 0.044715
 
 
-def gelu(g, x):
+def gelu(g: Graph, x: Tensor) -> tuple[Tensor, Tensor]:
     """GELU, tanh form (Hendrycks & Gimpel 2016): x/2 * (1 + tanh(u)), u = sqrt(2/pi) * (x + 0.044715 x^3).
 
     ggml's own GELU is a table of float16 values on the CPU, with errors of 2e-3.
@@ -99,28 +107,28 @@ def gelu(g, x):
     return g.mul(x, g.scale(t, 0.5, 0.5)), t
 
 
-def gelu_backward(g, d_out, t, x):
+def gelu_backward(g: Graph, d_out: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor]:
     # dy/dx = (1 + t)/2 + x/2 * (1 - t^2) * du/dx,  du/dx = sqrt(2/pi) * (1 + 3 * 0.044715 x^2)
     d_u = g.scale(g.sqr(x), 3 * SQRT_2_OVER_PI * CUBIC, SQRT_2_OVER_PI)
     slope = g.mul(g.mul(x, g.scale(g.sqr(t), -0.5, 0.5)), d_u)
     return (g.mul(d_out, g.add(g.scale(t, 0.5, 0.5), slope)),)
 
 
-def silu(g, x):
+def silu(g: Graph, x: Tensor) -> tuple[Tensor, None]:
     """x * sigmoid(x)."""
     return g.silu(x), None
 
 
-def silu_backward(g, d_out, cache, x):
+def silu_backward(g: Graph, d_out: Tensor, cache: None, x: Tensor) -> tuple[Tensor]:
     return (g.silu_back(d_out, contiguous(g, x)),)
 
 
-def swiglu(g, gate, up):
+def swiglu(g: Graph, gate: Tensor, up: Tensor) -> tuple[Tensor, None]:
     """silu(gate) * up (Shazeer 2020, eq. 6)."""
     return g.swiglu(gate, up), None
 
 
-def swiglu_backward(g, d_out, cache, gate, up):
+def swiglu_backward(g: Graph, d_out: Tensor, cache: None, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return g.silu_back(g.mul(d_out, up), contiguous(g, gate)), g.mul(d_out, g.silu(gate))
 
 
@@ -129,39 +137,39 @@ def swiglu_backward(g, d_out, cache, gate, up):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def matmul(g, w, x):
+def matmul(g: Graph, w: Tensor, x: Tensor) -> tuple[Tensor, None]:
     """x @ w.T: w (out, in), x (N, in) -> (N, out)."""
     return g.mul_mat(contiguous(g, w), contiguous(g, x)), None
 
 
-def matmul_backward(g, d_out, cache, w, x):
+def matmul_backward(g: Graph, d_out: Tensor, cache: None, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     # d_x first: w^T is then gone before d_w, which may be as large, is made
     d_x = g.mul_mat(g.transposed(w), d_out)  # d_out @ w: (N, in)
     d_w = g.mul_mat(g.transposed(x), g.transposed(d_out))  # d_out^T @ x: (out, in)
     return d_w, d_x
 
 
-def transpose(g, x):
+def transpose(g: Graph, x: Tensor) -> tuple[Tensor, None]:
     return g.transpose(x), None
 
 
-def transpose_backward(g, d_out, cache, x):
+def transpose_backward(g: Graph, d_out: Tensor, cache: None, x: Tensor) -> tuple[Tensor]:
     return (g.transposed(d_out),)
 
 
-def cont_2d(g, x, rows, columns):
+def cont_2d(g: Graph, x: Tensor, rows: int, columns: int) -> tuple[Tensor, None]:
     return g.cont(x, (rows, columns)), None
 
 
-def cont_2d_backward(g, d_out, cache, x):
+def cont_2d_backward(g: Graph, d_out: Tensor, cache: None, x: Tensor) -> tuple[Tensor]:
     return (g.reshape(d_out, x.shape),)
 
 
-def concat(g, a, b, axis):
+def concat(g: Graph, a: Tensor, b: Tensor, axis: int) -> tuple[Tensor, int]:
     return g.concat(a, b, axis), axis
 
 
-def concat_backward(g, d_out, axis, a, b):
+def concat_backward(g: Graph, d_out: Tensor, axis: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     cut, end = a.shape[axis], d_out.shape[axis]
     return contiguous(g, g.slice(d_out, axis, 0, cut)), contiguous(g, g.slice(d_out, axis, cut, end))
 
@@ -171,13 +179,15 @@ def concat_backward(g, d_out, axis, a, b):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def layer_norm(g, x, gamma, beta, eps):
+def layer_norm(g: Graph, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, float]]:
     """(x - mean) / sqrt(var + eps) * gamma + beta, row by row (Ba, Kiros & Hinton 2016, eq. 4)."""
     x_hat = g.norm(x, eps)
     return g.add(g.mul(x_hat, gamma), beta), (x_hat, eps)
 
 
-def layer_norm_backward(g, d_out, cache, x, gamma, beta):
+def layer_norm_backward(
+    g: Graph, d_out: Tensor, cache: tuple[Tensor, float], x: Tensor, gamma: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     x_hat, eps = cache
     d_x_hat = g.mul(d_out, gamma)
     centred = g.sub(x, g.mean(x))
@@ -188,13 +198,15 @@ def layer_norm_backward(g, d_out, cache, x, gamma, beta):
     return d_x, reduced(g, g.mul(d_out, x_hat), gamma), reduced(g, d_out, beta)
 
 
-def rms_norm(g, x, gamma, eps):
+def rms_norm(g: Graph, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, float]]:
     """x / sqrt(mean(x^2) + eps) * gamma, row by row (Zhang & Sennrich 2019, eq. 4)."""
     x_hat = g.rms_norm(x, eps)
     return g.mul(x_hat, gamma), (x_hat, eps)
 
 
-def rms_norm_backward(g, d_out, cache, x, gamma):
+def rms_norm_backward(
+    g: Graph, d_out: Tensor, cache: tuple[Tensor, float], x: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor]:
     x_hat, eps = cache
     d_x_hat = g.mul(d_out, gamma)
     rms = g.sqrt(g.scale(g.mean(g.sqr(x)), 1.0, eps))  # (N, 1)
@@ -207,24 +219,26 @@ def rms_norm_backward(g, d_out, cache, x, gamma):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def softmax(g, x, mask=None, factor=1.0):
+def softmax(
+    g: Graph, x: Tensor, mask: Tensor | None = None, factor: float = 1.0
+) -> tuple[Tensor, tuple[Tensor, float]]:
     """softmax(factor * x + mask) over the last axis; mask: a constant of 0 and -inf, or None."""
     p = g.soft_max_ext(x, mask, factor)
     return p, (p, factor)
 
 
-def softmax_backward(g, d_out, cache, x):
+def softmax_backward(g: Graph, d_out: Tensor, cache: tuple[Tensor, float], x: Tensor) -> tuple[Tensor]:
     p, factor = cache  # a masked x has p = 0 and so gets no gradient
     d_x = g.mul(p, g.sub(d_out, g.sum_rows(g.mul(d_out, p))))
     return (d_x if factor == 1.0 else g.scale(d_x, factor),)
 
 
-def diag_mask_inf(g, x, below, additive):
+def diag_mask_inf(g: Graph, x: Tensor, below: Tensor, additive: Tensor) -> tuple[Tensor, Tensor]:
     """Add -inf above the diagonal. additive: 0 or -inf, below: 1 or 0, both of x's shape."""
     return g.add(x, additive), below
 
 
-def diag_mask_inf_backward(g, d_out, below, x):
+def diag_mask_inf_backward(g: Graph, d_out: Tensor, below: Tensor, x: Tensor) -> tuple[Tensor]:
     return (g.mul(d_out, below),)
 
 
@@ -233,12 +247,14 @@ def diag_mask_inf_backward(g, d_out, below, x):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def get_rows(g, table, ids):
+def get_rows(g: Graph, table: Tensor, ids: Tensor) -> tuple[Tensor, None]:
     """Row ids[n] of the table: table (V, D), ids (N,) -> (N, D)."""
     return g.get_rows(table, ids), None
 
 
-def get_rows_backward(g, d_out, cache, table, ids, collected=None):
+def get_rows_backward(
+    g: Graph, d_out: Tensor, cache: None, table: Tensor, ids: Tensor, collected: Tensor | None = None
+) -> tuple[Tensor, None]:
     """d_table[v] = the sum of d_out[n] over all n with ids[n] = v, as a product with a matrix of zeros and ones.
 
     ggml has no scatter that adds, so rows of equal ids are summed by a matmul first. With V <= N that matrix has one
@@ -262,7 +278,7 @@ def get_rows_backward(g, d_out, cache, table, ids, collected=None):
         return sums if collected is None else g.add(collected, sums), None
     rows_at = g.input((n,), "i32", name=f"{ids.name}: distinct")
 
-    def derive(values):
+    def derive(values: np.ndarray) -> None:
         distinct, slot = np.unique(values.reshape(-1), return_inverse=True)
         ones_at.upload(slot.reshape(-1) * n + np.arange(n))
         # the sums of slots that this batch does not use are zeros: they go to rows that it does not use
@@ -282,7 +298,7 @@ def get_rows_backward(g, d_out, cache, table, ids, collected=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(g, logits, labels, columns):
+def cross_entropy(g: Graph, logits: Tensor, labels: Tensor, columns: int) -> tuple[Tensor, LossCache]:
     """The mean of -log softmax(logits)[label] over the rows that count -> (1,).
 
     logits (N, V). labels: i32 (N,), -1 = not counted; or f32 (N, V), a row of zeros = not counted.
@@ -311,7 +327,7 @@ def cross_entropy(g, logits, labels, columns):
     log_p_top = g.log(g.get_rows(g.reshape(p, rows), top))
     losses = g.sub(below_top, g.mul(log_p_top, weights))
 
-    def derive(values):
+    def derive(values: np.ndarray) -> None:
         values = values.reshape(n, -1)
         if labels.dtype == "i32":
             target.upload(np.maximum(values, 0))
@@ -320,14 +336,14 @@ def cross_entropy(g, logits, labels, columns):
         else:
             weights.upload(values.sum(axis=1, dtype=np.float64).reshape(column))
             count = np.count_nonzero(np.any(values != 0, axis=1))
-        inverse_count.upload(np.full((1, columns), 1.0 / max(count, 1), np.float32))
+        inverse_count.upload(np.full((1, columns), 1.0 / max(int(count), 1), np.float32))
 
     g.on_upload(labels, derive)
     mean = g.mul(g.sum(losses), part_of_row(g, inverse_count, 1))
     return mean, (p, weights, target, inverse_count)
 
 
-def cross_entropy_backward(g, cache):
+def cross_entropy_backward(g: Graph, cache: LossCache) -> Tensor:
     """-> the gradient of the *sum* of the losses with respect to the logits (N, V)."""
     p, weights, target, _ = cache
     n, v = p.shape

@@ -12,14 +12,14 @@ class Device(NamedTuple):
     memory_total: int
     memory_free: int
     backend: str  # the ggml backend that drives it, for example "CPU", "MTL" (Metal), "Vulkan"
-    capabilities: tuple
+    capabilities: tuple[str, ...]
 
 
 class Source(NamedTuple):
     """An input of a node."""
 
     name: str
-    shape: tuple  # numpy order, always 4 axes
+    shape: tuple[int, ...]  # numpy order, always 4 axes
     dtype: str
     contiguous: bool
     contiguous_rows: bool  # the last axis has no gaps
@@ -28,13 +28,13 @@ class Source(NamedTuple):
 class Node(NamedTuple):
     """One node of a graph, in the order in which nodes run."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index
     op: str  # ggml's name, for example "MUL_MAT"; the function for UNARY and GLU, for example "TANH", "SWIGLU"
     name: str
-    shape: tuple  # numpy order, always 4 axes
+    shape: tuple[int, ...]  # numpy order, always 4 axes
     dtype: str
     device: str
-    sources: tuple  # of Source
+    sources: tuple[Source, ...]
     is_view: bool  # shares the memory of another tensor
 
 
@@ -43,18 +43,18 @@ class Explanation(NamedTuple):
 
     device: str
     n_threads: int
-    nodes: tuple  # of Node
+    nodes: tuple[Node, ...]
     splits: int  # parts of the graph that run on different devices; 1 = everything on one device
-    bytes: dict  # {"weights": ..., "graph": ..., "metadata": ...}
+    bytes: dict[str, int]  # {"weights": ..., "graph": ..., "metadata": ...}
 
-    def counts(self):
+    def counts(self) -> dict[str, int]:
         """{op: how many nodes}, most frequent first."""
-        found = {}
+        found: dict[str, int] = {}
         for node in self.nodes:
             found[node.op] = found.get(node.op, 0) + 1
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [("node", "op", "shape", "type", "device", "name", "from")]
         for node in self.nodes:
             shape = "x".join(str(n) for n in strip_leading_ones(node.shape))
@@ -69,7 +69,7 @@ class Explanation(NamedTuple):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def strip_leading_ones(shape):
+def strip_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """(1, 1, 3, 5) -> (3, 5), at least one axis kept."""
     start = 0
     while start < len(shape) - 1 and shape[start] == 1:

@@ -28,29 +28,39 @@ For a forward pass alone: build_forward_only(t), realize(), then upload, compute
 Shapes are (rows, cols), row-major like numpy. Weight matrices are (out, in): `matmul(w, x)` is x @ w.T.
 """
 
+from __future__ import annotations
+
 import numbers
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ggml_bridge import library, ops
+from ggml_bridge.records import Explanation, Node
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ggml_bridge.core import Backend, Graph, Tensor
 
 
 class Step(NamedTuple):
     """One verb of the forward pass, kept for the backward pass."""
 
-    backward: object  # a function of ops.py
-    out: object
-    inputs: tuple  # tensors
-    cache: object
+    backward: Callable[..., tuple[Tensor | None, ...]]  # a function of ops.py
+    out: Tensor
+    inputs: tuple[Tensor, ...]
+    cache: Any  # what `backward` needs
 
 
 class Optimized(NamedTuple):
     """AdamW's moments of a weight."""
 
-    weight: object
-    m: object
-    v: object
+    weight: Tensor
+    m: Tensor
+    v: Tensor
 
 
 class Session:
@@ -66,22 +76,23 @@ class Session:
     NaN and infinities may be uploaded; they spread as in any floating-point computation.
     """
 
-    def __init__(self, device="cpu", n_threads=None, graph_capacity=65536):
-        self._backend = library.start().Backend(device, n_threads)
+    def __init__(self, device: str = "cpu", n_threads: int | None = None, graph_capacity: int = 65536) -> None:
+        self._backend: Backend = library.start().Backend(device, n_threads)
         try:
-            self._graph = self._backend.graph(graph_capacity)
+            self._graph: Graph = self._backend.graph(graph_capacity)
         except Exception:
             self._backend.close()
             raise
-        self._tape = []
-        self._params = []
-        self._optimized = {}  # weight -> Optimized
-        self._gradients = {}  # tensor -> its gradient, not yet divided by the number of tokens that count
-        self._divided = {}  # tensor -> its gradient as the user sees it
-        self._watched = []  # gradients that can be downloaded
-        self._masks = {}  # (rows, cols, n_past) -> persistent masks
-        self._losses = {}  # cross-entropy output -> its cache
-        self._loss = None
+        self._tape: list[Step] = []
+        self._params: list[Tensor] = []
+        self._optimized: dict[Tensor, Optimized] = {}  # by weight
+        # tensor -> its gradient, not yet divided by the number of tokens that count
+        self._gradients: dict[Tensor, Tensor | None] = {}
+        self._divided: dict[Tensor, Tensor] = {}  # tensor -> its gradient as the user sees it
+        self._watched: list[Tensor] = []  # gradients that can be downloaded
+        self._masks: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # by (rows, cols, n_past): persistent masks
+        self._losses: dict[Tensor, Any] = {}  # cross-entropy output -> its cache
+        self._loss: Tensor | None = None
         self._has_root = False
         self._weights_final = False
         self._has_weights = False
@@ -92,54 +103,54 @@ class Session:
     # --- life
 
     @property
-    def closed(self):
+    def closed(self) -> bool:
         return self._backend.closed
 
     @property
-    def device(self):
+    def device(self) -> str:
         """The name of the device."""
         return self._backend.device_name
 
     @property
-    def n_threads(self):
+    def n_threads(self) -> int:
         """CPU threads of a computation; may be set between computations."""
         return self._backend.n_threads
 
     @n_threads.setter
-    def n_threads(self, value):
+    def n_threads(self, value: int) -> None:
         self._backend.n_threads = value
 
-    def close(self):
+    def close(self) -> None:
         """Free the graph, the weights and the device, in this order. A second call does nothing."""
         self._backend.close()
         # the tape holds handles, which are of no more use
         self._tape, self._gradients, self._divided, self._watched = [], {}, {}, []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._backend.check_idle()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def set_graph_capacity(self, n_nodes):
+    def set_graph_capacity(self, n_nodes: int) -> None:
         """The most nodes the graph may get."""
         self._backend.check_idle()
         self._graph.capacity = n_nodes
 
-    def explain(self):
+    def explain(self) -> Explanation:
         """Every node with its device, the number of splits and bytes; `str()` of it is a table."""
         self._backend.check_idle()
         return self._graph.explain()
 
-    def describe(self):
+    def describe(self) -> list[Node]:
         """The nodes as a list of `Node` records."""
         self._backend.check_idle()
         return self._graph.describe()
 
     # --- checks
 
-    def _tensor(self, value, verb, what):
+    def _tensor(self, value: Tensor, verb: str, what: str) -> Tensor:
         if not isinstance(value, library.start().Tensor):
             raise TypeError(f"{verb}: {what} must be a Tensor, not {type(value).__name__}")
         if value.owner is not self._graph and value.owner is not self._backend:
@@ -148,7 +159,7 @@ class Session:
         value.shape  # noqa: B018
         return value
 
-    def _matrix(self, value, verb, what):
+    def _matrix(self, value: Tensor, verb: str, what: str) -> Tensor:
         """A f32 tensor of one or two axes."""
         tensor = self._tensor(value, verb, what)
         if tensor.dtype != "f32":
@@ -157,13 +168,13 @@ class Session:
             raise ValueError(f"{verb}: {what} must have one or two axes, not {tensor!r}")
         return tensor
 
-    def _two_axes(self, value, verb, what):
+    def _two_axes(self, value: Tensor, verb: str, what: str) -> Tensor:
         tensor = self._matrix(value, verb, what)
         if tensor.ndim != 2:
             raise ValueError(f"{verb}: {what} must be (rows, cols), not {tensor!r}")
         return tensor
 
-    def _forward(self, verb):
+    def _forward(self, verb: str) -> None:
         """Raise unless a verb of the forward pass is in order."""
         self._backend.check_idle()
         if self._graph.is_allocated:
@@ -173,12 +184,14 @@ class Session:
         if self._has_weights and not self._weights_final:
             raise RuntimeError(f"{verb}: finalize_weights comes before the forward pass")
 
-    def _record(self, backward, out_and_cache, *inputs):
+    def _record(
+        self, backward: Callable[..., tuple[Tensor | None, ...]], out_and_cache: tuple[Tensor, Any], *inputs: Tensor
+    ) -> Tensor:
         out, cache = out_and_cache
         self._tape.append(Step(backward, out, inputs, cache))
         return out
 
-    def _contiguous(self, x):
+    def _contiguous(self, x: Tensor) -> Tensor:
         """x itself, or a contiguous copy of a view (whose gradient then goes to the view)."""
         if x.is_contiguous:
             return x
@@ -186,26 +199,26 @@ class Session:
 
     # --- tensors
 
-    def _input(self, shape, dtype):
+    def _input(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         self._backend.check_idle()
         if self._graph.is_allocated:
             raise RuntimeError("the graph is realized; inputs are made before that")
         self._n_inputs += 1
         return self._graph.input(shape, dtype, name=f"input_{self._n_inputs}")
 
-    def input_1d_i32(self, n):
+    def input_1d_i32(self, n: int) -> Tensor:
         """An input of n integers: token ids, positions or labels."""
         return self._input((n,), "i32")
 
-    def input_1d_f32(self, n):
+    def input_1d_f32(self, n: int) -> Tensor:
         """An input of n numbers."""
         return self._input((n,), "f32")
 
-    def input_2d_f32(self, rows, cols):
+    def input_2d_f32(self, rows: int, cols: int) -> Tensor:
         """An input matrix."""
         return self._input((rows, cols), "f32")
 
-    def _persistent(self, shape):
+    def _persistent(self, shape: tuple[int, ...]) -> Tensor:
         self._backend.check_idle()
         if self._weights_final:
             raise RuntimeError("persistent inputs come before finalize_weights")
@@ -214,15 +227,15 @@ class Session:
         self._has_weights = True
         return tensor
 
-    def input_1d_f32_persistent(self, n):
+    def input_1d_f32_persistent(self, n: int) -> Tensor:
         """n numbers in memory of their own: a bias, a gain. They stay until the session is closed."""
         return self._persistent((n,))
 
-    def input_2d_f32_persistent(self, rows, cols):
+    def input_2d_f32_persistent(self, rows: int, cols: int) -> Tensor:
         """A matrix in memory of its own: a weight (out, in). It stays until the session is closed."""
         return self._persistent((rows, cols))
 
-    def set_param(self, weight):
+    def set_param(self, weight: Tensor) -> None:
         """Mark a persistent tensor as trained: build_backward computes its gradient."""
         weight = self._tensor(weight, "set_param", "weight")
         self._backend.check_idle()
@@ -233,7 +246,7 @@ class Session:
         if weight not in self._params:
             self._params.append(weight)
 
-    def finalize_weights(self):
+    def finalize_weights(self) -> None:
         """Allocate the persistent tensors; after that they can be uploaded and used."""
         self._backend.check_idle()
         if self._weights_final:
@@ -245,14 +258,14 @@ class Session:
 
     # --- data
 
-    def _check_memory(self, tensor, verb):
+    def _check_memory(self, tensor: Tensor, verb: str) -> None:
         if tensor.is_persistent:
             if not self._weights_final:
                 raise RuntimeError(f"{verb}: finalize_weights comes before uploads and downloads of weights")
         elif not self._graph.is_allocated:
             raise RuntimeError(f"{verb}: realize_backward (or realize) comes before uploads and downloads of inputs")
 
-    def upload_row_major(self, tensor, values):
+    def upload_row_major(self, tensor: Tensor, values: npt.ArrayLike) -> None:
         """Copy a float array of the tensor's shape, (rows, cols) or (n,), into an input or a persistent tensor."""
         tensor = self._tensor(tensor, "upload_row_major", "tensor")
         self._check_memory(tensor, "upload_row_major")
@@ -260,7 +273,7 @@ class Session:
             raise ValueError(f"upload_row_major: {tensor!r} holds integers; upload_int_array is for those")
         tensor.upload(values)
 
-    def upload_int_array(self, tensor, values):
+    def upload_int_array(self, tensor: Tensor, values: npt.ArrayLike) -> None:
         """Copy integers into an i32 input. Token ids must be rows of the tables they are looked up in, labels classes
         of the loss or -1 (not counted); anything else raises ValueError."""
         tensor = self._tensor(tensor, "upload_int_array", "tensor")
@@ -269,19 +282,19 @@ class Session:
             raise ValueError(f"upload_int_array: {tensor!r} holds floats; upload_row_major is for those")
         tensor.upload(values)
 
-    def zero_tensor(self, tensor):
+    def zero_tensor(self, tensor: Tensor) -> None:
         """Fill an input or a persistent tensor with zeros."""
         tensor = self._tensor(tensor, "zero_tensor", "tensor")
         self._check_memory(tensor, "zero_tensor")
         tensor.zero()
 
-    def download(self, tensor):
+    def download(self, tensor: Tensor) -> np.ndarray:
         """The values of a persistent tensor, an input, an output or a gradient, as a new array of its shape."""
         tensor = self._tensor(tensor, "download", "tensor")
         self._check_memory(tensor, "download")
         return tensor.download()
 
-    def download_row_major(self, tensor, rows, cols):
+    def download_row_major(self, tensor: Tensor, rows: int, cols: int) -> np.ndarray:
         """Like `download`, as an array (rows, cols) with as many elements as the tensor has."""
         values = self.download(tensor)
         for what, number in (("rows", rows), ("cols", cols)):
@@ -293,7 +306,7 @@ class Session:
 
     # --- the forward pass
 
-    def get_rows(self, table, ids):
+    def get_rows(self, table: Tensor, ids: Tensor) -> Tensor:
         """Rows of a table: table (V, D), ids i32 (N,) -> (N, D)."""
         self._forward("get_rows")
         table = self._two_axes(table, "get_rows", "table")
@@ -303,7 +316,7 @@ class Session:
         table = self._contiguous(table)
         return self._record(ops.get_rows_backward, ops.get_rows(self._graph, table, ids), table, ids)
 
-    def _broadcast(self, a, b, verb):
+    def _broadcast(self, a: Tensor, b: Tensor, verb: str) -> tuple[Tensor, Tensor]:
         """a and b, exchanged if need be so that b is broadcast to a (numpy's rules)."""
         a, b = self._matrix(a, verb, "a"), self._matrix(b, verb, "b")
         try:
@@ -316,19 +329,19 @@ class Session:
             return self._contiguous(b), self._contiguous(a)
         raise ValueError(f"{verb}: one of {a!r} and {b!r} must be broadcast to the other")
 
-    def add(self, a, b):
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b; one may be broadcast to the other: a bias (D,) to (N, D)."""
         self._forward("add")
         a, b = self._broadcast(a, b, "add")
         return self._record(ops.add_backward, ops.add(self._graph, a, b), a, b)
 
-    def mul(self, a, b):
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
         """a * b, elementwise; one may be broadcast to the other."""
         self._forward("mul")
         a, b = self._broadcast(a, b, "mul")
         return self._record(ops.mul_backward, ops.mul(self._graph, a, b), a, b)
 
-    def matmul(self, w, x):
+    def matmul(self, w: Tensor, x: Tensor) -> Tensor:
         """x @ w.T: w (out, in), x (N, in) -> (N, out). Scores of attention are matmul(k, q), its output matmul(v.T, p)."""
         self._forward("matmul")
         w, x = self._two_axes(w, "matmul", "w"), self._two_axes(x, "matmul", "x")
@@ -336,19 +349,19 @@ class Session:
             raise ValueError(f"matmul: w (out, in) = {w!r} and x (N, in) = {x!r} must agree in their second axis")
         return self._record(ops.matmul_backward, ops.matmul(self._graph, w, x), w, x)
 
-    def scale(self, a, factor):
+    def scale(self, a: Tensor, factor: float) -> Tensor:
         """a * factor, a Python number."""
         self._forward("scale")
         a = self._contiguous(self._matrix(a, "scale", "a"))
         return self._record(ops.scale_backward, ops.scale(self._graph, a, factor), a)
 
-    def _gain(self, gain, x, verb, what):
+    def _gain(self, gain: Tensor, x: Tensor, verb: str, what: str) -> Tensor:
         gain = self._matrix(gain, verb, what)
         if ops.as_matrix(gain) != (1, x.shape[-1]):
             raise ValueError(f"{verb}: {what} must be ({x.shape[-1]},) for x = {x!r}, not {gain!r}")
         return self._contiguous(gain)
 
-    def layer_norm(self, x, gamma, beta, eps=1e-5):
+    def layer_norm(self, x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
         """(x - mean) / sqrt(variance + eps) * gamma + beta, row by row: x (N, D), gamma and beta (D,)."""
         self._forward("layer_norm")
         x = self._contiguous(self._two_axes(x, "layer_norm", "x"))
@@ -356,32 +369,32 @@ class Session:
         out = ops.layer_norm(self._graph, x, gamma, beta, eps)
         return self._record(ops.layer_norm_backward, out, x, gamma, beta)
 
-    def rms_norm(self, x, gamma, eps=1e-5):
+    def rms_norm(self, x: Tensor, gamma: Tensor, eps: float = 1e-5) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * gamma, row by row: x (N, D), gamma (D,)."""
         self._forward("rms_norm")
         x = self._contiguous(self._two_axes(x, "rms_norm", "x"))
         gamma = self._gain(gamma, x, "rms_norm", "gamma")
         return self._record(ops.rms_norm_backward, ops.rms_norm(self._graph, x, gamma, eps), x, gamma)
 
-    def gelu(self, x):
+    def gelu(self, x: Tensor) -> Tensor:
         """GELU, tanh form, elementwise; exact to float32."""
         self._forward("gelu")
         x = self._contiguous(self._matrix(x, "gelu", "x"))
         return self._record(ops.gelu_backward, ops.gelu(self._graph, x), x)
 
-    def silu(self, x):
+    def silu(self, x: Tensor) -> Tensor:
         """x * sigmoid(x), elementwise."""
         self._forward("silu")
         x = self._contiguous(self._matrix(x, "silu", "x"))
         return self._record(ops.silu_backward, ops.silu(self._graph, x), x)
 
-    def softmax(self, x):
+    def softmax(self, x: Tensor) -> Tensor:
         """softmax over the last axis."""
         self._forward("softmax")
         x = self._contiguous(self._matrix(x, "softmax", "x"))
         return self._record(ops.softmax_backward, ops.softmax(self._graph, x), x)
 
-    def diag_mask_inf(self, x, n_past=0):
+    def diag_mask_inf(self, x: Tensor, n_past: int = 0) -> Tensor:
         """-inf where the column is greater than n_past + the row: a query sees itself and what came before it."""
         self._forward("diag_mask_inf")
         x = self._contiguous(self._two_axes(x, "diag_mask_inf", "x"))
@@ -389,11 +402,12 @@ class Session:
             raise TypeError(f"diag_mask_inf: n_past must be an integer, not {type(n_past).__name__}")
         if not 0 <= n_past <= 2**31 - 1:
             raise ValueError(f"diag_mask_inf: n_past must be from 0 to 2^31 - 1, not {n_past}")
-        below, additive = self._mask(*x.shape, int(n_past))
+        rows, cols = x.shape
+        below, additive = self._mask(rows, cols, int(n_past))
         out = ops.diag_mask_inf(self._graph, x, below, additive)
         return self._record(ops.diag_mask_inf_backward, out, x)
 
-    def _mask(self, rows, cols, n_past):
+    def _mask(self, rows: int, cols: int, n_past: int) -> tuple[Tensor, Tensor]:
         """Persistent masks of 1/0 and 0/-inf. Equal masks are made once."""
         key = (rows, cols, n_past)
         if key not in self._masks:
@@ -409,19 +423,19 @@ class Session:
             additive.upload(np.where(seen, np.float32(0), np.float32(-np.inf)))
         return self._masks[key]
 
-    def transpose(self, x):
+    def transpose(self, x: Tensor) -> Tensor:
         """x.T, (rows, cols) -> (cols, rows), as a view."""
         self._forward("transpose")
         x = self._two_axes(x, "transpose", "x")
         return self._record(ops.transpose_backward, ops.transpose(self._graph, x), x)
 
-    def cont_2d(self, x, rows, cols):
+    def cont_2d(self, x: Tensor, rows: int, cols: int) -> Tensor:
         """A contiguous copy of x, in row-major order, with the shape (rows, cols)."""
         self._forward("cont_2d")
         x = self._matrix(x, "cont_2d", "x")
         return self._record(ops.cont_2d_backward, ops.cont_2d(self._graph, x, rows, cols), x)
 
-    def concat(self, a, b, axis=1):
+    def concat(self, a: Tensor, b: Tensor, axis: int = 1) -> Tensor:
         """a and b side by side (axis 1) or one below the other (axis 0)."""
         self._forward("concat")
         a, b = self._two_axes(a, "concat", "a"), self._two_axes(b, "concat", "b")
@@ -430,7 +444,7 @@ class Session:
         a, b = self._contiguous(a), self._contiguous(b)
         return self._record(ops.concat_backward, ops.concat(self._graph, a, b, axis % 2), a, b)
 
-    def cross_entropy_loss(self, logits, labels):
+    def cross_entropy_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean over the rows that count of -log softmax(logits)[label] -> (1,).
 
         logits (N, V). labels: an input_1d_i32 (N,) with -1 = not counted, or an input_2d_f32 (N, V) with a distribution
@@ -452,12 +466,12 @@ class Session:
 
     # --- what is computed
 
-    def set_output(self, tensor):
+    def set_output(self, tensor: Tensor) -> None:
         """Keep a result, so that it can be downloaded after a computation."""
         tensor = self._tensor(tensor, "set_output", "tensor")
         self._graph.output(tensor)
 
-    def set_loss(self, loss):
+    def set_loss(self, loss: Tensor) -> None:
         """Choose what build_backward differentiates: one number. The last call counts."""
         loss = self._matrix(loss, "set_loss", "loss")
         self._forward("set_loss")
@@ -467,14 +481,14 @@ class Session:
             raise ValueError(f"set_loss: {loss!r} is not computed by the forward pass")
         self._loss = loss
 
-    def build_forward_only(self, tensor):
+    def build_forward_only(self, tensor: Tensor) -> None:
         """Compute a tensor (and keep it as an output). Needed for a forward pass without a backward pass."""
         tensor = self._tensor(tensor, "build_forward_only", "tensor")
         self._forward("build_forward_only")
         self._graph.output(tensor)
         self._has_root = True
 
-    def realize(self):
+    def realize(self) -> None:
         """Give a forward pass its memory; after that inputs can be uploaded. (With a backward pass: realize_backward.)"""
         self._backend.check_idle()
         if not self._has_root:
@@ -483,7 +497,7 @@ class Session:
             raise RuntimeError("realize: this session has a backward pass; realize_backward allocates both")
         self._graph.allocate()
 
-    def compute(self):
+    def compute(self) -> None:
         """Run the forward pass."""
         self._backend.check_idle()
         if self._has_backward or not self._graph.is_allocated:
@@ -492,7 +506,7 @@ class Session:
 
     # --- the backward pass
 
-    def build_backward(self):
+    def build_backward(self) -> None:
         """Record the gradients of the loss with respect to every param."""
         self._forward("build_backward")
         if self._loss is None:
@@ -506,7 +520,7 @@ class Session:
                 depends.add(step.out)
         if self._loss not in depends:
             raise RuntimeError("build_backward: the loss does not depend on any param")
-        gradients = {}
+        gradients: dict[Tensor, Tensor | None] = {}
         if self._loss in self._losses:
             gradients[self._loss] = None  # _cross_entropy_step starts from the sum of the losses
         else:
@@ -527,7 +541,7 @@ class Session:
         self._gradients = gradients
         self._has_backward = True
 
-    def _gradient(self, tensor, verb):
+    def _gradient(self, tensor: Tensor, verb: str) -> Tensor:
         """The gradient of the mean loss with respect to a tensor."""
         self._backend.check_idle()
         if not self._has_backward:
@@ -549,7 +563,7 @@ class Session:
         self._divided[tensor] = gradient
         return gradient
 
-    def tensor_grad(self, tensor):
+    def tensor_grad(self, tensor: Tensor) -> Tensor:
         """The gradient of the loss with respect to a param or a result computed from params; it can be downloaded
         after compute_backward."""
         tensor = self._tensor(tensor, "tensor_grad", "tensor")
@@ -559,7 +573,7 @@ class Session:
             self._watched.append(gradient)
         return gradient
 
-    def opt_step_adamw(self, weight, hp):
+    def opt_step_adamw(self, weight: Tensor, hp: Tensor) -> Tensor:
         """Update a param with AdamW at the end of every compute_backward. Returns the weight as it is afterwards.
 
         hp: a (1, 7) or (7,) f32 tensor [lr, beta1, beta2, eps, weight_decay, s5, s6]; several weights may share it.
@@ -582,41 +596,41 @@ class Session:
         self._optimized[weight] = Optimized(weight, m, v)
         return updated
 
-    def extend_backward_graph(self, tensor):
+    def extend_backward_graph(self, tensor: Tensor) -> None:
         """Compute one more tensor in every compute_backward. Optimizer steps are part of the graph anyway."""
         tensor = self._tensor(tensor, "extend_backward_graph", "tensor")
         if not self._has_backward:
             raise RuntimeError("extend_backward_graph: build_backward comes first")
         self._graph.output(tensor)
 
-    def realize_backward(self):
+    def realize_backward(self) -> None:
         """Give the graph its memory; after that inputs can be uploaded."""
         self._backend.check_idle()
-        if not self._has_backward:
+        if not self._has_backward or self._loss is None:
             raise RuntimeError("realize_backward: build_backward comes first")
         self._graph.output(self._loss)
         self._graph.allocate()
 
-    def _realized(self, verb):
+    def _realized(self, verb: str) -> None:
         self._backend.check_idle()
         if not self._has_backward or not self._graph.is_allocated:
             raise RuntimeError(f"{verb}: realize_backward comes first")
 
-    def graph_reset(self):
+    def graph_reset(self) -> None:
         """Zero the gradients and AdamW's moments; comes before the first compute_backward."""
         self.graph_reset_grads_only()
         for _, m, v in self._optimized.values():
             m.zero()
             v.zero()
 
-    def graph_reset_grads_only(self):
+    def graph_reset_grads_only(self) -> None:
         """Zero the gradients, keep AdamW's moments; comes before every further compute_backward."""
         self._realized("graph_reset")
         for gradient in self._watched:
             self._graph.clear(gradient)
         self._is_armed = True
 
-    def compute_backward(self):
+    def compute_backward(self) -> None:
         """Run the forward pass, the backward pass and the optimizer steps once."""
         self._realized("compute_backward")
         if not self._is_armed:
@@ -625,7 +639,7 @@ class Session:
         self._is_armed = False
 
 
-def _cross_entropy_step(g, d_loss, cache, logits):
+def _cross_entropy_step(g: Graph, d_loss: Tensor | None, cache: Any, logits: Tensor) -> tuple[Tensor]:
     """d_loss is None when the loss itself is differentiated: then the gradient of the sum, divided by the count later.
     Otherwise the loss is a part of a larger formula, and the division cannot wait."""
     d_logits = ops.cross_entropy_backward(g, cache)

@@ -20,11 +20,12 @@ MAY_IMPORT = {
     "config": set(),
     "adamw": set(),
     "optional": set(),
-    "switch": {"config", "_kernels", "ops", "ggml_bridge"},  # it looks for the backends
+    "op_table": {"quantized"},  # the type of an op table
+    "switch": {"config", "op_table", "_kernels", "ops", "ggml_bridge"},  # it looks for the backends
     "_kernels": set(),
     "quantized": {"_kernels", "arrays", "optional"},
-    "models": {"arrays", "config", "adamw", "quantized"},
-    "ops": {"_kernels", "arrays", "ggml_bridge", "quantized"},
+    "models": {"arrays", "config", "adamw", "op_table", "quantized"},
+    "ops": {"op_table", "_kernels", "arrays", "ggml_bridge", "quantized"},
     "files": SETTINGS | {"models", "optional", "quantized"},
     "data": {"files", "optional"},
     "engines": SETTINGS | {"models", "ops", "files", "ggml_bridge", "quantized"},

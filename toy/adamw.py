@@ -16,9 +16,10 @@ Slots 5 and 6 multiply the moments, and the *mode* says what fills them:
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 
 class HyperParameterRow(np.ndarray):
@@ -26,14 +27,14 @@ class HyperParameterRow(np.ndarray):
 
     mode = 0
 
-    def __array_finalize__(self, source):
+    def __array_finalize__(self, source: np.ndarray | None) -> None:
         self.mode = getattr(source, "mode", 0)
 
-    def __reduce__(self):  # pickle and copy keep the mode
-        rebuild, arguments, state = super().__reduce__()
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle and copy keep the mode
+        rebuild, arguments, state = super().__reduce__()  # type: ignore[str-unpack]  # it is never a string
         return rebuild, arguments, (state, self.mode)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         state, self.mode = state
         super().__setstate__(state)
 
@@ -67,19 +68,23 @@ class AdamW:
     mode: int = MODE_UNSET
 
     @classmethod
-    def constant_slots(cls, lr=0.001, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0):
+    def constant_slots(
+        cls, lr: float = 0.001, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> "AdamW":
         """Slots 5 and 6 are beta1 and beta2: what the from-scratch, warm-start and ViT graphs read."""
         return cls(lr, beta1, beta2, eps, weight_decay, bias_correct=False, mode=cls.MODE_FROM_SCRATCH)
 
     @classmethod
-    def bias_corrected(cls, lr=0.001, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
+    def bias_corrected(
+        cls, lr: float = 0.001, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> "AdamW":
         """Slots 5 and 6 are the bias corrections of Adam: what the GPT-2, LoRA and full-finetune graphs read."""
         return cls(lr, beta1, beta2, eps, weight_decay, bias_correct=True, mode=cls.MODE_LORA)
 
     for_from_scratch = constant_slots
     for_lora = bias_corrected
 
-    def hp(self, step=None, lr=None):
+    def hp(self, step: int | None = None, lr: float | None = None) -> HyperParameterRow:
         """The row for one step, shape (1, 7), float32 (computed in float64).
 
         step: counted from 1; needed in lora mode, ignored in from_scratch mode. lr: overrides the field (schedules).
@@ -114,18 +119,18 @@ class AdamW:
                 )
             s5 = 1.0 / (1.0 - self.beta1**step)
             s6 = 1.0 / (1.0 - self.beta2**step)
-        row = np.array([[lr, self.beta1, self.beta2, self.eps, self.weight_decay, s5, s6]], dtype=np.float64)
-        row = row.astype(np.float32).view(HyperParameterRow)
+        numbers = np.array([[lr, self.beta1, self.beta2, self.eps, self.weight_decay, s5, s6]], dtype=np.float64)
+        row = numbers.astype(np.float32).view(HyperParameterRow)
         row.mode = self.mode
         return row
 
-    def hp_for_step(self, k, lr=None):
+    def hp_for_step(self, k: int, lr: float | None = None) -> HyperParameterRow:
         """The row for step k of the caller's loop, counted from 0. lr overrides the field (learning-rate schedules)."""
         if k < 0:
             raise ValueError(f"hp_for_step takes a loop's step counted from 0, got {k}")
         return self.hp(k + 1, lr=lr)
 
-    def _check_numbers(self, lr):
+    def _check_numbers(self, lr: float) -> None:
         for name, value, low, high in (
             ("lr", lr, 0.0, math.inf),
             ("beta1", self.beta1, 0.0, 1.0),
@@ -140,7 +145,7 @@ class AdamW:
 MODE_NAMES = {AdamW.MODE_UNSET: "unset", AdamW.MODE_FROM_SCRATCH: "from_scratch", AdamW.MODE_LORA: "lora"}
 
 
-def check_row(hp, wanted_mode):
+def check_row(hp: npt.ArrayLike, wanted_mode: int) -> np.ndarray:
     """`hp` as a checked float32 array of shape (1, 7).
 
     Raises ValueError for another shape, a number that is not finite, and a `HyperParameterRow` of another mode than

@@ -5,11 +5,12 @@ Every value is checked when the object is made: a config that exists is one that
 
 import math
 from dataclasses import dataclass, fields
+from typing import SupportsIndex
 
 VERSION = "0.1.0"  # of the package: pyproject.toml reads it here
 
 
-def check_positive_int(name, value):
+def check_positive_int(name: str, value: SupportsIndex) -> int:
     """`value` as a Python int. Raises ValueError (naming `name`) unless it is an integer of at least 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
@@ -33,13 +34,13 @@ class TransformerConfig:
     n_layers: int
     context_length: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_heads", "d_ff", "n_layers", "context_length"):
             object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
         _check_heads(self.d_model, self.n_heads)
 
     @property
-    def d_head(self):
+    def d_head(self) -> int:
         return self.d_model // self.n_heads
 
 
@@ -74,7 +75,7 @@ class LlamaConfig:
     untied: bool = False
     qkv_bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_layers", "context_length")
         for name in names:
             object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
@@ -85,15 +86,15 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
         else:
             object.__setattr__(self, "head_dim", check_positive_int("head_dim", self.head_dim))
-        if self.head_dim % 2:
+        if self.d_head % 2:
             raise ValueError(f"head_dim must be even, because RoPE turns pairs: got {self.head_dim}")
         for name in ("rope_base", "rms_eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
 
     @property
-    def d_head(self):
-        return self.head_dim
+    def d_head(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class ViTConfig:
     n_layers: int
     n_classes: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, check_positive_int(field.name, getattr(self, field.name)))
         if self.image_size % self.patch_size:
@@ -126,29 +127,31 @@ class ViTConfig:
         _check_heads(self.d_model, self.n_heads)
 
     @property
-    def n_patches(self):
+    def n_patches(self) -> int:
         """Patches in an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def n_tokens(self):
+    def n_tokens(self) -> int:
         """Tokens of an image: its patches and the class token."""
         return self.n_patches + 1
 
     @property
-    def context_length(self):
+    def context_length(self) -> int:
         """`n_tokens`, the `t_seq` of its `RecipeOptions`: an image has no shorter sequence."""
         return self.n_tokens
 
     @property
-    def patch_numbers(self):
+    def patch_numbers(self) -> int:
         """Numbers in a patch."""
         return self.patch_size**2 * self.channels
 
     @property
-    def d_head(self):
+    def d_head(self) -> int:
         return self.d_model // self.n_heads
 
+
+ModelConfig = TransformerConfig | LlamaConfig | ViTConfig  # of any model; a GPT2Config is a TransformerConfig
 
 WEIGHT_DTYPES = ("f32", "f16", "bf16")
 
@@ -173,7 +176,7 @@ class RecipeOptions:
     init_scale: float = 1.0
     grad_clip: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("t_seq", "t_batch"):
             object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
         if self.weight_dtype not in WEIGHT_DTYPES:
@@ -187,7 +190,7 @@ class RecipeOptions:
             raise ValueError(f"grad_clip must be a positive number or None, got {self.grad_clip!r}")
 
 
-def _check_heads(d_model, n_heads):
+def _check_heads(d_model: int, n_heads: int) -> None:
     if d_model % n_heads:
         raise ValueError(
             f"n_heads must divide d_model: {d_model} / {n_heads} leaves {d_model % n_heads}; "
@@ -195,6 +198,6 @@ def _check_heads(d_model, n_heads):
         )
 
 
-def _divisors_near(number, wanted):
+def _divisors_near(number: int, wanted: int) -> str:
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return ", ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:4]))

@@ -1,9 +1,10 @@
 """Packages that only some features need: imported when they are, with an error that says what to install."""
 
 import importlib
+from typing import Any
 
 
-def optional_package(name, what, install=None):
+def optional_package(name: str, what: str, install: str | None = None) -> Any:
     """The module `name`. what: what needs it, in words; install: what pip calls it, if not the same.
 
     Raises RuntimeError, with the command to type, when it is not installed.

@@ -11,9 +11,12 @@ weight that has no gradient; they dequantise it band by band inside the product 
 import functools
 import os
 import sys
-from typing import NamedTuple
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from toy.arrays import whole_numbers
 from toy.optional import optional_package
@@ -53,7 +56,7 @@ _CHUNK = 2**18  # numbers dequantised at a time: the temporaries stay in the cac
 _BAND = 2**20  # numbers of a matrix that a product dequantises at a time
 
 
-def dequantize(data, type_name, out):
+def dequantize(data: np.ndarray, type_name: str, out: np.ndarray) -> None:
     """Write what `data` stands for into `out`.
 
     data: uint8 (rows, bytes of a row), as in the file. out: float32 (rows, numbers of a row), C-contiguous.
@@ -82,7 +85,7 @@ def dequantize(data, type_name, out):
                     raise ValueError(f"tensors of type {type_name} cannot be dequantised") from error
 
 
-def quantize(array, type_name):
+def quantize(array: np.ndarray, type_name: str) -> np.ndarray:
     """float32 (rows, n) -> uint8 (rows, bytes of a row): the inverse of `dequantize`, rounded. Type F32, F16 or Q8_0."""
     if type_name in ("F32", "F16"):
         with np.errstate(over="ignore"):
@@ -103,7 +106,7 @@ class QuantizedMatrix:
     ndim = 2
     dtype = np.dtype(np.float32)
 
-    def __init__(self, raw, type, shape):
+    def __init__(self, raw: np.ndarray, type: str, shape: Sequence[int]) -> None:
         if type not in TYPES or type in _NOT_WEIGHTS:
             known = ", ".join(name for name in TYPES if name not in _NOT_WEIGHTS)
             raise ValueError(f"the type of a weight matrix must be one of {known}; got {type!r}")
@@ -124,36 +127,36 @@ class QuantizedMatrix:
         self.raw, self.type, self.shape = raw, type, (n_out, n_in)
 
     @property
-    def size(self):
+    def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return self.raw.nbytes
 
-    def rows(self, start, stop, out=None):
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows start to stop-1 -> float32 (stop-start, in), written into `out` if one is given (C-contiguous)."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise ValueError(f"rows must lie inside 0:{self.shape[0]}, got {start}:{stop}")
         return self._read(self.raw[start:stop], out)
 
-    def take(self, ids):
+    def take(self, ids: npt.ArrayLike) -> np.ndarray:
         """One row per id. ids: whole numbers (N,) from 0 to out-1 -> float32 (N, in)."""
         return self._read(self.raw[whole_numbers("token_ids", ids, 0, self.shape[0])], None)
 
-    def dequantize(self):
+    def dequantize(self) -> np.ndarray:
         """The whole matrix -> float32 (out, in)."""
         return self._read(self.raw, None)
 
-    def bands(self):
+    def bands(self) -> list[slice]:
         """Slices of the rows, one after the other, each few enough to be dequantised at once."""
         step = max(1, _BAND // self.shape[1])
         return [slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"QuantizedMatrix({self.shape[0]} x {self.shape[1]} {self.type}, {self.nbytes:,} bytes)"
 
-    def _read(self, raw, out):
+    def _read(self, raw: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         shape = (len(raw), self.shape[1])
         if out is None:
             out = np.empty(shape, np.float32)
@@ -164,8 +167,11 @@ class QuantizedMatrix:
         return out
 
 
+Leaf = np.ndarray | QuantizedMatrix  # of a parameter tree whose matrices may stay as they are stored
+
+
 @functools.cache
-def _kernels():
+def _kernels() -> ModuleType | None:
     """The compiled dequantisers, or None: not built, not for this CPU, or TOY_PURE_PYTHON is set."""
     if os.environ.get("TOY_PURE_PYTHON", "") not in ("", "0") or sys.byteorder != "little":
         return None
@@ -176,14 +182,14 @@ def _kernels():
     return quantized
 
 
-def _words(data, dtype):
+def _words(data: np.ndarray, dtype: str) -> np.ndarray:
     """The rows read as numbers of this dtype, without a copy where the bytes allow."""
     if data.strides[-1] != 1:
         data = np.ascontiguousarray(data)
     return data.view(dtype)
 
 
-def _package(type_name):
+def _package(type_name: str) -> tuple[Any, Any]:
     if type_name.startswith("I") and type_name[1:].isdigit():
         raise ValueError(f"tensors of type {type_name} hold whole numbers, not weights")
     gguf = optional_package("gguf", f"tensors of type {type_name}")
@@ -193,6 +199,6 @@ def _package(type_name):
         raise ValueError(f"tensors of type {type_name} need a newer `gguf` package: pip install -U gguf") from None
 
 
-def dequantized(leaf):
+def dequantized(leaf: Leaf) -> np.ndarray:
     """A leaf of a parameter tree as a float32 array: an array as it is, a `QuantizedMatrix` dequantised as a whole."""
     return leaf.dequantize() if isinstance(leaf, QuantizedMatrix) else leaf

@@ -6,13 +6,15 @@ A backend is chosen, in this order, by the argument (`FromScratch(backend="numpy
 
 import contextlib
 import contextvars
-import importlib
 import os
+from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
 from toy.config import check_positive_int
+from toy.op_table import OpTable
 
 
 class BackendUnavailableError(RuntimeError):
@@ -38,7 +40,7 @@ class Resolved(NamedTuple):
     reason: str
 
 
-_TABLES = {"numpy": "toy.ops.reference", "cython": "toy.ops.accelerated"}  # the eager op tables
+_TABLES = ("numpy", "cython")  # the backends with an eager op table
 _FASTEST_FIRST = ("ggml", "cython", "numpy")
 MOST_THREADS = 1024  # what the kernels' pool can hold
 BACKEND_NAMES = ("auto", "numpy", "cython", "ggml")
@@ -49,11 +51,11 @@ _DESCRIPTIONS = {
 }
 
 _global_choice = "auto"
-_n_threads = None
-_local_choice = contextvars.ContextVar("toy_backend", default=None)
+_n_threads: int | None = None
+_local_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("toy_backend", default=None)
 
 
-def set_backend(name):
+def set_backend(name: str) -> None:
     """Choose the backend of everything made from now on. Raises ValueError / BackendUnavailableError like `resolve`."""
     global _global_choice
     _check_available(name)
@@ -61,7 +63,7 @@ def set_backend(name):
 
 
 @contextlib.contextmanager
-def use_backend(name):
+def use_backend(name: str) -> Iterator[None]:
     """Choose the backend of everything made inside the `with` block (in this thread or task only)."""
     _check_available(name)
     token = _local_choice.set(name)
@@ -71,12 +73,12 @@ def use_backend(name):
         _local_choice.reset(token)
 
 
-def backends():
+def backends() -> list[BackendInfo]:
     """A `BackendInfo` row for every backend, the fastest first: available or not, and why not."""
     return [_describe(name) for name in _FASTEST_FIRST]
 
 
-def resolve(backend="auto", device="auto"):
+def resolve(backend: str = "auto", device: str = "auto") -> Resolved:
     """The backend and device to use -> `Resolved`.
 
     Raises ValueError for an unknown name or a device the backend does not have, and BackendUnavailableError for a backend
@@ -90,7 +92,7 @@ def resolve(backend="auto", device="auto"):
     if chosen == "auto":
         rows = backends()
         chosen = next(row.name for row in rows if row.available)
-        missing = {}  # reason -> names: the missing kernels are one reason for two
+        missing: dict[str, list[str]] = {}  # reason -> names: the missing kernels are one reason for two
         for row in rows[: [row.name for row in rows].index(chosen)]:
             missing.setdefault(row.reason, []).append(row.name)
         reasons = "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in missing.items())
@@ -104,7 +106,7 @@ def resolve(backend="auto", device="auto"):
     return Resolved(chosen, "cpu", origin)
 
 
-def missing_kernels_notice(choice):
+def missing_kernels_notice(choice: Resolved) -> str:
     """One line for whoever got numpy without asking for it: the kernels are missing, why, and what to type; else "".
 
     choice: the `Resolved` of `resolve`.
@@ -115,7 +117,7 @@ def missing_kernels_notice(choice):
     return f"this runs on numpy, several times slower than it could: {row.reason}"
 
 
-def set_num_threads(n):
+def set_num_threads(n: int) -> None:
     """Use n threads on every backend: numpy's BLAS and the compiled kernels at once, ggml graphs realized from now on.
 
     Raises ValueError unless n is a whole number of at least 1. Without this call it is TOY_NUM_THREADS or the processors
@@ -133,7 +135,7 @@ def set_num_threads(n):
     _n_threads = n
 
 
-def _kernel_threads():
+def _kernel_threads() -> ModuleType | None:
     """The module that says how many threads the compiled kernels use, None where they are not built."""
     try:
         ops_for("cython")
@@ -145,7 +147,7 @@ def _kernel_threads():
 
 
 @contextlib.contextmanager
-def use_num_threads(n):
+def use_num_threads(n: int | None) -> Iterator[None]:
     """`set_num_threads(n)` inside the `with` block, what was before it afterwards. None: nothing is changed."""
     if n is None:
         yield
@@ -165,7 +167,7 @@ def use_num_threads(n):
                 kernels.set_num_threads(kernels_before)
 
 
-def _follow_environment_threads():
+def _follow_environment_threads() -> None:
     """TOY_NUM_THREADS, which the kernels and ggml read themselves, holds for numpy's BLAS as well."""
     setting = os.environ.get("TOY_NUM_THREADS", "").strip()
     if setting and _n_threads is None:
@@ -174,17 +176,23 @@ def _follow_environment_threads():
         set_num_threads(int(setting))
 
 
-def num_threads():
+def num_threads() -> int | None:
     """What `set_num_threads` was told, None before it was."""
     return _n_threads
 
 
-def ops_for(backend):
+def ops_for(backend: str) -> OpTable:
     """The op table of an eager backend name ("numpy", "cython")."""
-    return importlib.import_module(_TABLES[backend])
+    if backend == "cython":
+        from toy.ops import accelerated
+
+        return accelerated
+    from toy.ops import reference
+
+    return reference
 
 
-def eager_ops(backend="auto"):
+def eager_ops(backend: str = "auto") -> OpTable:
     """The op table for models that run op by op: the chosen backend's, or the fastest eager one where ggml is chosen."""
     chosen = resolve(backend).backend
     if chosen not in _TABLES:
@@ -192,7 +200,7 @@ def eager_ops(backend="auto"):
     return ops_for(chosen)
 
 
-def _ambient_choice():
+def _ambient_choice() -> tuple[str, str]:
     local = _local_choice.get()
     if local not in (None, "auto"):
         return local, "chosen by use_backend()"
@@ -204,7 +212,7 @@ def _ambient_choice():
     return "auto", ""
 
 
-def _check_available(name, origin=""):
+def _check_available(name: str, origin: str = "") -> None:
     if name not in BACKEND_NAMES:
         by = f" ({origin})" if origin.startswith("chosen") else ""
         raise ValueError(f"unknown backend {name!r}{by}: choose one of {', '.join(BACKEND_NAMES)}")
@@ -214,7 +222,7 @@ def _check_available(name, origin=""):
             raise BackendUnavailableError(f"backend {name!r} is not available: {row.reason}")
 
 
-def _describe(name):
+def _describe(name: str) -> BackendInfo:
     facts = {"numpy": _numpy_facts, "cython": _cython_facts, "ggml": _ggml_facts}[name]
     try:
         threads, version = facts()
@@ -223,11 +231,11 @@ def _describe(name):
     return BackendInfo(name, True, "", threads, version, _DESCRIPTIONS[name])
 
 
-def _numpy_facts():
+def _numpy_facts() -> tuple[int | None, str]:
     return _blas_threads(), f"numpy {np.__version__}"
 
 
-def _cython_facts():
+def _cython_facts() -> tuple[int | None, str]:
     ops_for("cython")
     from toy import _kernels
 
@@ -238,7 +246,7 @@ def _cython_facts():
     return facts["threads"], f"{blas}, {facts['simd_bits']}-bit SIMD"
 
 
-def _ggml_facts():
+def _ggml_facts() -> tuple[int | None, str]:
     import ggml_bridge
 
     threads, _ = _cython_facts()  # its CPU spelling runs the compiled kernels
@@ -250,7 +258,7 @@ def _ggml_facts():
     return threads, f"ggml {ggml_bridge.version()}"
 
 
-def _ggml_device(device):
+def _ggml_device(device: str) -> str:
     """The device name that the engine takes. Raises BackendUnavailableError, with the devices found, for one not there."""
     if device in ("auto", "cpu", "cpu-native"):
         return "cpu" if device == "auto" else device
@@ -262,7 +270,7 @@ def _ggml_device(device):
         raise BackendUnavailableError(str(error)) from error
 
 
-def _blas_threads():
+def _blas_threads() -> int | None:
     from threadpoolctl import threadpool_info
 
     counts = [

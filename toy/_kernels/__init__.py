@@ -12,9 +12,10 @@ Importing this package raises ImportError, with what to do, when the kernels are
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 
-def rebuild_command():
+def rebuild_command() -> str:
     """What to type to compile this installation of toy again, from where it came: its checkout, a folder, the index."""
     root = Path(__file__).resolve().parents[2]
     if (root / "setup.py").exists():
@@ -25,7 +26,7 @@ def rebuild_command():
     return f"pip install --force-reinstall --no-cache-dir --no-deps {source}"
 
 
-def _installed_from():
+def _installed_from() -> str | None:
     """The address that toy was installed from, for pip; None for an index or a wheel, which is compiled already."""
     try:
         record = json.loads(importlib.metadata.distribution("toy").read_text("direct_url.json") or "{}")
@@ -51,7 +52,7 @@ if cpu.missing_features():
     )
 
 
-def build_info():
+def build_info() -> dict[str, Any]:
     """How the kernels were built and what they run with: compiler, flags, SIMD width in bits, threads, BLAS."""
     from toy._kernels import blas, threads
 

@@ -11,7 +11,7 @@ Results agree with the reference to 2e-6 of the largest element. What differs:
 Importing this module raises ImportError, with what to do, where the kernels are not built.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,18 +19,21 @@ from toy._kernels import embedding as _embedding
 from toy._kernels import linear as _linear
 from toy._kernels import quantized as _quantized
 from toy._kernels.arrays import check_matrix
-
-# the ops that a kernel file lists in its __all__ are ops of this table
-from toy._kernels.attention import *  # noqa: F403
-from toy._kernels.elementwise import *  # noqa: F403
-from toy._kernels.embedding import *  # noqa: F403
-from toy._kernels.layout import *  # noqa: F403
-from toy._kernels.loss import *  # noqa: F403
-from toy._kernels.norms import *  # noqa: F403
-from toy._kernels.optimizer import *  # noqa: F403
 from toy._kernels.threads import get_num_threads, set_num_threads  # noqa: F401
+from toy.op_table import Array, Cache
 from toy.ops.reference import QUANTIZED_IS_FROZEN
-from toy.quantized import QuantizedMatrix
+from toy.quantized import Leaf, QuantizedMatrix
+
+if TYPE_CHECKING:  # the types of an op are those of its twin
+    from toy.ops.reference import *  # noqa: F403
+else:  # the ops that a kernel file lists in its __all__ are ops of this table
+    from toy._kernels.attention import *  # noqa: F403
+    from toy._kernels.elementwise import *  # noqa: F403
+    from toy._kernels.embedding import *  # noqa: F403
+    from toy._kernels.layout import *  # noqa: F403
+    from toy._kernels.loss import *  # noqa: F403
+    from toy._kernels.norms import *  # noqa: F403
+    from toy._kernels.optimizer import *  # noqa: F403
 
 name = "accelerated"
 
@@ -41,7 +44,7 @@ class QuantizedCache(NamedTuple):
     weight: QuantizedMatrix
 
 
-def embedding(token_ids, table):
+def embedding(token_ids: Array, table: Leaf) -> tuple[Array, Cache]:
     """Look up one row per id. token_ids: int (N,), table: (V, D) -> (N, D)."""
     if isinstance(table, QuantizedMatrix):
         compiled = table.type in _quantized.TYPES
@@ -50,7 +53,7 @@ def embedding(token_ids, table):
     return _embedding.embedding(token_ids, table)
 
 
-def embedding_backward(d_out, cache, d_table):
+def embedding_backward(d_out: Array, cache: Cache, d_table: Array | None) -> None:
     """d_out: (N, D). Adds into d_table (V, D); an id that occurs k times collects k rows. None = frozen."""
     if not isinstance(cache, QuantizedCache):
         _embedding.embedding_backward(d_out, cache, d_table)
@@ -58,7 +61,7 @@ def embedding_backward(d_out, cache, d_table):
         raise ValueError(QUANTIZED_IS_FROZEN)
 
 
-def linear(x, weight, bias=None):
+def linear(x: Array, weight: Leaf, bias: Array | None = None) -> tuple[Array, Cache]:
     """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out)."""
     if not isinstance(weight, QuantizedMatrix):
         return _linear.linear(x, weight, bias)
@@ -74,7 +77,7 @@ def linear(x, weight, bias=None):
     return y, QuantizedCache(weight)
 
 
-def linear_backward(d_y, cache, d_weight, d_bias=None):
+def linear_backward(d_y: Array, cache: Cache, d_weight: Array | None, d_bias: Array | None = None) -> Array:
     """d_y: (N, out) -> d_x (N, in). Adds into d_weight (out, in) and d_bias (out,); None = frozen."""
     if not isinstance(cache, QuantizedCache):
         return _linear.linear_backward(d_y, cache, d_weight, d_bias)

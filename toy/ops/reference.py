@@ -15,12 +15,14 @@ Conventions, the same in every op table:
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from toy.arrays import whole_numbers
-from toy.quantized import QuantizedMatrix
+from toy.op_table import Array
+from toy.quantized import Leaf, QuantizedMatrix
 
 name = "reference"
 
@@ -34,7 +36,7 @@ class EmbeddingCache(NamedTuple):
     table_is_quantized: bool = False
 
 
-def embedding(token_ids, table):
+def embedding(token_ids: Array, table: Leaf) -> tuple[Array, EmbeddingCache]:
     """Look up one row per id. token_ids: int (N,), table: (V, D) -> (N, D)."""
     token_ids = whole_numbers("token_ids", token_ids, 0, table.shape[0])
     if isinstance(table, QuantizedMatrix):
@@ -42,7 +44,7 @@ def embedding(token_ids, table):
     return table[token_ids], EmbeddingCache(token_ids)
 
 
-def embedding_backward(d_out, cache, d_table):
+def embedding_backward(d_out: Array, cache: EmbeddingCache, d_table: Array | None) -> None:
     """d_out: (N, D). Adds into d_table (V, D); an id that occurs k times collects k rows."""
     if d_table is not None:
         if cache.table_is_quantized:
@@ -65,28 +67,28 @@ QUANTIZED_IS_FROZEN = (
 )
 
 
-def linear(x, weight, bias=None):
+def linear(x: Array, weight: Leaf, bias: Array | None = None) -> tuple[Array, LinearCache]:
     """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out)."""
-    quantized = isinstance(weight, QuantizedMatrix)
-    y = _times_quantized_transposed(x, weight) if quantized else x @ weight.T
+    y = _times_quantized_transposed(x, weight) if isinstance(weight, QuantizedMatrix) else x @ weight.T
     if bias is not None:
         y += bias
-    return y, LinearCache(None if quantized else x, weight)
+    return y, LinearCache(None if isinstance(weight, QuantizedMatrix) else x, weight)
 
 
-def linear_backward(d_y, cache, d_weight, d_bias=None):
+def linear_backward(d_y: Array, cache: LinearCache, d_weight: Array | None, d_bias: Array | None = None) -> Array:
     """d_y: (N, out) -> d_x (N, in). Adds into d_weight (out, in) and d_bias (out,)."""
-    quantized = isinstance(cache.weight, QuantizedMatrix)
     if d_weight is not None:
-        if quantized:
+        if isinstance(cache.weight, QuantizedMatrix):
             raise ValueError(QUANTIZED_IS_FROZEN)
         d_weight += d_y.T @ cache.x  # (out, N) @ (N, in)
     if d_bias is not None:
         d_bias += d_y.sum(axis=0)
-    return _times_quantized(d_y, cache.weight) if quantized else d_y @ cache.weight  # (N, out) @ (out, in)
+    if isinstance(cache.weight, QuantizedMatrix):
+        return _times_quantized(d_y, cache.weight)
+    return d_y @ cache.weight  # (N, out) @ (out, in)
 
 
-def _times_quantized_transposed(x, weight):
+def _times_quantized_transposed(x: Array, weight: QuantizedMatrix) -> Array:
     """x W^T, a band of rows of W at a time: x (N, in) -> (N, out)."""
     y = np.empty((len(x), weight.shape[0]), x.dtype)
     for rows in weight.bands():
@@ -94,7 +96,7 @@ def _times_quantized_transposed(x, weight):
     return y
 
 
-def _times_quantized(d_y, weight):
+def _times_quantized(d_y: Array, weight: QuantizedMatrix) -> Array:
     """d_y W, a band of rows of W at a time: d_y (N, out) -> (N, in)."""
     d_x = np.zeros((len(d_y), weight.shape[1]), d_y.dtype)
     for rows in weight.bands():
@@ -107,27 +109,27 @@ def _times_quantized(d_y, weight):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def add(a, b):
+def add(a: Array, b: Array) -> Array:
     """a + b, both (N, D). Its backward needs no op: the gradient goes unchanged to both summands."""
     return a + b
 
 
-def scale(x, factor):
+def scale(x: Array, factor: float) -> Array:
     """factor * x for a plain number. Its backward is the same op on the gradient."""
     return x * x.dtype.type(factor)
 
 
-def split(x, widths):
+def split(x: Array, widths: Sequence[int]) -> tuple[Array, ...]:
     """Cut the columns of x (N, sum(widths)) into matrices (N, w) for w in widths (views, nothing is copied)."""
     return tuple(np.split(x, np.cumsum(widths)[:-1], axis=1))
 
 
-def concat(parts):
+def concat(parts: Sequence[Array]) -> Array:
     """Put matrices (N, w_i) side by side -> (N, sum w_i). The backward of `split`."""
     return np.concatenate(parts, axis=1)
 
 
-def reshape(x, rows):
+def reshape(x: Array, rows: int) -> Array:
     """The numbers of x (N, D) row after row as (rows, N*D/rows): a view if x is C-contiguous, else of a copy.
 
     Its backward is the same op, with the rows that x had. With B rows, one for each sequence, `split` and `concat` cut
@@ -136,7 +138,7 @@ def reshape(x, rows):
     return x.reshape(rows, -1)
 
 
-def zeros_like(x):
+def zeros_like(x: Array) -> Array:
     """Zeros in the shape of x (N, D): the gradient of what has no part in the loss."""
     return np.zeros_like(x)
 
@@ -152,13 +154,13 @@ class RMSNormCache(NamedTuple):
     gamma: np.ndarray  # (D,)
 
 
-def rms_norm(x, gamma, eps=1e-5):
+def rms_norm(x: Array, gamma: Array, eps: float = 1e-5) -> tuple[Array, RMSNormCache]:
     """x: (N, D), gamma: (D,) -> (N, D)."""
     rstd = 1.0 / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + x.dtype.type(eps))  # (N, 1)
     return x * rstd * gamma, RMSNormCache(x, rstd, gamma)
 
 
-def rms_norm_backward(d_y, cache, d_gamma):
+def rms_norm_backward(d_y: Array, cache: RMSNormCache, d_gamma: Array | None) -> Array:
     """d_y: (N, D) -> d_x (N, D). Adds into d_gamma (D,)."""
     x, rstd, gamma = cache
     x_hat = x * rstd  # (N, D)
@@ -181,7 +183,7 @@ class LayerNormCache(NamedTuple):
     gamma: np.ndarray  # (D,)
 
 
-def layer_norm(x, gamma, beta, eps=1e-5):
+def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> tuple[Array, LayerNormCache]:
     """x: (N, D), gamma and beta: (D,) -> (N, D). The variance is the biased one (divided by D)."""
     mean = x.mean(axis=1, keepdims=True)  # (N, 1)
     centred = x - mean
@@ -189,7 +191,7 @@ def layer_norm(x, gamma, beta, eps=1e-5):
     return centred * rstd * gamma + beta, LayerNormCache(x, mean, rstd, gamma)
 
 
-def layer_norm_backward(d_y, cache, d_gamma, d_beta):
+def layer_norm_backward(d_y: Array, cache: LayerNormCache, d_gamma: Array | None, d_beta: Array | None) -> Array:
     """d_y: (N, D) -> d_x (N, D). Adds into d_gamma and d_beta (D,)."""
     x, mean, rstd, gamma = cache
     x_hat = (x - mean) * rstd  # (N, D)
@@ -216,13 +218,13 @@ class GELUCache(NamedTuple):
     x: np.ndarray  # (N, F)
 
 
-def gelu(x):
+def gelu(x: Array) -> tuple[Array, GELUCache]:
     """x: (N, F) -> (N, F)."""
     tanh = np.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x * x * x))
     return 0.5 * x * (1.0 + tanh), GELUCache(x)
 
 
-def gelu_backward(d_y, cache):
+def gelu_backward(d_y: Array, cache: GELUCache) -> Array:
     """d_y: (N, F) -> d_x (N, F)."""
     x = cache.x
     tanh = np.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x * x * x))
@@ -244,29 +246,29 @@ class SwiGLUCache(NamedTuple):
     up: np.ndarray  # (N, F)
 
 
-def _sigmoid(x):
+def _sigmoid(x: Array) -> Array:
     # exp of a non-positive number only, so that no x overflows
     small = np.exp(-np.abs(x))
     return np.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
-def silu(x):
+def silu(x: Array) -> tuple[Array, SiLUCache]:
     """x: (N, F) -> (N, F)."""
     return x * _sigmoid(x), SiLUCache(x)
 
 
-def silu_backward(d_y, cache):
+def silu_backward(d_y: Array, cache: SiLUCache) -> Array:
     """d_y: (N, F) -> d_x (N, F)."""
     sigmoid = _sigmoid(cache.x)
     return d_y * sigmoid * (1.0 + cache.x * (1.0 - sigmoid))
 
 
-def swiglu(gate, up):
+def swiglu(gate: Array, up: Array) -> tuple[Array, SwiGLUCache]:
     """gate, up: (N, F) -> (N, F)."""
     return gate * _sigmoid(gate) * up, SwiGLUCache(gate, up)
 
 
-def swiglu_backward(d_y, cache):
+def swiglu_backward(d_y: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
     """d_y: (N, F) -> d_gate, d_up, both (N, F)."""
     gate, up = cache
     sigmoid = _sigmoid(gate)
@@ -285,7 +287,7 @@ class RopeCache(NamedTuple):
     sin: np.ndarray  # (N, 1, d_head/2)
 
 
-def rope(x, positions, n_heads, base=10000.0):
+def rope(x: Array, positions: Array, n_heads: int, base: float = 10000.0) -> tuple[Array, RopeCache]:
     """x: (N, n_heads*d_head), positions: int (N,) -> (N, n_heads*d_head). d_head must be even."""
     d_head = x.shape[1] // n_heads
     frequencies = float(base) ** (-np.arange(0, d_head, 2) / d_head)  # (d_head/2,) float64
@@ -295,12 +297,12 @@ def rope(x, positions, n_heads, base=10000.0):
     return _rotate_pairs(x, cos, sin), RopeCache(cos, sin)
 
 
-def rope_backward(d_y, cache):
+def rope_backward(d_y: Array, cache: RopeCache) -> Array:
     """d_y: (N, n_heads*d_head) -> d_x. A rotation is orthogonal: its transpose turns back by the same angle."""
     return _rotate_pairs(d_y, cache.cos, -cache.sin)
 
 
-def _rotate_pairs(x, cos, sin):
+def _rotate_pairs(x: Array, cos: Array, sin: Array) -> Array:
     n, half = x.shape[0], cos.shape[2]
     pairs = x.reshape(n, x.shape[1] // (2 * half), half, 2)  # (N, heads, d_head/2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
@@ -321,7 +323,9 @@ class AttentionCache(NamedTuple):
     probabilities: np.ndarray  # (B, n_kv_heads, group, Tq, Tk); reshape to (B, n_heads, Tq, Tk) for a picture
 
 
-def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
+def attention(
+    q: Array, k: Array, v: Array, batch: int, n_heads: int, n_kv_heads: int | None = None, causal: bool = True
+) -> tuple[Array, AttentionCache]:
     """Multi-head attention.
 
     q: (B*Tq, n_heads*d_head), k and v: (B*Tk, n_kv_heads*d_head) -> (B*Tq, n_heads*d_head), B = batch.
@@ -343,7 +347,7 @@ def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
     return _from_heads(probabilities @ v), AttentionCache(q, k, v, probabilities)
 
 
-def attention_backward(d_out, cache):
+def attention_backward(d_out: Array, cache: AttentionCache) -> tuple[Array, Array, Array]:
     """d_out: (B*Tq, n_heads*d_head) -> d_q, d_k, d_v in the shapes of q, k, v."""
     q, k, v, probabilities = cache
     batch, n_kv_heads, group, _, d_head = q.shape
@@ -359,14 +363,14 @@ def attention_backward(d_out, cache):
     return _from_heads(d_q), _from_heads(d_k.sum(axis=2, keepdims=True)), _from_heads(d_v.sum(axis=2, keepdims=True))
 
 
-def _to_heads(x, batch, n_kv_heads, group):
+def _to_heads(x: Array, batch: int, n_kv_heads: int, group: int) -> Array:
     """(B*T, n_kv_heads*group*d_head) -> (B, n_kv_heads, group, T, d_head)."""
     rows, width = x.shape
     heads = x.reshape(batch, rows // batch, n_kv_heads, group, width // (n_kv_heads * group))
     return heads.transpose(0, 2, 3, 1, 4)
 
 
-def _from_heads(x):
+def _from_heads(x: Array) -> Array:
     """(B, n_kv_heads, group, T, d_head) -> (B*T, n_kv_heads*group*d_head)."""
     batch, n_kv_heads, group, t, d_head = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch * t, n_kv_heads * group * d_head)
@@ -383,7 +387,7 @@ class CrossEntropyCache(NamedTuple):
     n_counted: int
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits: Array, labels: Array) -> tuple[float, CrossEntropyCache]:
     """Mean of -log softmax(logits)[label].
 
     logits: (N, V). labels: int (N,) with -1 = this row is not counted, or float rows (N, V) (a distribution per row;
@@ -406,7 +410,7 @@ def cross_entropy(logits, labels):
     return loss, CrossEntropyCache(exponentials / total, labels, n_counted)
 
 
-def cross_entropy_backward(cache):
+def cross_entropy_backward(cache: CrossEntropyCache) -> Array:
     """-> d_logits (N, V): softmax - one_hot(label), divided by the number of counted rows; 0 in rows not counted."""
     probabilities, labels, n_counted = cache
     if labels.ndim == 1:
@@ -424,7 +428,7 @@ def cross_entropy_backward(cache):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def adamw_step(weight, gradient, m, v, hp):
+def adamw_step(weight: Array, gradient: Array, m: Array, v: Array, hp: Array) -> None:
     """One AdamW update (Loshchilov & Hutter 2019, algorithm 2), in place on weight, m and v; all of one shape.
 
     hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,).
@@ -441,6 +445,6 @@ def adamw_step(weight, gradient, m, v, hp):
     weight -= lr * (m * s5) / (np.sqrt(v * s6) + eps)
 
 
-def sum_of_squares(x):
+def sum_of_squares(x: Array) -> float:
     """Sum of x^2 over all elements of x (any shape), added up in double precision -> float. For the gradient norm."""
     return float(np.sum(np.square(x, dtype=np.float64)))

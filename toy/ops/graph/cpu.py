@@ -1,10 +1,14 @@
 """The graph table for the CPU: one node per op, computed by the project's own kernels. See `toy.ops.graph`."""
 
 import struct
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from toy.ops.graph.recording import GraphOps, check_attention, check_trained, is_quantized
+
+if TYPE_CHECKING:
+    from ggml_bridge.core import Tensor
 
 
 class CpuGraphOps(GraphOps):
@@ -350,6 +354,8 @@ def rope_tables(n_positions, d_head, base):
 
 class _Columns(tuple):
     """Column views of one matrix, `whole`, which `concat` gives back without a copy."""
+
+    whole: "Tensor"
 
     def __new__(cls, parts, whole):
         self = super().__new__(cls, parts)

@@ -135,7 +135,7 @@ class NativeGraphOps(GraphOps):
     def attention_backward(self, d_out, cache):
         g = self.graph
         q, k, v, p, scores, kept = cache
-        batch, n_heads, n_kv_heads = *q.shape[:2], k.shape[1]
+        (batch, n_heads), n_kv_heads = q.shape[:2], k.shape[1]
         d_out = self._to_heads(d_out, batch, n_heads)  # (B, H, Tq, d)
         d_p = g.mul_mat(v, d_out)  # (B, H, Tq, Tk)
         (d_scores,) = rules.softmax_backward(g, d_p, kept, scores)  # (B, H, Tq, Tk)

@@ -1,0 +1,1 @@
+CONTIGUOUS_ROWS: str

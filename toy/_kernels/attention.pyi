@@ -1,0 +1,14 @@
+# the ops (__all__) have the types of toy/ops/reference.py: toy/ops/accelerated.py says so
+
+import numpy as np
+
+FORM: str
+FORM_BACKWARD: str
+
+class AttentionCache:
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    largest: np.ndarray
+    @property
+    def probabilities(self) -> np.ndarray: ...

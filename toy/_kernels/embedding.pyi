@@ -1,0 +1,23 @@
+# the ops (__all__) have the types of toy/ops/reference.py: toy/ops/accelerated.py says so
+
+import numpy as np
+
+FORM: str
+FORM_BACKWARD: str
+FORM_ROPE: str
+FORM_ROPE_BACKWARD: str
+
+class EmbeddingCache:
+    token_ids: np.ndarray
+    table_rows: int
+    columns: int
+
+class RopeCache:
+    positions: np.ndarray
+    cosines: np.ndarray
+    sines: np.ndarray
+    n_heads: int
+    d_head: int
+
+def embedding(token_ids: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, EmbeddingCache]: ...
+def embedding_backward(d_out: np.ndarray, cache: EmbeddingCache, d_table: np.ndarray | None) -> None: ...

@@ -1,0 +1,1 @@
+# the ops (__all__) have the types of toy/ops/reference.py: toy/ops/accelerated.py says so

@@ -1,0 +1,13 @@
+import numpy as np
+
+FORM: str
+FORM_BACKWARD: str
+
+class LinearCache:
+    x: np.ndarray
+    weight: np.ndarray
+
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> tuple[np.ndarray, LinearCache]: ...
+def linear_backward(
+    d_y: np.ndarray, cache: LinearCache, d_weight: np.ndarray | None, d_bias: np.ndarray | None = None
+) -> np.ndarray: ...
