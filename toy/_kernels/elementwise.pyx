@@ -160,6 +160,7 @@ cdef void exp_forward(void* args, int ith, int nth) noexcept nogil:
 
 # by name: what a graph of ggml may use as a node
 cdef dict KERNELS = {
+    "add": <uintptr_t> <void*> add_forward,
     "gelu": <uintptr_t> <void*> gelu_forward,
     "gelu_backward": <uintptr_t> <void*> gelu_backward_,
     "silu": <uintptr_t> <void*> silu_forward,

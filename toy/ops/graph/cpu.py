@@ -1,5 +1,6 @@
 """The graph table for the CPU: one node per op, computed by the project's own kernels. See `toy.ops.graph`."""
 
+import math
 import struct
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,11 @@ from toy.ops.graph.recording import GraphOps, check_attention, check_trained, is
 
 if TYPE_CHECKING:
     from ggml_bridge.core import Tensor
+
+
+# kernels that read every number once, and whose result does not depend on the number of slices
+ONE_PASS = {"elementwise", "embedding", "rms_norm", "layer_norm", "rope", "add_partials", "scaled", "adamw"}
+WORTH_TWO_THREADS = 2**14  # numbers: some 10 microseconds
 
 
 class CpuGraphOps(GraphOps):
@@ -42,10 +48,21 @@ class CpuGraphOps(GraphOps):
 
     def _node(self, kernel, *arguments, called=None, **options):
         """A node that a kernel computes, named after it: "linear 3"."""
+        if options.get("n_tasks") is None:
+            options["n_tasks"] = self._tasks(kernel, *arguments[:2])
         return self.graph.custom(kernel, *arguments, name=self._numbered(called or self._called(kernel)), **options)
 
-    def _node_into(self, kernel, *arguments, **options):
-        return self.graph.custom_into(kernel, *arguments, name=self._numbered(self._called(kernel)), **options)
+    def _node_into(self, kernel, target, inputs, **options):
+        tasks = self._tasks(kernel, inputs, target.shape)
+        name = self._numbered(self._called(kernel))
+        return self.graph.custom_into(kernel, target, inputs, name=name, n_tasks=tasks, **options)
+
+    def _tasks(self, kernel, inputs, shape):
+        """Into how many slices a node is cut: 1 where waking a second thread would take longer than the work itself."""
+        if self._called(kernel) not in ONE_PASS:
+            return None
+        numbers = math.prod(shape) + sum(math.prod(tensor.shape) for tensor in inputs)
+        return 1 if numbers < WORTH_TWO_THREADS else None
 
     def _called(self, kernel):
         return self.kernels.NAMES[id(kernel)]
@@ -228,6 +245,9 @@ class CpuGraphOps(GraphOps):
         if cheap:
             self._cheap(out, record)
         return out if gradients == 1 else self.split(out, [columns] * gradients)
+
+    def add(self, a, b):
+        return self._elementwise("add", a, b)
 
     # -- rope ---------------------------------------------------------------------------------------------------------
 
