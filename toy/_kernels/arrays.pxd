@@ -21,9 +21,31 @@ cdef int get_weight_gradient(
     Matrix* out, object array, object name, Py_ssize_t rows, Py_ssize_t columns, object form
 ) except -1
 cdef float* get_vector_gradient(object array, object name, Py_ssize_t size, object form) except? NULL
-# What is written must not overlap what is read, or another result: in which order slices run is not fixed. None and empty
-# arrays overlap nothing; what is neither has been checked before.
-cdef int check_apart(object written, object name, object other, object other_name, object form) except -1
+# What is written must not overlap what is read, or another result: in which order slices run is not fixed. A span is the
+# memory from the first number of an array to after its last one; arrays of overlapping spans are looked at more closely.
+cdef struct Span:
+    const char* start
+    const char* end
+
+cdef inline Span no_span() noexcept nogil:    # of an array that is not given
+    return Span(NULL, NULL)
+
+cdef inline Span matrix_span(const Matrix* m) noexcept nogil:
+    if m.rows == 0 or m.columns == 0:
+        return no_span()
+    return Span(<const char*> m.data, <const char*> (m.data + (m.rows - 1) * m.stride + m.columns))
+
+cdef inline Span vector_span(const void* data, Py_ssize_t n_bytes) noexcept nogil:
+    return Span(<const char*> data, <const char*> data + n_bytes)
+
+cdef inline int check_apart(
+    Span a, object written, object name, Span b, object other, object other_name, object form
+) except -1:
+    if b.start < a.end and a.start < b.end:
+        refuse_shared(written, name, other, other_name, form)
+    return 0
+
+cdef int refuse_shared(object written, object name, object other, object other_name, object form) except -1
 # float32, any number of axes, C-contiguous; `like` is an array whose shape it must have, or None; *size: its elements
 cdef float* get_flat(object array, object name, object like, bint writable, Py_ssize_t* size, object form) except? NULL
 # An int64 copy of a 1-d array of any integer dtype: a copy, because backwards index with it and the caller may reuse

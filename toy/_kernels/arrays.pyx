@@ -1,6 +1,7 @@
 # cython: language_level=3, cdivision=True
 """Checks of the arrays that come in from Python: the kernels get bare pointers, so whatever is wrong is caught here."""
 
+from cpython.long cimport PyLong_AsLongAndOverflow
 from libc.limits cimport INT_MAX
 cimport numpy as cnp
 import numpy as np
@@ -161,27 +162,10 @@ cdef long long* integers_data(object array) noexcept:
     return <long long*> cnp.PyArray_DATA(array)
 
 
-cdef int check_apart(object written, object name, object other, object other_name, object form) except -1:
-    cdef char* start
-    cdef char* end
-    cdef char* other_start
-    cdef char* other_end
-    if written is None or other is None or cnp.PyArray_SIZE(written) == 0 or cnp.PyArray_SIZE(other) == 0:
-        return 0
-    find_bounds(written, &start, &end)
-    find_bounds(other, &other_start, &other_end)
-    if other_start < end and start < other_end and np.shares_memory(written, other):
+cdef int refuse_shared(object written, object name, object other, object other_name, object form) except -1:
+    if np.shares_memory(written, other):
         raise ValueError(f"{name} and {other_name} are the same memory, or overlap: pass arrays of their own. {form}")
     return 0
-
-
-cdef void find_bounds(object array, char** start, char** end) noexcept:
-    """The first byte of an array that is not empty, and the one after its last; its strides are not negative."""
-    cdef int axis
-    start[0] = <char*> cnp.PyArray_DATA(array)
-    end[0] = start[0] + cnp.PyArray_ITEMSIZE(array)
-    for axis in range(cnp.PyArray_NDIM(array)):
-        end[0] += (cnp.PyArray_DIM(array, axis) - 1) * cnp.PyArray_STRIDE(array, axis)
 
 
 cdef bint is_one_number(object value) except -1:
@@ -190,7 +174,13 @@ cdef bint is_one_number(object value) except -1:
 
 
 cdef Py_ssize_t get_count(object value, object name, Py_ssize_t low, Py_ssize_t high, object form) except? -1:
-    if not isinstance(value, bool) and is_one_number(value):
+    cdef int overflow
+    cdef long quick
+    if type(value) is int:  # the usual case
+        quick = PyLong_AsLongAndOverflow(value, &overflow)
+        if not overflow and low <= quick <= high:
+            return quick
+    elif not isinstance(value, bool) and is_one_number(value):
         try:
             whole = value.__index__()
         except (AttributeError, TypeError):  # no whole number

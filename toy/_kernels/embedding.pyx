@@ -11,7 +11,7 @@ cimport numpy as cnp
 
 from toy._kernels.arrays cimport (
     ANY, Matrix, check_apart, check_cache, check_filled, get_count, get_integers, get_matrix, get_number, get_weight,
-    get_weight_gradient, integers_data, new_matrix,
+    get_weight_gradient, integers_data, matrix_span, new_matrix,
 )
 from toy._kernels.threads cimport run, slice_start, slices_for
 
@@ -84,7 +84,7 @@ def embedding_backward(d_out, cache, d_table):
     if d_table is None:
         return
     get_weight_gradient(&d_table_, d_table, "d_table", args.table_rows, args.columns, FORM_BACKWARD)
-    check_apart(d_table, "d_table", d_out, "d_out", FORM_BACKWARD)
+    check_apart(matrix_span(&d_table_), d_table, "d_table", matrix_span(&d_out_), d_out, "d_out", FORM_BACKWARD)
     args.ids, args.d_table = integers_data(saved.token_ids), d_table_.data
     args.d_rows, args.rows_stride = d_out_.data, d_out_.stride
     with nogil:

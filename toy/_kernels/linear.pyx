@@ -11,7 +11,8 @@ from libc.string cimport memcpy, memset
 
 from toy._kernels cimport blas
 from toy._kernels.arrays cimport (
-    ANY, Matrix, check_apart, check_cache, check_filled, get_matrix, get_vector, get_vector_gradient, get_weight, get_weight_gradient, new_matrix,
+    ANY, Matrix, Span, check_apart, check_cache, check_filled, get_matrix, get_vector, get_vector_gradient, get_weight,
+    get_weight_gradient, matrix_span, new_matrix, no_span, vector_span,
 )
 from toy._kernels.threads cimport run, slice_start
 
@@ -148,11 +149,17 @@ def linear_backward(d_y, cache, d_weight, d_bias=None):
         args.d_weight = d_weight_matrix.data
     if d_bias is not None:
         args.d_bias = get_vector_gradient(d_bias, "d_bias", args.n_out, FORM_BACKWARD)
-    check_apart(d_weight, "d_weight", d_bias, "d_bias", FORM_BACKWARD)
-    for written, name in ((d_weight, "d_weight"), (d_bias, "d_bias")):
-        check_apart(written, name, d_y, "d_y", FORM_BACKWARD)
-        check_apart(written, name, saved.x, "the cache's x", FORM_BACKWARD)
-        check_apart(written, name, saved.weight, "the cache's weight", FORM_BACKWARD)
+    cdef Span to_weight = no_span() if d_weight is None else matrix_span(&d_weight_matrix)
+    cdef Span to_bias = vector_span(args.d_bias, args.n_out * sizeof(float) if d_bias is not None else 0)
+    cdef Span of_d_y = matrix_span(&d_y_matrix), of_x = matrix_span(&saved.x_matrix)
+    cdef Span of_weight = matrix_span(&saved.weight_matrix)
+    check_apart(to_weight, d_weight, "d_weight", to_bias, d_bias, "d_bias", FORM_BACKWARD)
+    check_apart(to_weight, d_weight, "d_weight", of_d_y, d_y, "d_y", FORM_BACKWARD)
+    check_apart(to_weight, d_weight, "d_weight", of_x, saved.x, "the cache's x", FORM_BACKWARD)
+    check_apart(to_weight, d_weight, "d_weight", of_weight, saved.weight, "the cache's weight", FORM_BACKWARD)
+    check_apart(to_bias, d_bias, "d_bias", of_d_y, d_y, "d_y", FORM_BACKWARD)
+    check_apart(to_bias, d_bias, "d_bias", of_x, saved.x, "the cache's x", FORM_BACKWARD)
+    check_apart(to_bias, d_bias, "d_bias", of_weight, saved.weight, "the cache's weight", FORM_BACKWARD)
     d_x = new_matrix(&d_x_matrix, args.n, args.n_in)
     args.d_y, args.d_y_stride = d_y_matrix.data, d_y_matrix.stride
     args.x, args.x_stride = saved.x_matrix.data, saved.x_matrix.stride

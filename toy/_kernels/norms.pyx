@@ -10,7 +10,8 @@ from libc.math cimport sqrtf
 from libc.string cimport memset
 
 from toy._kernels.arrays cimport (
-    ANY, Matrix, check_apart, check_cache, check_filled, get_matrix, get_number, get_vector, get_vector_gradient, new_matrix,
+    ANY, Matrix, Span, check_apart, check_cache, check_filled, get_matrix, get_number, get_vector, get_vector_gradient,
+    matrix_span, new_matrix, vector_span,
 )
 from toy._kernels.memory cimport empty_vector
 from toy._kernels.threads cimport run, slice_start, slices_for
@@ -185,11 +186,18 @@ cdef object backward(object d_y, NormCache cache, object d_gamma, object d_beta,
     if d_beta is not None:
         beta_total = get_vector_gradient(d_beta, "d_beta", args.columns, form)
         args.partial_beta = partials_matrix.data + slices * args.columns
-    check_apart(d_gamma, "d_gamma", d_beta, "d_beta", form)
-    for written, name in ((d_gamma, "d_gamma"), (d_beta, "d_beta")):
-        check_apart(written, name, d_y, "d_y", form)
-        check_apart(written, name, cache.x, "the cache's x", form)
-        check_apart(written, name, cache.gamma, "the cache's gamma", form)
+    cdef Py_ssize_t width = args.columns * sizeof(float)
+    cdef Span to_gamma = vector_span(gamma_total, width if d_gamma is not None else 0)
+    cdef Span to_beta = vector_span(beta_total, width if d_beta is not None else 0)
+    cdef Span of_d_y = matrix_span(&d_y_matrix), of_x = matrix_span(&cache.x_matrix)
+    cdef Span of_gamma = vector_span(args.gamma, width)
+    check_apart(to_gamma, d_gamma, "d_gamma", to_beta, d_beta, "d_beta", form)
+    check_apart(to_gamma, d_gamma, "d_gamma", of_d_y, d_y, "d_y", form)
+    check_apart(to_gamma, d_gamma, "d_gamma", of_x, cache.x, "the cache's x", form)
+    check_apart(to_gamma, d_gamma, "d_gamma", of_gamma, cache.gamma, "the cache's gamma", form)
+    check_apart(to_beta, d_beta, "d_beta", of_d_y, d_y, "d_y", form)
+    check_apart(to_beta, d_beta, "d_beta", of_x, cache.x, "the cache's x", form)
+    check_apart(to_beta, d_beta, "d_beta", of_gamma, cache.gamma, "the cache's gamma", form)
     d_x = new_matrix(&d_x_matrix, args.rows, args.columns)
     args.d_y, args.d_y_stride = d_y_matrix.data, d_y_matrix.stride
     args.x, args.x_stride = cache.x_matrix.data, cache.x_matrix.stride

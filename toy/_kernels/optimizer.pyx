@@ -8,7 +8,7 @@ import numpy as np
 
 cimport numpy as cnp
 
-from toy._kernels.arrays cimport check_apart, get_flat
+from toy._kernels.arrays cimport Span, check_apart, get_flat, vector_span
 from toy._kernels.threads cimport run, slice_start, slices_for
 
 cnp.import_array()
@@ -68,11 +68,15 @@ def adamw_step(weight, gradient, m, v, hp):
     if numbers.size != 7:
         raise ValueError(f"hp: has shape {numbers.shape}, expected (1, 7) or (7,). {FORM}")
     numbers = np.ascontiguousarray(numbers, dtype=np.float32)
-    for written, name in ((weight, "weight"), (m, "m"), (v, "v")):
-        check_apart(written, name, gradient, "gradient", FORM)
-    check_apart(weight, "weight", m, "m", FORM)
-    check_apart(weight, "weight", v, "v", FORM)
-    check_apart(m, "m", v, "v", FORM)
+    cdef Py_ssize_t n_bytes = a.size * sizeof(float)
+    cdef Span of_weight = vector_span(a.weight, n_bytes), of_gradient = vector_span(a.gradient, n_bytes)
+    cdef Span of_m = vector_span(a.m, n_bytes), of_v = vector_span(a.v, n_bytes)
+    check_apart(of_weight, weight, "weight", of_gradient, gradient, "gradient", FORM)
+    check_apart(of_weight, weight, "weight", of_m, m, "m", FORM)
+    check_apart(of_weight, weight, "weight", of_v, v, "v", FORM)
+    check_apart(of_m, m, "m", of_gradient, gradient, "gradient", FORM)
+    check_apart(of_m, m, "m", of_v, v, "v", FORM)
+    check_apart(of_v, v, "v", of_gradient, gradient, "gradient", FORM)
     cdef float* row = <float*> cnp.PyArray_DATA(numbers)
     a.lr, a.beta1, a.beta2, a.eps, a.weight_decay, a.s5, a.s6 = row[0], row[1], row[2], row[3], row[4], row[5], row[6]
     with nogil:

@@ -16,7 +16,8 @@ cimport numpy as cnp
 
 from toy._kernels cimport blas
 from toy._kernels.arrays cimport (
-    ANY, Matrix, check_apart, get_integers, get_matrix, get_vector, get_vector_gradient, integers_data, new_matrix,
+    ANY, Matrix, Span, check_apart, get_integers, get_matrix, get_vector, get_vector_gradient, integers_data, matrix_span,
+    new_matrix, vector_span,
 )
 from toy._kernels.memory cimport empty_vector
 from toy._kernels.threads cimport run, slice_start, slices_for
@@ -242,7 +243,8 @@ def dequantize(raw, type, out):
     get_matrix(&out_, out, "out", weight.n_out, weight.n_in, "dequantize: raw (rows, bytes), out (rows, numbers)")
     if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError("out is read-only, but the result is written into it: pass a writable array")
-    check_apart(out, "out", raw, "raw", "dequantize: raw (rows, bytes), out (rows, numbers)")
+    cdef Span of_raw = vector_span(weight.data, cnp.PyArray_SIZE(raw))
+    check_apart(matrix_span(&out_), out, "out", of_raw, raw, "raw", "dequantize: raw (rows, bytes), out (rows, numbers)")
     args.n, args.columns, args.ids, args.table, args.type = weight.n_out, weight.n_in, NULL, weight.data, weight.type
     args.rows, args.rows_stride = out_.data, out_.stride
     with nogil:
@@ -300,6 +302,7 @@ def linear_backward(d_y, raw, type, d_bias):
     cdef Matrix d_y_, d_x_
     cdef QuantizedLinearBackward args
     cdef float* sums
+    cdef Span to_bias
     cdef Py_ssize_t i, j
     get_quantized(&weight, raw, type)
     get_matrix(&d_y_, d_y, "d_y", ANY, weight.n_out, FORM_BACKWARD)
@@ -307,8 +310,9 @@ def linear_backward(d_y, raw, type, d_bias):
     args.d_y, args.d_y_stride = d_y_.data, d_y_.stride
     if d_bias is not None:
         sums = get_vector_gradient(d_bias, "d_bias", args.n_out, FORM_BACKWARD)
-        check_apart(d_bias, "d_bias", d_y, "d_y", FORM_BACKWARD)
-        check_apart(d_bias, "d_bias", raw, "raw", FORM_BACKWARD)
+        to_bias = vector_span(sums, args.n_out * sizeof(float))
+        check_apart(to_bias, d_bias, "d_bias", matrix_span(&d_y_), d_y, "d_y", FORM_BACKWARD)
+        check_apart(to_bias, d_bias, "d_bias", vector_span(weight.data, cnp.PyArray_SIZE(raw)), raw, "raw", FORM_BACKWARD)
         for i in range(args.n):
             for j in range(args.n_out):
                 sums[j] += args.d_y[i * args.d_y_stride + j]
