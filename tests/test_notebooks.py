@@ -28,6 +28,7 @@ EXPECTED = {
     "06_inside_a_ggml_graph",
     "07_lora_on_a_real_model",
     "08_from_numpy_to_llama_cpp",
+    "09_vision_transformer",
 }
 MAX_BYTES = 500_000
 TIMEOUT = 400  # seconds for a whole notebook, on a slow and busy machine
@@ -44,6 +45,8 @@ def skip_what_cannot_run(lesson):
             pytest.skip("TOY_PURE_PYTHON is set: numpy would dequantise SmolLM2 anew in every step, for many minutes")
     if lesson == "08_from_numpy_to_llama_cpp":
         pytest.importorskip("gguf", reason="the gguf package, which quantises, is not installed (pip install gguf)")
+    if lesson == "09_vision_transformer":
+        pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
 
 
 def shows_less_here(source):

@@ -10,7 +10,7 @@ import pytest
 
 from toy.files import BadFileError, Run, atomic
 from toy.files.events import Evaluation, EventLog, Step
-from toy.plots import draw_runs, load_curve, plot_runs, smooth
+from toy.plots import draw_confusion, draw_runs, load_curve, plot_confusion, plot_runs, smooth
 
 
 def make_run(folder, n_steps=200, vocab_size=65, level=2.0, every=50):
@@ -106,6 +106,7 @@ def test_a_picture_that_a_viewer_holds_gets_another_name(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic.time, "sleep", lambda seconds: None)
     drawn = plot_runs([run], out)
     assert drawn == tmp_path / "loss-new.png" and drawn.read_bytes().startswith(b"\x89PNG")
+    assert plot_confusion(np.eye(2, dtype=int), ["a", "b"], out) == drawn
     assert out.read_bytes() == b"on the screen"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss-new.png", "loss.png", "run"]
 
@@ -143,3 +144,26 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     with pytest.raises(BadFileError, match=re.escape("config.json")):
         load_curve(run)
     assert not (tmp_path / "out.png").exists()
+
+
+def test_the_confusion_picture_has_every_count_and_the_share_that_is_right(tmp_path):
+    counts = np.array([[5, 1, 0], [0, 7, 0], [2, 0, 5]])
+    names = ["$a$", "b_{c", "a name that is rather long"]
+    axes = draw_confusion(counts, names).axes[0]
+    shown = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
+    assert shown == {(0, 0): "5", (0, 1): "1", (1, 1): "7", (2, 0): "2", (2, 2): "5"}
+    assert axes.get_title() == "17 of 20 test images right (85.0 %)"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["$a$", "b_{c", "a name that is rath…"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("taken for", "is")
+    assert axes.images[0].get_array().sum() == pytest.approx(3)  # each row is shared out
+    assert plot_confusion(counts, names, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_confusion(counts, names, tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
+    assert not draw_confusion(np.eye(41, dtype=int), [str(i) for i in range(41)]).axes[0].texts  # too many to be read
+    for wrong, classes, out, message in (
+        (counts, names[:2], "b.png", r"2 classes must have the shape \(2, 2\), got \(3, 3\)"),
+        (counts[:2], names, "b.png", r"got \(2, 3\)"),
+        (counts, names, "b.gif", r"\.png, \.svg or \.pdf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot_confusion(wrong, classes, tmp_path / out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]

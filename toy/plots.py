@@ -24,17 +24,25 @@ def plot_runs(paths, out, x="steps"):
     dashed, the loss ln(V) of a uniform guess.
     Raises ValueError for a wrong `x` or suffix, BadFileError for a directory that is not a run or has no step yet.
     """
-    out = Path(out)
-    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+    out = _checked(out)
+    return _save(draw_runs([load_curve(path) for path in paths], x), out)
+
+
+def _checked(out):
+    """The path of a picture. Raises ValueError for a suffix that is none."""
+    if Path(out).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"the picture must be named .png, .svg or .pdf, got {str(out)!r}")
-    figure = draw_runs([load_curve(path) for path in paths], x)
-    try:
-        return _save(figure, out)
-    except FileInUseError:
-        return _save(figure, out.with_stem(f"{out.stem}-new"))
+    return Path(out)
 
 
 def _save(figure, out):
+    try:
+        return _write(figure, out)
+    except FileInUseError:
+        return _write(figure, out.with_stem(f"{out.stem}-new"))
+
+
+def _write(figure, out):
     with replacing(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=150)
     return out
@@ -73,16 +81,23 @@ def draw_runs(curves, x="steps"):
 
 
 def plot_confusion(counts, classes, out):
-    """Draw which classes are taken for which into the file `out` (.png, .svg or .pdf). Returns the path.
+    """Draw which classes are taken for which into the file `out` (.png, .svg or .pdf). Returns the path, as `plot_runs`.
 
-    counts: int (n, n), row = what it is, column = what it was taken for. classes: their names.
+    counts: int (n, n), row = what it is, column = what it was taken for. classes: their names. Raises ValueError for counts
+    of another shape and a wrong suffix.
     """
+    out = _checked(out)
+    return _save(draw_confusion(counts, classes), out)
+
+
+def draw_confusion(counts, classes):
+    """The matplotlib Figure of `plot_confusion`; a notebook shows it as it is."""
+    counts, n = np.asarray(counts), len(classes)
+    if counts.shape != (n, n) or n == 0:
+        raise ValueError(f"counts of {n} classes must have the shape {(n, n)}, got {counts.shape}")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from toy.files.atomic import replacing
-
-    out, n = Path(out), len(classes)
     side = min(3.2 + 0.42 * n, 30)
     figure = Figure(figsize=(side, side), layout="constrained")
     FigureCanvasAgg(figure)
@@ -100,9 +115,7 @@ def plot_confusion(counts, classes, out):
     axes.set_ylabel("is")
     right, total = int(np.trace(counts)), int(counts.sum())
     axes.set_title(f"{right:,} of {total:,} test images right ({100 * right / max(total, 1):.1f} %)", fontsize=10)
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=150)
-    return out
+    return figure
 
 
 def load_curve(path):

@@ -65,6 +65,8 @@ class TransformerLM(LanguageModel):
             config = TransformerConfig(vocab_size, d_model, n_heads, d_ff, n_layers, context_length)
         elif any(size is not None for size in sizes):
             raise TypeError("TransformerLM takes a config or the sizes, not both: TransformerLM(config, seed=0)")
+        if type(config) is not TransformerConfig:  # a GPT2Config is one too, by its fields
+            raise TypeError(f"TransformerLM takes a TransformerConfig, got a {type(config).__name__}")
         super().__init__(config, seed, **options)
 
     @staticmethod

@@ -27,7 +27,7 @@ def load(path, adapter=None, backend="auto"):
 class _Open:
     """`with toy.load(...) as model:` closes it at the end."""
 
-    model = None
+    model = path = None
 
     def __enter__(self):
         return self
@@ -38,6 +38,9 @@ class _Open:
     def close(self):
         """Let go of the model; the file is unmapped when nothing else uses it. It cannot be used afterwards."""
         self.model = None
+
+    def __repr__(self):
+        return f"toy.load({str(self.path)!r}): {'closed' if self.model is None else repr(self.model)}"
 
     def _open_model(self):
         if self.model is None:
@@ -75,9 +78,6 @@ class Loaded(_Open):
         """
         return evaluate_text(self._open_model(), self._tokenizer(), text, context, stride, limit)
 
-    def __repr__(self):
-        return f"toy.load({str(self.path)!r}): {self.model!r}"
-
     def _tokenizer(self):
         if self.tokenizer is None:
             raise ValueError(f"{self.path} has no tokenizer, so it can neither read a text nor write one")
@@ -94,6 +94,10 @@ class LoadedClassifier(_Open):
         self.config, self.classes = classifier.config, classifier.classes
         self.path, self.step = classifier.path, classifier.step
 
+    def close(self):
+        super().close()
+        self._classifier = None
+
     def logits(self, images):
         """images: numbers from 0 to 1 (N, height, width, channels) -> float32 (N, n_classes)."""
         self._open_model()
@@ -108,6 +112,3 @@ class LoadedClassifier(_Open):
         """How often it is right -> `ImageEvaluation` (.loss, .accuracy, .n_images); `data` as for `Classifier.evaluate`."""
         self._open_model()
         return self._classifier.evaluate(data)
-
-    def __repr__(self):
-        return f"toy.load({str(self.path)!r}): {self.model!r}"
