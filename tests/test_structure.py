@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import toy
+from toy.models import ARCHITECTURES
 
 ROOT = Path(toy.__file__).parent.parent
 PACKAGES = [folder for folder in ("toy", "ggml_bridge") if (ROOT / folder / "__init__.py").exists()]
@@ -192,6 +193,13 @@ def test_the_contract_names_are_there():
     assert PUBLIC_NAMES - set(toy.__all__) == set()
     assert toy.recipes.FromScratch is not None
     assert toy.engines.GPT2SeqEngine is not None
+
+
+def test_every_model_and_its_config_are_public():
+    for row in ARCHITECTURES.values():
+        assert {row.model.__name__, row.config.__name__} <= set(toy.__all__), (
+            f"toy/__init__.py lacks those of {row.name}"
+        )
 
 
 def test_importing_toy_is_light():
