@@ -10,18 +10,25 @@ import pytest
 import toy
 from toy.adamw import check_row
 from toy.checks import gradcheck
-from toy.models import model_for
+from toy.models import ARCHITECTURES, model_for
 from toy.models.base import KeyValueCache
 from toy.models.generation import generate, sample
 from toy.ops import reference
 
 V = 13
+SIZES = dict(d_model=24, d_ff=40, n_layers=2, context_length=12)
+HEADS = {"llama": {"n_heads": 4, "n_kv_heads": 2}}
 CONFIGS = {
-    "transformer": toy.TransformerConfig(V, d_model=24, n_heads=3, d_ff=40, n_layers=2, context_length=12),
-    "gpt2": toy.GPT2Config(V, d_model=24, n_heads=3, d_ff=40, n_layers=2, context_length=12),
-    "llama": toy.LlamaConfig(V, d_model=24, n_heads=4, n_kv_heads=2, d_ff=40, n_layers=2, context_length=12),
+    arch: row.config(V, **SIZES, **HEADS.get(arch, {"n_heads": 3}))
+    for arch, row in ARCHITECTURES.items()
+    if row.reads_text
 }
-POSITION_EMBEDDING = {"transformer": "pos_embed", "gpt2": "position_embd.weight"}  # Llama turns q and k instead
+POSITION_EMBEDDING = {  # where there is one: Llama turns q and k instead
+    arch: name
+    for arch, config in CONFIGS.items()
+    for name in model_for(config).parameter_shapes(config)
+    if name.startswith("pos")
+}
 
 
 def resized(arch, **sizes):

@@ -5,7 +5,7 @@ import pytest
 
 import toy
 from toy.checks import gradcheck
-from toy.models import ParameterTree, model_for
+from toy.models import ARCHITECTURES, ParameterTree, model_for
 from toy.ops import reference
 
 F64_BAR = 1e-9  # relative L2 per tensor, float64; the contract asks for 1e-6
@@ -18,14 +18,19 @@ SHAPES = {
     "narrow": {"d_model": 4, "n_heads": 1, "d_ff": 5, "n_layers": 1},
     "wide": {"d_model": 72, "n_heads": 2, "d_ff": 130, "n_layers": 1},
 }
-CONFIG_TYPES = {"transformer": toy.TransformerConfig, "gpt2": toy.GPT2Config, "llama": toy.LlamaConfig}
+CONFIG_TYPES = {name: row.config for name, row in ARCHITECTURES.items() if row.reads_text}
 LLAMA_SHAPES = {  # what only Llama has
     "small": {"n_kv_heads": 1},
     "odd": {"n_kv_heads": 5, "head_dim": 4, "untied": True},
     "narrow": {"n_kv_heads": 1, "qkv_bias": True, "rope_base": 100.0},
     "wide": {"n_kv_heads": 1, "untied": True, "qkv_bias": True, "rms_eps": 1e-2},
 }
-POSITION_EMBEDDING = {"transformer": "pos_embed", "gpt2": "position_embd.weight"}  # Llama turns q and k instead
+POSITION_EMBEDDING = {  # where there is one: Llama turns q and k instead
+    arch: name
+    for arch in CONFIG_TYPES
+    for name in ARCHITECTURES[arch].model.parameter_shapes(ARCHITECTURES[arch].tiny)
+    if name.startswith("pos")
+}
 
 
 @pytest.fixture(params=CONFIG_TYPES)

@@ -310,6 +310,7 @@ GRAPH_ONLY = {
     "scaled": "clipping, as a node",
     "loss_value": "the loss is a tensor until the graph has run",
     "compute": "runs what was recorded",
+    "runner": "says on whose threads",
 }
 
 

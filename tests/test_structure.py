@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import toy
+from toy.models import ARCHITECTURES
+from toy.training import RECIPES
 
 ROOT = Path(toy.__file__).parent.parent
 PACKAGES = [folder for folder in ("toy", "ggml_bridge") if (ROOT / folder / "__init__.py").exists()]
@@ -194,6 +196,25 @@ def test_the_contract_names_are_there():
     assert PUBLIC_NAMES - set(toy.__all__) == set()
     assert toy.recipes.FromScratch is not None
     assert toy.engines.GPT2SeqEngine is not None
+
+
+def test_every_model_and_its_config_are_public():
+    for row in ARCHITECTURES.values():
+        assert {row.model.__name__, row.config.__name__} <= set(toy.__all__), (
+            f"toy/__init__.py lacks those of {row.name}"
+        )
+
+
+def test_every_recipe_and_its_options_are_public():
+    for name, start in RECIPES.items():
+        assert getattr(toy.recipes, start.recipe_class.__name__) is start.recipe_class, name
+        assert getattr(toy.training, start.options_class.__name__) is start.options_class, name
+        assert {start.recipe_class.__name__} <= set(toy.recipes.__all__), (
+            f"toy/recipes/__init__.py lacks that of {name}"
+        )
+        assert {start.options_class.__name__} <= set(toy.training.__all__), (
+            f"toy/training/table.py lacks that of {name}"
+        )
 
 
 def test_importing_toy_is_light():

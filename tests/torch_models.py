@@ -193,6 +193,7 @@ MODELS = {"transformer": transformer, "gpt2": gpt2, "llama": llama, "vit": vit} 
 def run_model(arch, parameters, config, inputs, labels):
     """Logits, mean cross-entropy and its gradients by name. parameters: dict of arrays; inputs: token ids or images; labels
     as in `toy`."""
+    assert arch in MODELS, f"write the PyTorch twin of {arch} above and put it into MODELS, for an outside reference"
     leaves = {name: _leaf(array) for name, array in parameters.items()}
     logits = MODELS[arch](leaves, config, torch.as_tensor(inputs))
     labels = np.asarray(labels)

@@ -34,7 +34,7 @@ class GraphEngine(Engine):
         # None: TOY_NUM_THREADS, or the processors there are
         threads = 1 if operations < WORTH_TWO_THREADS else num_threads()
         device = "cpu" if self.device == NATIVE_ON_CPU else self.device
-        self.bridge = ggml_bridge.Backend(device, threads, None if native else self.ops_class.runner())
+        self.bridge = ggml_bridge.Backend(device, threads, self.ops_class.runner())
         tensor, own, trained = self.bridge.persistent, self.weights.own, self.weights.trained_shapes
         self.masters = {name: tensor(shape, name=name) for name, shape in own.items()}
         self.m = {name: tensor(shape, name=f"{name} m") for name, shape in trained.items()}

@@ -1,10 +1,19 @@
-"""The one table of recipes that can be run: name on the command line -> its `Start`."""
+"""The one table of recipes that can be run: name on the command line -> its `Start`. `toy.training` has all its names."""
 
-from toy.training.from_scratch import FromScratchStart
-from toy.training.full_finetune import FullFinetuneStart
-from toy.training.lora import LoRAStart
-from toy.training.vit_tiny import ViTTinyStart
-from toy.training.warm_start import WarmStartStart
+from toy.training.from_scratch import FromScratchOptions, FromScratchStart
+from toy.training.full_finetune import FullFinetuneOptions, FullFinetuneStart
+from toy.training.lora import LoRAOptions, LoRAStart
+from toy.training.vit_tiny import ViTTinyOptions, ViTTinyStart
+from toy.training.warm_start import WarmStartOptions, WarmStartStart
+
+__all__ = [
+    "RECIPES",
+    "FromScratchOptions",
+    "FullFinetuneOptions",
+    "LoRAOptions",
+    "ViTTinyOptions",
+    "WarmStartOptions",
+]
 
 RECIPES = {
     start.options_class.recipe: start

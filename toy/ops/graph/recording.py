@@ -42,6 +42,11 @@ class GraphOps:
         self.finished = finished or (lambda slot: None)
         self.row_numbers = {}  # by size: 0, 1, 2, ... for reading the rows of a quantised weight
 
+    @staticmethod
+    def runner():
+        """Whose threads compute the nodes; None: ggml's own."""
+        return None
+
     def integers(self, role, n, limit):
         """A vector of n integers in 0 .. limit-1 (labels: from -1) that `feeds` fills at every step.
 
