@@ -446,10 +446,13 @@ def test_a_wheel_has_no_extension_of_an_earlier_build(small_project, tmp_path):
         assert names == {f"{name}{SUFFIX}" for name in expected}
 
 
-def test_a_pure_install_in_place_removes_what_was_compiled(small_project, tmp_path):
-    for name in KERNELS | BRIDGE:
-        (small_project / f"{name}{SUFFIX}").write_bytes(b"of an earlier build")
+@needs_compiler
+def test_an_editable_install_compiles_in_place_and_a_pure_one_removes_it(small_project, tmp_path):
     code = "import sys, build_backend; build_backend.build_editable(sys.argv[1])"
+    ggml = {"TOY_GGML_DIR": small_project.parent / "ggml", "TOY_MARCH": ""}
+    run("-c", code, tmp_path, cwd=small_project, TOY_REQUIRE_KERNELS=1, **ggml)
+    assert compiled(small_project) >= KERNELS | BRIDGE
+    shutil.rmtree(small_project / "build", ignore_errors=True)
     run("-c", code, tmp_path, cwd=small_project, TOY_PURE_PYTHON=1)
     assert compiled(small_project) == set()
 
