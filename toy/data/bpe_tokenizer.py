@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 
 import numpy as np
 
@@ -104,6 +105,7 @@ class BPETokenizer(GGUFTokenizer):
 
 def _in_blocks(texts):
     """Texts in blocks that the library counts side by side; a block ends where the words of the whole text are cut too."""
+    rule = PRE_TOKENIZERS[_PRE]
     for text in texts:
         check_unicode(text)
-        yield from blocks_of(text)
+        yield from blocks_of(text, re.compile(rule.blocks), re.compile(rule.stretch))

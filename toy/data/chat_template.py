@@ -32,6 +32,7 @@ MEMORY = 256 * 2**20  # bytes beyond what the process has when it starts, and 64
 OUTPUT = 4 * 2**20  # characters, and 16 for each one of the conversation
 _TICK = 0.05  # seconds between two looks at the memory where the system does not bound it
 
+_SYSTEM_BOUNDS_MEMORY = sys.platform.startswith("linux")
 _PROGRAM = Path(__file__).with_name("template_process.py")
 
 
@@ -122,7 +123,7 @@ class _Process:
         """n_characters: of the conversation; more memory than it needs is not given."""
         self._characters = 2 * n_characters  # so that a longer conversation need not start another one at once
         memory = MEMORY + 64 * self._characters
-        self._ceiling = None if sys.platform.startswith("linux") or os.name == "nt" else memory
+        self._ceiling = None if _SYSTEM_BOUNDS_MEMORY or os.name == "nt" else memory
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_PROGRAM)],
             stdin=subprocess.PIPE,
@@ -135,7 +136,7 @@ class _Process:
         self._requests = queue.SimpleQueue()
         threading.Thread(target=_talk, args=(self._process, self._requests, self._answers), daemon=True).start()
         self._stopper = weakref.finalize(owner, _kill, self._process, self._requests)
-        self._requests.put(json.dumps({"path": _where_jinja_is(), "memory": memory}))
+        self._requests.put(json.dumps({"path": _where_jinja_is(), "memory": memory if _SYSTEM_BOUNDS_MEMORY else None}))
 
     def alive(self, n_characters):
         return self._process.poll() is None and n_characters <= self._characters

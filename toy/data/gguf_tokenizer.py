@@ -57,9 +57,11 @@ _MAX_TOKEN = 1024  # characters: the longest in use are runs of spaces, a few hu
 _MAX_SPECIAL_TOKEN = 256  # bytes
 _MAX_SPECIAL_LENGTHS = 128  # different ones: runs of 1 to 31 spaces and new lines are the most in use
 
-_BLOCK = 2**16  # characters that are encoded at a time, where a line ends
+_BLOCK = 2**16  # characters that are encoded at a time, up to the next place where nothing is merged
 _BLOCKS = 8  # that are encoded side by side
-_LINE_START = re.compile(r"(?<=\S\n)(?=[A-Za-z])")  # nothing is merged across it (`PreTokenizer.lines_apart`)
+_LONGEST_STRETCH = (
+    2**20
+)  # characters that may have to be one piece: the memory grows with it, some hundred bytes for each
 
 
 class BrokenTokenizerError(ValueError):
@@ -105,6 +107,9 @@ class GGUFTokenizer:
             self._add_space = read("tokenizer.ggml.add_space_prefix", bool, True)
             self._encoder = _sentencepiece_bpe(self.tokens, self.types, read.scores(), self.unk_id)
         self._digits = rule.digits if rule else None
+        self._stretch = re.compile(rule.stretch if rule else r" *[^ \n]+|\s+")
+        self._starts = blocks = rule.blocks if rule else self._encoder.blocks
+        self._starts = None if blocks is None else re.compile(blocks)
         default = self.model == "llama" or rule.adds_bos
         self.add_bos = read("tokenizer.ggml.add_bos_token", bool, default) and self.bos_id is not None
         self.add_eos = read("tokenizer.ggml.add_eos_token", bool, False) and self.eos_id is not None
@@ -113,9 +118,6 @@ class GGUFTokenizer:
         eats = {special["<mask>"]} if str(self.pre).startswith("jina-v2-") and "<mask>" in special else ()
         self._special, self._user_defined = SpecialTokens(special, eats), SpecialTokens(user_defined, eats)
         _check_special(self._special, special)
-        self._lines_apart = (
-            rule.lines_apart if rule else not any(re.search("\n[A-Za-z]", token) for token in self.tokens)
-        )
         self._templates = {}  # made when they are asked for
         self._bytes = {}  # by id, filled as they are asked for
 
@@ -149,9 +151,9 @@ class GGUFTokenizer:
         for part in itertools.chain(parts, [None]):
             if part is not None:
                 rest += part
-                if len(rest) < _BLOCK or not self._can_be_cut:
+                if len(rest) < _BLOCK or self._starts is None or self._user_defined.reach_over_starts:
                     continue
-                cut = max((match.start() for match in _LINE_START.finditer(rest, searched)), default=0)
+                cut = max((match.start() for match in self._starts.finditer(rest, searched)), default=0)
                 searched = max(0, len(rest) - 2)
             else:
                 cut = len(rest)
@@ -238,10 +240,6 @@ class GGUFTokenizer:
             digest.update(repr((key, value.tolist() if isinstance(value, np.ndarray) else value)).encode())
         return digest.hexdigest()
 
-    @property
-    def _can_be_cut(self):
-        return self._lines_apart and not self._user_defined.reach_over_lines
-
     def _encode_between(self, specials, text, what, at_start):
         """Yield (ids, whether a text that goes on after them is at a start), special tokens cut out.
 
@@ -256,18 +254,18 @@ class GGUFTokenizer:
             at_start = False
 
     def _encode_plain(self, text, what, at_start):
-        """Yield list or array of ids, some blocks at a time."""
+        """Yield lists of ids, some blocks at a time."""
+        blocks = blocks_of(text, self._starts, self._stretch, what)
         if self.model == "llama":
-            text = ((" " if self._add_space and at_start else "") + text).replace(" ", sentencepiece.SPACE)
-        blocks = blocks_of(text) if self._lines_apart else iter((text,))
-        if self.model == "llama":
+            space = " " if self._add_space and at_start else ""
             for block in blocks:
-                ids = self._encoder.encode(block)
+                ids = self._encoder.encode((space + block).replace(" ", sentencepiece.SPACE))
                 if None in ids:
                     raise UnknownCharacterError(
                         f"the {what} has characters that this tokenizer has neither a token nor byte tokens for"
                     )
                 yield ids
+                space = ""
             return
         while together := list(itertools.islice(blocks, _BLOCKS)):
             if self._digits:
@@ -374,13 +372,25 @@ def _check_special(special, ids):
         )
 
 
-def blocks_of(text):
-    """Yield the text in blocks of at least _BLOCK characters that end where a line does, with a letter behind it."""
-    start = 0
-    while match := _LINE_START.search(text, start + _BLOCK):
-        yield text[start : match.start()]
-        start = match.start()
-    yield text[start:]
+def blocks_of(text, starts, stretch, what="text"):
+    """Yield the text in blocks of about _BLOCK characters, which can be encoded one by one.
+
+    starts, stretch: compiled, as `PreTokenizer.blocks` and `.stretch`. Raises ValueError for a text with a stretch so long
+    that cutting it takes too much memory; `what` names the text.
+    """
+    start, stop = 0, 0
+    while stop < len(text):
+        match = starts.search(text, start + _BLOCK) if starts else None
+        stop = match.start() if match else len(text)
+        if stop - start > _LONGEST_STRETCH:
+            longest = max(len(found[0]) for found in stretch.finditer(text, start, stop))
+            if longest > _LONGEST_STRETCH:
+                raise ValueError(
+                    f"the {what} has a stretch of {longest:,} characters that this tokenizer must read whole: break it into "
+                    f"pieces of at most {_LONGEST_STRETCH:,}, by new lines or in several texts"
+                )
+        yield text[start:stop]
+        start = stop
 
 
 def _byte_level_bpe(tokens, merges, pre):

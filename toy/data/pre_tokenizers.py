@@ -77,16 +77,25 @@ _AFTER_DIGITS = (  # deepseek-v3 and its relatives
 _HALVING_SPACES = "|".join(rf"\s{{{2**k}}}(?!\S)" for k in range(9, 1, -1)) + r"|\s{1,2}(?!\S)|\s"
 
 
+# Where a line, or a word, begins so plainly that every rule cuts there, whatever stands around
+LINE_STARTS = r"(?<=\S\n)(?=[A-Za-z])"
+WORD_STARTS = LINE_STARTS + r"|(?<=[A-Za-z])(?= [A-Za-z])"
+
+
 class PreTokenizer(NamedTuple):
     """One rule. digits: how `digit_groups` cuts before the patterns do. whole_pieces: a piece that is a token is that token,
-    whatever the merges say. adds_bos: a text begins with the beginning token unless the file says otherwise. lines_apart:
-    nothing is merged across the end of a line that a letter follows, so that a long text can be encoded in blocks."""
+    whatever the merges say. adds_bos: a text begins with the beginning token unless the file says otherwise.
+
+    blocks: a pattern (for `re`) of places across which nothing is merged, so that a long text can be encoded in blocks; None:
+    there are none. stretch: a pattern of the longest stretches that may be one piece.
+    """
 
     patterns: tuple
     digits: str | None = None
     whole_pieces: bool = False
     adds_bos: bool = False
-    lines_apart: bool = True
+    blocks: str | None = WORD_STARTS
+    stretch: str = r"\s+|\S+"
 
 
 def _table():
@@ -130,7 +139,9 @@ def _table():
             (
                 rf"{_CONTRACTION}|{_BEFORE}(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}|"
                 r" ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
-            )
+            ),
+            blocks=LINE_STARTS,
+            stretch=r"[^\n]+|\n+",  # a piece may have several words
         ),
         "bailingmoe bailingmoe2 llada-moe": bailing,
         "poro-chat bloom gpt3-finnish": bloom,
@@ -162,7 +173,7 @@ def _table():
             (r"\p{N}{1,3}", f"[{_CHINESE_KANA}]+", rf"{_AFTER_DIGITS}|[\r\n]|\s+(?!\S)|\s+", r"\p{N}")
         ),
         "afmoe": PreTokenizer((f"[{_class(_EAST_ASIAN)}]+", rf"{_AFTER_DIGITS}[\r\n]*|{_SPACES}"), digits="any"),
-        "superbpe": PreTokenizer((r"\p{N}+",), digits="ascii", lines_apart=False),  # merges go across words and lines
+        "superbpe": PreTokenizer((r"\p{N}+",), digits="ascii", blocks=None, stretch="(?s:.+)"),
         "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_AND_MORE, r"\p{N}")),
         "deepseek-llm": PreTokenizer(
             (

@@ -3,6 +3,8 @@
 import heapq
 import re
 
+from toy.data.pre_tokenizers import LINE_STARTS, WORD_STARTS
+
 SPACE = "\u2581"  # how a space is written in tokens
 _MOST_PIECES = 2**16  # that are remembered
 _LONGEST_PIECE = 64  # characters of a piece that is remembered
@@ -26,6 +28,11 @@ class Merger:
         line = "" if any("\n" in token for token in scores) else "\n"
         self._piece = re.compile(rf"{SPACE}*[^{SPACE}{line}]+|{SPACE}+" + "|\n" * bool(line))
         self._pieces = {}
+        # as `toy.data.pre_tokenizers.PreTokenizer.blocks`, in texts with spaces for SPACE
+        if any(re.search(r"\n[A-Za-z]", token) for token in scores):
+            self.blocks = None
+        else:
+            self.blocks = LINE_STARTS if self._inside else WORD_STARTS
 
     def encode(self, text):
         """str with SPACE for spaces -> list of ids; None in it stands for a character that nothing can be made of."""
@@ -46,7 +53,7 @@ class Merger:
     def _cut(self, text):
         """The text in pieces across which nothing is joined: words, usually."""
         if not self._inside:
-            return self._piece.findall(text)
+            return (match[0] for match in self._piece.finditer(text))
         starts = [k for k in _word_starts(text) if text[k - 1] not in self._inside]
         return [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)])]
 

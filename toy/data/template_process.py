@@ -29,7 +29,8 @@ def main():
     settings = json.loads(sys.stdin.readline())
     sys.path += settings["path"]
     environment, mark = make_environment()
-    bound_memory(settings["memory"])
+    if settings["memory"] is not None:
+        bound_memory(settings["memory"])
     compiled = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -101,9 +102,11 @@ class Mark:
 def make_environment():
     """Jinja's sandbox with what transformers and llama.cpp give chat templates, and its `Mark`."""
     import jinja2
+    import jinja2.exceptions
     import jinja2.ext
     import jinja2.nodes
     import jinja2.sandbox
+    import jinja2.utils
 
     mark = Mark()
 
@@ -124,6 +127,20 @@ def make_environment():
     def refuse(message):
         raise Refused(message)
 
+    class Names(jinja2.utils.Namespace):
+        """Jinja's namespace without names that begin with _, by which templates got out of the sandbox before."""
+
+        def __setitem__(self, name, value):
+            if str(name).startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a namespace cannot have the name {name!r}")
+            super().__setitem__(name, value)
+
+    def namespace(*given, **named):
+        names = Names()
+        for name, value in dict(*given, **named).items():
+            names[name] = value
+        return names
+
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -134,7 +151,8 @@ def make_environment():
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=refuse, strftime_now=strftime_now)
+    environment.globals.update(raise_exception=refuse, strftime_now=strftime_now, namespace=namespace)
+    environment.globals["dict"] = lambda *given, **named: dict(*given, **named)
     return environment, mark
 
 
@@ -145,16 +163,15 @@ def bound_time(seconds):
 
 
 def bound_memory(n_bytes):
-    """No more than `n_bytes` beyond what there is: an allocation then fails. Only Linux keeps to it."""
-    try:
-        import resource
+    """No more than `n_bytes` beyond what there is: an allocation then fails. Linux alone keeps to it."""
+    import resource
 
+    try:
         with open("/proc/self/statm") as file:
-            pages = int(file.read().split()[0])
-        used = pages * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + n_bytes, used + n_bytes))
-    except (ImportError, OSError, ValueError):
-        pass
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        used = 2**29
+    resource.setrlimit(resource.RLIMIT_AS, (used + n_bytes, used + n_bytes))
 
 
 if __name__ == "__main__":

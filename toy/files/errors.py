@@ -2,8 +2,14 @@
 
 import re
 
-# What a terminal acts on instead of showing it: control characters, and those that turn the direction of writing
-_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
+# What a terminal acts on instead of showing it: escape sequences (ECMA-48: colours, titles, the cursor), other control
+# characters, and those that turn the direction of writing
+_NOT_SHOWN = re.compile(
+    r"(?:(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
+    r"|\x1b[ -/]*[0-~]"
+    "|[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069])+"
+)
 
 
 def printable(text):
