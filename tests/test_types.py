@@ -4,7 +4,6 @@ The checker itself (mypy, settings in pyproject.toml) runs in the lint section o
 """
 
 import ast
-import importlib
 import inspect
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def test_every_compiled_module_has_a_stub():
 
 
 class Stub:
-    """The names of a stub: `functions` with their parameters (name, has a default), `classes` with their own stubs, `values`."""
+    """The names of a stub: functions with their parameters (name, has a default), classes with their own stubs, values."""
 
     def __init__(self, body):
         self.functions, self.classes, self.values = {}, {}, set()
