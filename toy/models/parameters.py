@@ -18,7 +18,7 @@ from toy.arrays import plain_array
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Shapes = Mapping[str, tuple[int, ...]]  # of parameters, by name
+Shapes = dict[str, tuple[int, ...]]  # of parameters, by name
 Stds = dict[str, float | str]  # how parameters start, by name; see `initialize_array`
 
 
@@ -92,7 +92,7 @@ class ParameterTree(Namespace):
         return self._leaves.values()
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Shapes:
         return {name: leaf.shape for name, leaf in self.items()}
 
     @property
