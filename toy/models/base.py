@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toy.arrays import plain_array
-from toy.config import LlamaConfig, ModelConfig, TransformerConfig
+from toy.config import LanguageModelConfig, ModelConfig
 from toy.models.generation import Seed, generate
 from toy.models.inputs import Batch, TokenBatch, check_range
 from toy.models.parameters import Block, GradientTree, ParameterTree, Shapes, Stds, initialize
@@ -109,7 +109,7 @@ class LanguageModel(Model):
 
     batch_type = TokenBatch
 
-    config: TransformerConfig | LlamaConfig
+    config: LanguageModelConfig
     hidden_rows: Callable[..., tuple[Any, ...]]
     unembed_rows: Callable[[Array], tuple[Any, ...]]
 

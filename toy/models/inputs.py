@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toy.arrays import plain_array
-from toy.config import LlamaConfig, TransformerConfig, ViTConfig
+from toy.config import LanguageModelConfig, ViTConfig
 
 
 class Input(NamedTuple):
@@ -99,7 +99,7 @@ class TokenBatch(Batch):
     roles = ("token_ids", "positions")
     label_names = "(t_batch, t_seq)"
 
-    def __init__(self, config: TransformerConfig | LlamaConfig, t_batch: int, t_seq: int) -> None:
+    def __init__(self, config: LanguageModelConfig, t_batch: int, t_seq: int) -> None:
         """Raises ValueError for a t_seq that does not fit the config's context."""
         if t_seq > config.context_length:
             raise ValueError(

@@ -8,13 +8,13 @@ Without a lens in the parameter tree these are the plain lookup and the plain he
 import dataclasses
 from collections.abc import Mapping
 
-from toy.config import LlamaConfig, TransformerConfig
+from toy.config import LanguageModelConfig, LlamaConfig
 from toy.models.parameters import Namespace, Shapes
 from toy.op_table import Array, OpCache, OpTable
 from toy.quantized import Leaf, dequantized
 
 
-def lens_shapes(config: TransformerConfig | LlamaConfig, donor_width: int) -> Shapes:
+def lens_shapes(config: LanguageModelConfig, donor_width: int) -> Shapes:
     """dict of the names of the projections to their shapes."""
     shapes: Shapes = {"token_embd.lens": (config.d_model, donor_width)}
     if not getattr(config, "untied", False):

@@ -202,7 +202,7 @@ def _width_of_a_head(sizes: Mapping[str, int]) -> int:
 
 
 def _heads_fill_the_width(config: LlamaConfig) -> bool:
-    return config.n_heads * config.head_dim == config.d_model
+    return config.n_heads * config.d_head == config.d_model
 
 
 _LLAMA = Form(
