@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "files": SETTINGS | {"models", "optional", "quantized"},
     "data": {"files", "optional"},
     "engines": SETTINGS | {"models", "ops", "files", "ggml_bridge", "quantized"},
-    "recipes": SETTINGS | {"models", "engines", "files"},
+    "recipes": SETTINGS | {"models", "engines", "files", "quantized"},
     "trained": SETTINGS | {"data", "engines", "files", "models", "quantized"},
     "training": SETTINGS | {"data", "engines", "files", "models", "plots", "recipes", "trained"},
     "checks": SETTINGS | {"engines", "models", "ops", "recipes", "ggml_bridge"},

@@ -1,9 +1,10 @@
 """Arrays as they come in from Python: what a plain numpy array cannot say is refused, not dropped."""
 
 import numpy as np
+import numpy.typing as npt
 
 
-def plain_array(name, value):
+def plain_array(name: str, value: npt.ArrayLike) -> np.ndarray:
     """`value` as a plain numpy array, not copied where it is one.
 
     Raises ValueError (naming `name`) for a masked array, whose mask would be lost, and for lists that are no array.
@@ -16,7 +17,7 @@ def plain_array(name, value):
         raise ValueError(f"{name} must be an array, and this is none: {error}") from error
 
 
-def whole_numbers(name, value, low, high):
+def whole_numbers(name: str, value: npt.ArrayLike, low: int, high: int) -> np.ndarray:
     """A copy of the vector `value` as integers (the caller may reuse the array), each in low .. high-1.
 
     Raises ValueError (naming `name`) for anything else.

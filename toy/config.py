@@ -151,7 +151,8 @@ class ViTConfig:
         return self.d_model // self.n_heads
 
 
-ModelConfig = TransformerConfig | LlamaConfig | ViTConfig  # of any model; a GPT2Config is a TransformerConfig
+LanguageModelConfig = TransformerConfig | LlamaConfig  # a GPT2Config is a TransformerConfig
+ModelConfig = LanguageModelConfig | ViTConfig  # of any model
 
 WEIGHT_DTYPES = ("f32", "f16", "bf16")
 

@@ -6,9 +6,5 @@ FORM: str
 FORM_BACKWARD: str
 
 class AttentionCache:
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    largest: np.ndarray
     @property
     def probabilities(self) -> np.ndarray: ...

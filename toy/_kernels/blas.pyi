@@ -1,10 +1,12 @@
 import ctypes
+from collections.abc import Callable
 from typing import TypedDict
 
-class BlasInfo(TypedDict):
+class _BlasInfo(TypedDict):
     name: str
     threads_outside_kernels: int | None
     held_to_one_thread: bool
 
 def openblas_function(verb: str) -> ctypes._NamedFuncPointer | None: ...
-def blas_info() -> BlasInfo: ...
+def blas_info() -> _BlasInfo: ...
+def can_be_held(getter: Callable[[], int] | None, setter: Callable[[int], object] | None) -> bool: ...

@@ -7,17 +7,8 @@ FORM_BACKWARD: str
 FORM_ROPE: str
 FORM_ROPE_BACKWARD: str
 
-class EmbeddingCache:
-    token_ids: np.ndarray
-    table_rows: int
-    columns: int
-
-class RopeCache:
-    positions: np.ndarray
-    cosines: np.ndarray
-    sines: np.ndarray
-    n_heads: int
-    d_head: int
+class EmbeddingCache: ...
+class RopeCache: ...
 
 def embedding(token_ids: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, EmbeddingCache]: ...
 def embedding_backward(d_out: np.ndarray, cache: EmbeddingCache, d_table: np.ndarray | None) -> None: ...

@@ -3,9 +3,7 @@ import numpy as np
 FORM: str
 FORM_BACKWARD: str
 
-class LinearCache:
-    x: np.ndarray
-    weight: np.ndarray
+class LinearCache: ...
 
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> tuple[np.ndarray, LinearCache]: ...
 def linear_backward(

@@ -1,7 +1,11 @@
 """Engines: a model realized on an op table."""
 
-import numpy as np
+from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
+
+from toy.config import ModelConfig
 from toy.engines.handle import EngineHandle, build, check_options
 from toy.engines.named import GPT2SeqEngine, LlamaSeqEngine, LlamaSeqEngineMetal, ViTTinyEngine
 from toy.models import ParameterTree, model_for
@@ -16,7 +20,7 @@ __all__ = [
 Model.default_ops = staticmethod(eager_ops)  # models are handed their op table; this is the one when nobody says
 
 
-def model_from(config, parameters, backend="auto"):
+def model_from(config: ModelConfig, parameters: Mapping[str, npt.ArrayLike], backend: str = "auto") -> Model:
     """A readable model (TransformerLM, GPT2) on an eager op table, with the given weights: for generation and inspection.
 
     parameters: dict of names to arrays. Raises ValueError when they are not this config's.

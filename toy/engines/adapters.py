@@ -3,12 +3,16 @@
 import numbers
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from toy.adamw import AdamW
-from toy.config import LlamaConfig, check_positive_int
-from toy.engines.weights import Weights
+from toy.config import LlamaConfig, ModelConfig, RecipeOptions, check_positive_int
+from toy.engines.weights import Fill, Weights
 from toy.files.gguf_write import digest
-from toy.models.parameters import initialize_array
+from toy.models.parameters import Shapes, initialize_array
+from toy.quantized import Leaf
 
 # what may be corrected, in the words of the paper and the command line, and the parameters that this means
 TARGETS = {
@@ -16,7 +20,14 @@ TARGETS = {
 }  # fmt: skip
 
 
-def adapter_weights(config, base, rank, options, alpha=None, targets=("q",)):
+def adapter_weights(
+    config: ModelConfig,
+    base: dict[str, Leaf],
+    rank: int,
+    options: RecipeOptions,
+    alpha: float | None = None,
+    targets: Iterable[str] = ("q",),
+) -> Weights:
     """The `Weights` of a LoRA: base is frozen (dict of names to leaves), the adapters are trained. Errors as
     `toy.recipes.LoRA.realize`."""
     if not isinstance(config, LlamaConfig):
@@ -32,7 +43,9 @@ def adapter_weights(config, base, rank, options, alpha=None, targets=("q",)):
     )
 
 
-def adapters_to_save(path, base, rank, alpha, targets):
+def adapters_to_save(
+    path: str | Path, base: dict[str, Leaf], rank: int, alpha: float | None, targets: Iterable[str]
+) -> dict[str, Any]:
     """What the config of saved adapters says. path: of the GGUF file they are for. base: its leaves by name. Others as
     `adapter_weights`."""
     return {
@@ -46,10 +59,10 @@ def adapters_to_save(path, base, rank, alpha, targets):
     }
 
 
-def adapter_shapes(base, rank, targets, n_layers):
+def adapter_shapes(base: dict[str, Leaf], rank: int, targets: Iterable[str], n_layers: int) -> Shapes:
     """dict of the adapters' names to their shapes. base: dict of names to what has the shapes of the matrices."""
     targets = check_targets(targets)
-    shapes = {}
+    shapes: Shapes = {}
     for layer in range(n_layers):
         for target in targets:
             stem = f"blk.{layer}.{TARGETS[target]}"
@@ -58,17 +71,17 @@ def adapter_shapes(base, rank, targets, n_layers):
     return shapes
 
 
-def adapter_fill(seed, init_scale=1.0):
+def adapter_fill(seed: int, init_scale: float = 1.0) -> Fill:
     """The `fill` of adapters: A from a normal distribution with variance 1/(3 in), B zero. Each tensor has its own stream."""
 
-    def fill(name, out):
+    def fill(name: str, out: np.ndarray) -> None:
         std = "zeros" if name.endswith("lora_b") else (3 * out.shape[1]) ** -0.5
         initialize_array(name, out, std, seed, init_scale)
 
     return fill
 
 
-def check_targets(targets):
+def check_targets(targets: Iterable[str]) -> tuple[str, ...]:
     """The targets in the order of `TARGETS`. Raises ValueError for unknown ones and for none."""
     targets = list(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else [targets]
     unknown = [target for target in targets if target not in TARGETS]
@@ -78,7 +91,7 @@ def check_targets(targets):
     return tuple(name for name in TARGETS if name in targets)
 
 
-def check_alpha(alpha, rank):
+def check_alpha(alpha: float | None, rank: int) -> float:
     """alpha as a float (None: rank). Raises ValueError unless it is a positive number whose share alpha / rank a float32
     can hold."""
     alpha = rank if alpha is None else alpha

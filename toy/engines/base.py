@@ -2,19 +2,31 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from toy.adamw import AdamW, check_row
-from toy.engines.weights import random_weights
+from toy.config import ModelConfig, RecipeOptions
+from toy.engines.weights import Weights, random_weights
 from toy.models import model_for
+from toy.models.base import Model
 from toy.models.parameters import ParameterTree, check_arrays
 from toy.quantized import dequantized
-from toy.switch import eager_ops
+from toy.switch import Resolved, eager_ops
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-def with_model_options(config, options):
+Config = TypeVar("Config", bound=ModelConfig)
+Arrays = dict[str, np.ndarray]  # by the names of parameters, or by role
+Moments = Mapping[str, Mapping[str, npt.ArrayLike]]  # {"m": {name: array}, "v": {name: array}}
+
+
+def with_model_options(config: Config, options: RecipeOptions) -> Config:
     """The config with those of the options that belong to the model (`untied`, `qkv_bias`) taken over.
 
     Raises ValueError for one that the model does not have.
@@ -23,7 +35,8 @@ def with_model_options(config, options):
         if getattr(options, name):
             if not hasattr(config, name):
                 raise ValueError(f"{type(config).__name__} has no option {name!r}: leave it False")
-            config = dataclasses.replace(config, **{name: True})
+            taken_over: dict[str, Any] = {name: True}
+            config = dataclasses.replace(config, **taken_over)
     return config
 
 
@@ -35,7 +48,19 @@ class Engine:
     table; this class has checked what goes in.
     """
 
-    def __init__(self, config, options, choice, weights=None):
+    _train: Callable[[Arrays, np.ndarray, np.ndarray, bool], float]
+    _evaluate: Callable[[Arrays, np.ndarray], float]
+    _logits: Callable[[Arrays], np.ndarray]
+    parameters: Callable[[], Arrays]
+    load_parameters: Callable[[Mapping[str, npt.ArrayLike]], None]
+    gradients: Callable[[], Arrays]
+    optimizer_state: Callable[[], dict[str, Arrays]]
+    load_optimizer_state: Callable[[Moments], None]
+    explain: Callable[[], Any]  # a list of what a step runs, which `str()` makes a table of
+
+    def __init__(
+        self, config: ModelConfig, options: RecipeOptions, choice: Resolved, weights: Weights | None = None
+    ) -> None:
         """weights: a `Weights` (None: random, all of them trained)."""
         config = with_model_options(config, options)
         self.config, self.options = config, options
@@ -47,31 +72,33 @@ class Engine:
         self.hp_mode = self.model_class.hp_mode if weights.hp_mode is None else weights.hp_mode
         self.grad_norm = float("nan")  # L2 norm of the last step's whole gradient, before clipping
 
-    def __enter__(self):
+    def __enter__(self) -> "Self":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         """Free what the engine holds outside of Python's memory. Nothing can be called after it."""
 
     @property
-    def n_parameters(self):
+    def n_parameters(self) -> int:
         """Parameters of the whole model, frozen ones too."""
         return sum(math.prod(shape) for shape in self.weights.shapes.values())
 
     @property
-    def n_trained(self):
+    def n_trained(self) -> int:
         """Parameters that are trained."""
         return sum(math.prod(shape) for shape in self.weights.trained_shapes.values())
 
-    def adamw(self, lr=0.001, **fields):
+    def adamw(self, lr: float = 0.001, **fields: float) -> AdamW:
         """An `AdamW` in the convention this model reads (see `hp_mode`). fields: beta1, beta2, eps, weight_decay."""
         make = AdamW.bias_corrected if self.hp_mode == AdamW.MODE_LORA else AdamW.constant_slots
         return make(lr=lr, **fields)
 
-    def step(self, inputs, labels, hp, is_first=False):
+    def step(
+        self, inputs: Mapping[str, npt.ArrayLike], labels: npt.ArrayLike, hp: npt.ArrayLike, is_first: bool = False
+    ) -> float:
         """ONE training step: forward, mean cross-entropy, backward, clip, AdamW -> the loss before the update, a float.
 
         inputs: dict of role to array, see `batch.roles`. labels: int in the shape `batch.label_shape`, -1 = not counted, or
@@ -85,16 +112,16 @@ class Engine:
             raise ValueError(f"is_first must be True or False, got {is_first!r}")
         return self._train(arrays, labels, row, bool(is_first))
 
-    def evaluate(self, inputs, labels):
+    def evaluate(self, inputs: Mapping[str, npt.ArrayLike], labels: npt.ArrayLike) -> float:
         """The mean cross-entropy of a batch without any update (arguments and errors as `step`)."""
         return self._evaluate(self.batch.check(**inputs), self.batch.check_labels(labels))
 
-    def logits(self, inputs):
+    def logits(self, inputs: Mapping[str, npt.ArrayLike]) -> np.ndarray:
         """inputs: as for `step` -> float32 logits, the shape of the labels and the classes: (t_batch, t_seq, vocab_size)."""
         logits = self._logits(self.batch.check(**inputs))
         return np.array(logits, np.float32).reshape(*self.batch.label_shape, -1)
 
-    def model_copy(self):
+    def model_copy(self) -> Model:
         """A model object on an eager op table with a copy of the present weights (borrowed ones are not copied): for
         generation and inspection."""
         ops, leaves = eager_ops(self.backend), dict(self.weights.borrowed)
@@ -103,7 +130,7 @@ class Engine:
         tree = ParameterTree(leaves | self.parameters())
         return self.model_class.from_config(self.config, ops=ops, parameters=tree, **self.weights.model_options)
 
-    def _check_moments(self, state):
+    def _check_moments(self, state: Moments) -> None:
         if not (isinstance(state, Mapping) and state.keys() == {"m", "v"}):
             raise ValueError('the optimizer state must be {"m": {name: array}, "v": {name: array}}')
         for slot in "mv":

@@ -1,32 +1,37 @@
 """The engine of the eager op tables (numpy, cython): it calls the model's forward and backward, then AdamW."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from toy.engines.base import Engine
+from toy.config import ModelConfig, RecipeOptions
+from toy.engines.base import Arrays, Engine, Moments
+from toy.engines.weights import Weights
 from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
-from toy.switch import ops_for
+from toy.op_table import OpTable
+from toy.switch import Resolved, ops_for
 
 
 class OpCall(NamedTuple):
     """One call of an op. inputs: the shapes of the matrices it was given; shapes: of those it gave back."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index
     op: str
-    inputs: tuple
-    shapes: tuple
+    inputs: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 class OpCalls(NamedTuple):
     """What `explain()` of an eager engine returns; `str()` of it is a table."""
 
     device: str
-    nodes: tuple  # of OpCall
-    bytes: dict
+    nodes: tuple[OpCall, ...]
+    bytes: dict[str, int]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [("call", "op", "gives", "from")]
         for call in self.nodes:
             gives, takes = (
@@ -42,15 +47,16 @@ class OpCalls(NamedTuple):
 class _Recorder:
     """An op table that passes every call on and writes it down."""
 
-    def __init__(self, ops):
-        self.ops, self.name, self.calls = ops, ops.name, []
+    def __init__(self, ops: OpTable) -> None:
+        self.ops, self.name = ops, ops.name
+        self.calls: list[OpCall] = []
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         function = getattr(self.ops, name)
         if not callable(function):
             return function
 
-        def call(*arguments, **options):
+        def call(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
             out = result if isinstance(result, (tuple, list)) else (result,)
             shapes = tuple(a.shape for a in out if isinstance(a, np.ndarray))
@@ -64,7 +70,14 @@ class _Recorder:
 class EagerEngine(Engine):
     """See `Engine`. The trained weights, their gradients and moments are four flat float32 buffers of one layout."""
 
-    def __init__(self, config, options, choice, weights=None, keep_gradients=True):
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: RecipeOptions,
+        choice: Resolved,
+        weights: Weights | None = None,
+        keep_gradients: bool = True,
+    ) -> None:
         super().__init__(config, options, choice, weights)
         weights = self.weights
         self.ops = ops_for(self.backend)
@@ -89,12 +102,12 @@ class EagerEngine(Engine):
         self.model = self.model_class.from_config(self.config, ops=self.ops, parameters=tree, **weights.model_options)
         self.grads = GradientTree.like(tree, weights.trained)
 
-    def parameters(self):
+    def parameters(self) -> Arrays:
         """dict of names to float32 copies of the (master) weights; borrowed ones are not among them."""
         copies = self.masters.copies() | self.kept.copies()
         return {name: copies[name] for name in self.weights.own}
 
-    def load_parameters(self, mapping):
+    def load_parameters(self, mapping: Mapping[str, npt.ArrayLike]) -> None:
         """Copy weights in. Raises ValueError for wrong names, shapes or numbers; nothing is changed then."""
         check_arrays(self.weights.own, mapping)
         for tree in (self.masters, self.kept):
@@ -102,21 +115,21 @@ class EagerEngine(Engine):
                 leaf[...] = mapping[name]
         self._round_weights()
 
-    def gradients(self):
+    def gradients(self) -> Arrays:
         """dict of names to copies of the last step's gradients, before clipping."""
         return self.grads.copies()
 
-    def optimizer_state(self):
+    def optimizer_state(self) -> dict[str, Arrays]:
         """{"m": {name: array}, "v": {name: array}}: copies of the AdamW moments."""
         return {"m": self.m.copies(), "v": self.v.copies()}
 
-    def load_optimizer_state(self, state):
+    def load_optimizer_state(self, state: Moments) -> None:
         """Copy moments in, all or nothing; errors as `load_parameters`."""
         self._check_moments(state)
         self.m.load(state["m"])
         self.v.load(state["v"])
 
-    def explain(self):
+    def explain(self) -> OpCalls:
         """What a training step calls, op by op in order, with shapes and the bytes of the weights -> `OpCalls`; str() is a
         table.
 
@@ -139,7 +152,7 @@ class EagerEngine(Engine):
         }
         return OpCalls(f"{self.backend} ({self.ops.name})", tuple(recorder.calls), sizes)
 
-    def _train(self, inputs, labels, hp, is_first):
+    def _train(self, inputs: Arrays, labels: np.ndarray, hp: np.ndarray, is_first: bool) -> float:
         grads = self.grads
         grads.fill_zero()
         if is_first:
@@ -156,15 +169,15 @@ class EagerEngine(Engine):
         self._round_weights()
         return loss
 
-    def _evaluate(self, inputs, labels):
+    def _evaluate(self, inputs: Arrays, labels: np.ndarray) -> float:
         return self.ops.cross_entropy(self._forward(inputs)[0], labels)[0]
 
-    def _logits(self, inputs):
+    def _logits(self, inputs: Arrays) -> np.ndarray:
         return self._forward(inputs)[0]
 
-    def _forward(self, inputs):
+    def _forward(self, inputs: Arrays) -> tuple[np.ndarray, Any]:
         return self.model.forward_rows(**inputs, batch=self.options.t_batch)
 
-    def _round_weights(self):
+    def _round_weights(self) -> None:
         for tree, rounded in self._rounded:
             rounded.flat[:] = round_weights(tree.flat, self.options.weight_dtype)

@@ -1,11 +1,21 @@
 """The engine of the ggml graphs: the model's forward and backward are recorded once; a step is one compute."""
 
-import numpy as np
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from toy.engines.base import Engine
+import numpy as np
+import numpy.typing as npt
+
+from toy.config import ModelConfig, RecipeOptions
+from toy.engines.base import Arrays, Engine, Moments
+from toy.engines.weights import Weights
 from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.ops.graph import CpuGraphOps, NativeGraphOps, Slot
-from toy.switch import num_threads
+from toy.quantized import Leaf
+from toy.switch import Resolved, num_threads
+
+if TYPE_CHECKING:
+    from ggml_bridge import Explanation, Tensor
 
 NATIVE_ON_CPU = "cpu-native"  # the device name for ggml's own operations on the CPU
 
@@ -23,7 +33,14 @@ class GraphEngine(Engine):
     weight is updated as soon as its gradient is complete, and the gradients share memory.
     """
 
-    def __init__(self, config, options, choice, weights=None, keep_gradients=False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: RecipeOptions,
+        choice: Resolved,
+        weights: Weights | None = None,
+        keep_gradients: bool = False,
+    ) -> None:
         super().__init__(config, options, choice, weights)
         import ggml_bridge
 
@@ -45,14 +62,14 @@ class GraphEngine(Engine):
         self.bridge.allocate()
         borrowed = {name: self._borrow(name, leaf) for name, leaf in self.weights.borrowed.items()}
         self.tensors = borrowed | self.computed  # every parameter of the model
-        self._graphs = {}
+        self._graphs: dict[Any, Any] = {}  # training graphs by the kind of labels, others by ("forward", kind)
         self._training("integers")
         for name, shape in own.items():  # one at a time: no second copy of the whole model
             array = np.empty(shape, np.float32)
             self.weights.fill(name, array)
             self._upload(name, array)
 
-    def _borrow(self, name, leaf):
+    def _borrow(self, name: str, leaf: Leaf) -> "Tensor":
         """A borrowed parameter as a tensor: in place where the device reads the host's memory, otherwise a copy as it is."""
         data, dtype = (leaf, "f32") if isinstance(leaf, np.ndarray) else (leaf.raw, leaf.type.lower())
         if data.ctypes.data % _MAPPED_ALIGNMENT:
@@ -63,28 +80,28 @@ class GraphEngine(Engine):
             data = aligned
         return self.bridge.mapped(data, leaf.shape, dtype, name=name)
 
-    def explain(self, kind="integers"):
+    def explain(self, kind: str = "integers") -> "Explanation":
         """The nodes of the training graph with their devices, the number of splits, and the bytes; str() is a table.
 
         kind: "integers" or "dense", the labels of the graph.
         """
         return self._training(kind).graph.explain()
 
-    def close(self):
+    def close(self) -> None:
         """Free the device's memory. Nothing can be called after it."""
         self.bridge.close()
 
-    def parameters(self):
+    def parameters(self) -> Arrays:
         """dict of names to float32 copies of the (master) weights; borrowed ones are not among them."""
         return _download(self.masters)
 
-    def load_parameters(self, mapping):
+    def load_parameters(self, mapping: Mapping[str, npt.ArrayLike]) -> None:
         """Copy weights in. Raises ValueError for wrong names, shapes or numbers; nothing is changed then."""
         check_arrays(self.weights.own, mapping)
         for name in self.masters:
             self._upload(name, np.asarray(mapping[name], np.float32))
 
-    def gradients(self):
+    def gradients(self) -> Arrays:
         """dict of names to copies of the last step's gradients, before clipping. Needs keep_gradients=True at realize."""
         if not self.keep_gradients:
             raise RuntimeError("the gradients are not kept: realize with keep_gradients=True")
@@ -93,11 +110,11 @@ class GraphEngine(Engine):
             return {name: np.zeros(shape, np.float32) for name, shape in self.weights.trained_shapes.items()}
         return _download(recorded.gradients)
 
-    def optimizer_state(self):
+    def optimizer_state(self) -> dict[str, Arrays]:
         """{"m": {name: array}, "v": {name: array}}: copies of the AdamW moments."""
         return {"m": _download(self.m), "v": _download(self.v)}
 
-    def load_optimizer_state(self, state):
+    def load_optimizer_state(self, state: Moments) -> None:
         """Copy moments in, all or nothing; errors as `load_parameters`."""
         self._check_moments(state)
         for slot in "mv":
@@ -106,7 +123,7 @@ class GraphEngine(Engine):
 
     # -- the hooks of Engine ------------------------------------------------------------------------------------------
 
-    def _train(self, inputs, labels, hp, is_first):
+    def _train(self, inputs: Arrays, labels: np.ndarray, hp: np.ndarray, is_first: bool) -> float:
         if is_first:
             for moments in (self.m, self.v):
                 for tensor in moments.values():
@@ -117,12 +134,12 @@ class GraphEngine(Engine):
         self.grad_norm = float(recorded.norm.download()[0])
         return recorded.loss()
 
-    def _evaluate(self, inputs, labels):
+    def _evaluate(self, inputs: Arrays, labels: np.ndarray) -> float:
         recorded = self._forward("integers" if labels.ndim == 1 else "dense")
         recorded.run(**inputs, labels=labels)
         return recorded.loss()
 
-    def _logits(self, inputs):
+    def _logits(self, inputs: Arrays) -> np.ndarray:
         recorded = self._forward(None)
         recorded.run(**inputs)
         return recorded.logits.download()
@@ -131,18 +148,18 @@ class GraphEngine(Engine):
 
     _last_kind = "integers"
 
-    def _training(self, kind):
+    def _training(self, kind: str) -> "_TrainingGraph":
         if kind not in self._graphs:
             self._graphs[kind] = _TrainingGraph(self, kind)
         return self._graphs[kind]
 
-    def _forward(self, kind):
+    def _forward(self, kind: str | None) -> "_ForwardGraph":
         key = ("forward", kind)
         if key not in self._graphs:
             self._graphs[key] = _ForwardGraph(self, kind)
         return self._graphs[key]
 
-    def _upload(self, name, array):
+    def _upload(self, name: str, array: np.ndarray) -> None:
         self.masters[name].upload(array)
         if self.computed is not self.masters:
             self.computed[name].upload(round_weights(array, self.options.weight_dtype))
@@ -150,6 +167,8 @@ class GraphEngine(Engine):
 
 class _Recorded:
     """A graph, the tensors to fill before each run, and what comes out."""
+
+    loss_tensor: "Tensor"  # of a graph with labels
 
     def __init__(self, engine, kind, slots=None, finished=None):
         self.kind, self.computed = kind, False
@@ -189,11 +208,11 @@ class _Recorded:
         """Upload a value; integers that the tensor holds already (positions hardly ever change) are not uploaded again."""
         if value.dtype.kind not in "iu":  # dense labels: a look at all of them is no cheaper than the upload
             tensor.upload(value)
-        elif not np.array_equal(value, self.integers.get(tensor)):
+        elif (held := self.integers.get(tensor)) is None or not np.array_equal(value, held):
             tensor.upload(value)
             self.integers[tensor] = value.copy()
 
-    def loss(self):
+    def loss(self) -> float:
         return self.ops.loss_value(self.loss_tensor)
 
 
@@ -219,7 +238,7 @@ class _TrainingGraph(_Recorded):
         super().__init__(engine, kind, {id(slot.parameter): slot for slot in slots.values()}, self._finished)
         options, graph, ops = engine.options, self.graph, self.ops
         self.later = engine.keep_gradients or options.grad_clip is not None  # every update at the end
-        self.squares = []
+        self.squares: list[Tensor] = []
         self.hp = ops.feed((1, 7), "f32", lambda arrays: arrays["hp"])
         logits, cache = self.model.forward_rows(**self.inputs, batch=options.t_batch)
         loss, loss_cache = ops.cross_entropy(logits, self.labels)
@@ -252,5 +271,5 @@ class _TrainingGraph(_Recorded):
             self.graph.cpy(self.graph.cast(rounded, "f32"), engine.computed[name])
 
 
-def _download(tensors):
+def _download(tensors: "Mapping[str, Tensor]") -> Arrays:
     return {name: tensor.download() for name, tensor in tensors.items()}

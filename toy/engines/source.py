@@ -1,18 +1,22 @@
 """Where recipes that do not start from nothing get their weights: a GGUF file, or arrays by name."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from toy.adamw import AdamW
+from toy.config import LanguageModelConfig, ModelConfig
 from toy.engines.weights import Weights
 from toy.files import BadFileError
 from toy.files.gguf import GGUF
 from toy.models import model_for
+from toy.quantized import Leaf
 
 
-def checked_config(gguf, config=None, untied=False, qkv_bias=False):
+def checked_config(
+    gguf: GGUF, config: ModelConfig | None = None, untied: bool = False, qkv_bias: bool = False
+) -> LanguageModelConfig:
     """The config of the model in an open GGUF file, which `config` (None: anything) must be, but for a shorter context.
 
     untied, qkv_bias: True = the model must be so. Raises TypeError for something that is no open `GGUF`, ValueError for
@@ -41,13 +45,13 @@ def checked_config(gguf, config=None, untied=False, qkv_bias=False):
     return dataclasses.replace(stored, context_length=config.context_length)
 
 
-def has_positions(config):
+def has_positions(config: ModelConfig) -> bool:
     """Whether the context length is a size of a weight (learned positions)."""
     shapes = model_for(config).parameter_shapes(config)
     return any(name.startswith("pos") for name in shapes)
 
 
-def borrowed_parameters(gguf, config):
+def borrowed_parameters(gguf: GGUF, config: ModelConfig) -> dict[str, Leaf]:
     """dict of names to leaves over the file's own bytes: quantised matrices as they are, float32 tensors as read-only views.
 
     Raises BadFileError for numbers that are not finite.
@@ -60,9 +64,9 @@ def borrowed_parameters(gguf, config):
     return leaves
 
 
-def _is_finite(leaf):
+def _is_finite(leaf: Leaf) -> bool:
     if isinstance(leaf, np.ndarray):
-        return np.isfinite(leaf).all()
+        return bool(np.isfinite(leaf).all())
     return all(np.isfinite(leaf.rows(band.start, band.stop)).all() for band in leaf.bands())
 
 
@@ -70,13 +74,15 @@ class Source:
     """Weights by name, from an open `GGUF` or a mapping of names to arrays or quantised matrices. name: of it, for error
     messages. shapes: dict by name."""
 
-    def __init__(self, weights):
+    def __init__(self, weights: GGUF | Mapping[str, Leaf]) -> None:
         if isinstance(weights, GGUF):
             self.name = str(weights.path)
             self.shapes = {name: record.shape for name, record in weights.tensors.items()}
-            self._leaf = weights.matrix
+            self._leaf: Callable[[str], Leaf] = weights.matrix
         elif isinstance(weights, Mapping):
-            leaves = {name: leaf if hasattr(leaf, "dequantize") else np.asarray(leaf) for name, leaf in weights.items()}
+            leaves: dict[str, Leaf] = {
+                name: leaf if hasattr(leaf, "dequantize") else np.asarray(leaf) for name, leaf in weights.items()
+            }
             self.name = "the given weights"
             self.shapes = {name: leaf.shape for name, leaf in leaves.items()}
             self._leaf = leaves.__getitem__
@@ -86,11 +92,11 @@ class Source:
                 f"got {type(weights).__name__}"
             )
 
-    def leaf(self, name):
+    def leaf(self, name: str) -> Leaf:
         """A tensor as it is stored: an array, or a `toy.quantized.QuantizedMatrix`."""
         return self._leaf(name)
 
-    def fill(self, name, out):
+    def fill(self, name: str, out: np.ndarray) -> None:
         """Write a tensor into the float32 array `out`. Raises ValueError for numbers that are not finite."""
         leaf = self.leaf(name)
         if isinstance(leaf, np.ndarray):
@@ -104,7 +110,7 @@ class Source:
 EMBEDDINGS = ("token_embd.weight", "position_embd.weight")
 
 
-def finetuned_weights(config, gguf, freeze_embeddings=False):
+def finetuned_weights(config: ModelConfig, gguf: GGUF, freeze_embeddings: bool = False) -> Weights:
     """The `Weights` of a full fine-tuning."""
     shapes = model_for(config).parameter_shapes(config)
     frozen = EMBEDDINGS if freeze_embeddings else ()

@@ -2,11 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from toy.config import ModelConfig, RecipeOptions
 from toy.models import model_for
-from toy.models.parameters import initialize_array
+from toy.models.parameters import Shapes, initialize_array
+from toy.quantized import Leaf
+
+Fill = Callable[[str, np.ndarray], None]  # fill(name, out) writes the values of a parameter into `out`
 
 
 @dataclass(frozen=True)
@@ -20,14 +25,14 @@ class Weights:
     model, such as lora_scale. hp_mode: the AdamW convention (None: the model's).
     """
 
-    own: dict
-    fill: Callable
-    trained: frozenset | None = None
-    borrowed: dict = field(default_factory=dict)
-    model_options: dict = field(default_factory=dict)
+    own: Shapes
+    fill: Fill
+    trained: frozenset[str] = None  # type: ignore[assignment]  # None: all of them, filled in below
+    borrowed: dict[str, Leaf] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
     hp_mode: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         trained = frozenset(self.own if self.trained is None else self.trained)
         object.__setattr__(self, "trained", trained)
         if not trained:
@@ -36,21 +41,21 @@ class Weights:
             raise ValueError(f"{unknown[0]} cannot be trained: it is not among the model's own parameters")
 
     @property
-    def shapes(self):
+    def shapes(self) -> Shapes:
         """dict of all names to shapes, borrowed parameters first."""
         return {name: leaf.shape for name, leaf in self.borrowed.items()} | self.own
 
     @property
-    def trained_shapes(self):
+    def trained_shapes(self) -> Shapes:
         return {name: shape for name, shape in self.own.items() if name in self.trained}
 
     @property
-    def kept_shapes(self):
+    def kept_shapes(self) -> Shapes:
         """Those of the engine's own parameters that are not trained."""
         return {name: shape for name, shape in self.own.items() if name not in self.trained}
 
 
-def filled(shapes, fill):
+def filled(shapes: Shapes, fill: Fill) -> dict[str, np.ndarray]:
     """dict of the names of `shapes` to new float32 arrays with the values that fill(name, out) writes."""
     arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
     for name, array in arrays.items():
@@ -58,16 +63,16 @@ def filled(shapes, fill):
     return arrays
 
 
-def random_weights(config, options):
+def random_weights(config: ModelConfig, options: RecipeOptions) -> Weights:
     """Every parameter random, drawn from the options' seed, and trained."""
     return Weights(own=model_for(config).parameter_shapes(config), fill=random_fill(config, options))
 
 
-def random_fill(config, options):
+def random_fill(config: ModelConfig, options: RecipeOptions) -> Fill:
     """The `fill` of a model with random weights (see `Weights`)."""
     stds = model_for(config).parameter_stds(config)
 
-    def fill(name, out):
+    def fill(name: str, out: np.ndarray) -> None:
         initialize_array(name, out, stds[name], options.seed, options.init_scale)
 
     return fill

@@ -14,15 +14,17 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from toy.config import LanguageModelConfig
 from toy.files import gguf_models
 from toy.files.errors import BadFileError
-from toy.quantized import BY_CODE, QuantizedMatrix, dequantize
+from toy.quantized import BY_CODE, Leaf, QuantizedMatrix, dequantize
 
 # bounds of what is kept in memory: the largest vocabularies in use take two thirds of them, and a file at all of these bounds
 # is opened in less than a second and 200 MB
@@ -54,7 +56,7 @@ class TensorRecord(NamedTuple):
     """One tensor of a file. shape: numpy order, a matrix is (out, in). offset: of its first byte, from the file's start."""
 
     name: str
-    shape: tuple
+    shape: tuple[int, ...]
     type: str
     n_bytes: int
     offset: int
@@ -68,16 +70,22 @@ class GGUF:
     The file is mapped, not read: opening takes the memory of the metadata alone. It must not be changed while it is open.
     """
 
-    def __init__(self, path, mapped, metadata, tensors):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        mapped: mmap.mmap,
+        metadata: dict[str, Any],
+        tensors: dict[str, TensorRecord],
+    ) -> None:
         """Use `GGUF.open`."""
         self.path = Path(path)
         self.metadata = MappingProxyType(metadata)
         self.tensors = MappingProxyType(tensors)
-        self._mapped = mapped
-        self._bytes = np.frombuffer(mapped, np.uint8)  # read-only, as the mapping is
+        self._mapped: mmap.mmap | None = mapped
+        self._bytes: Any = np.frombuffer(mapped, np.uint8)  # read-only, as the mapping is; None when it is closed
 
     @classmethod
-    def open(cls, path):
+    def open(cls, path: str | os.PathLike[str]) -> "GGUF":
         """Map the file at `path` and read its header.
 
         Raises BadFileError for a file that is not whole, sound GGUF (version 2 or 3, little-endian), and FileNotFoundError
@@ -93,19 +101,19 @@ class GGUF:
         return cls(path, mapped, metadata, tensors)
 
     @property
-    def architecture(self):
+    def architecture(self) -> str:
         return self.metadata["general.architecture"]
 
     @property
-    def n_parameters(self):
+    def n_parameters(self) -> int:
         return sum(math.prod(record.shape) for record in self.tensors.values())
 
     @property
-    def n_bytes(self):
+    def n_bytes(self) -> int:
         """Bytes of all tensors, as stored."""
         return sum(record.n_bytes for record in self.tensors.values())
 
-    def raw(self, name):
+    def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor in the file, not copied: read-only uint8, one row per row of the tensor.
 
         Shape: that of the tensor, the last axis in bytes. Raises ValueError for an unknown name and for a closed file.
@@ -114,7 +122,9 @@ class GGUF:
         data = self._bytes[record.offset : record.offset + record.n_bytes]
         return data.reshape(*record.shape[:-1], -1)
 
-    def dequantize(self, name, rows=None, out=None):
+    def dequantize(
+        self, name: str, rows: slice | Sequence[int] | np.ndarray | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """A tensor, or some rows of it, as float32; the bytes of the other rows are not touched.
 
         rows: a slice, or whole numbers (a sequence or array, in any order) that index the first axis; None: everything.
@@ -137,7 +147,7 @@ class GGUF:
                 raise gguf_models.UnsupportedModelError(f"{self.path}: tensor {name!r}: {error}") from error
         return out
 
-    def matrix(self, name):
+    def matrix(self, name: str) -> Leaf:
         """A tensor as a leaf of a parameter tree, left in the file where that is possible.
 
         A matrix of a quantised or half-precision type: a `QuantizedMatrix` over its bytes. A tensor of type F32: a read-only
@@ -158,7 +168,7 @@ class GGUF:
         array.flags.writeable = False
         return array
 
-    def config(self):
+    def config(self) -> LanguageModelConfig:
         """The `toy.LlamaConfig` or `toy.GPT2Config` of the model in the file.
 
         Raises BadFileError when the file contradicts itself, ValueError when it is sound but holds something else
@@ -166,7 +176,7 @@ class GGUF:
         """
         return gguf_models.config_of(self)
 
-    def parameters(self, out=None):
+    def parameters(self, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """dict of this library's parameter names to float32 arrays: every weight of the model, dequantised.
 
         out: a mapping of the same names to arrays to fill, such as a ParameterTree, None: new ones.
@@ -179,7 +189,7 @@ class GGUF:
                 raise BadFileError(self.path, f"tensor {name!r} holds numbers that are not finite")
         return parameters
 
-    def close(self):
+    def close(self) -> None:
         """Let go of the file. Arrays that `raw` gave out keep their part of it mapped until they go too."""
         self._bytes = None
         mapped, self._mapped = self._mapped, None
@@ -189,16 +199,16 @@ class GGUF:
             ):  # such arrays are still there: the mapping ends with the last of them
                 mapped.close()
 
-    def __enter__(self):
+    def __enter__(self) -> "GGUF":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"GGUF({str(self.path)!r}, {self.architecture}, {len(self.tensors)} tensors)"
 
-    def _record(self, name):
+    def _record(self, name: str) -> TensorRecord:
         if self._bytes is None:
             raise ValueError(f"{self.path} is closed: open it again with GGUF.open")
         try:
@@ -207,7 +217,7 @@ class GGUF:
             raise ValueError(f"{self.path} has no tensor {name!r}") from None
 
 
-def _checked_rows(rows, record):
+def _checked_rows(rows: slice | Sequence[int] | np.ndarray, record: TensorRecord) -> slice | np.ndarray:
     """What indexes the first axis: a slice inside it, or an array of row numbers."""
     n_rows = record.shape[0]
     if len(record.shape) < 2:
@@ -225,7 +235,7 @@ def _checked_rows(rows, record):
     return index
 
 
-def _map(path):
+def _map(path: Path) -> mmap.mmap:
     """The whole file as a read-only mapping. Only a regular file: opening a pipe would wait for its other end."""
     try:
         status = os.stat(path)
@@ -306,12 +316,12 @@ class _Header:
             offset += -(-n_bytes // alignment) * alignment
         start = -(-self.position // alignment) * alignment
         records = {}
-        for name, shape, kind, n_bytes, offset in described:
+        for name, shape, type_name, n_bytes, offset in described:
             if start + offset + n_bytes > self.size:
                 raise self.bad(f"is cut off: tensor {name!r} ends at byte {start + offset + n_bytes} of {self.size}")
             if name in records:
                 raise self.bad(f"has the tensor {name!r} twice")
-            records[name] = TensorRecord(name, shape, kind, n_bytes, start + offset)
+            records[name] = TensorRecord(name, shape, type_name, n_bytes, start + offset)
         last = max((record.offset + record.n_bytes for record in records.values()), default=self.position)
         if self.size - last >= alignment:
             raise self.bad(f"goes on for {self.size - last} bytes after its last tensor")

@@ -1,10 +1,11 @@
 """The one table of architectures: what each is called, its config, its class, and whether GGUF files have it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from toy.config import GPT2Config, LlamaConfig, TransformerConfig, ViTConfig
+from toy.config import GPT2Config, LlamaConfig, ModelConfig, TransformerConfig, ViTConfig
 from toy.models import gpt2, llama
-from toy.models.base import LanguageModel
+from toy.models.base import LanguageModel, Model
+from toy.models.gguf_form import Form
 from toy.models.gpt2 import GPT2
 from toy.models.llama import Llama
 from toy.models.transformer import TransformerLM
@@ -15,31 +16,38 @@ class Architecture(NamedTuple):
     """One row. gguf_forms: how GGUF files hold it (`toy.models.gguf_form`); empty: llama.cpp has no such model. tiny, small:
     configs to try it on, of the size for central differences and of the size for a self-test of a second."""
 
-    config: type
-    model: type
-    gguf_forms: tuple
-    tiny: object
-    small: object
+    config: type[ModelConfig]
+    model: type[Model]
+    gguf_forms: tuple[Form, ...]
+    tiny: ModelConfig
+    small: ModelConfig
 
     @property
-    def in_gguf(self):
+    def in_gguf(self) -> bool:
         """Whether there are GGUF files of it."""
         return bool(self.gguf_forms)
 
     @property
-    def reads_text(self):
+    def reads_text(self) -> bool:
         """Whether it is a language model."""
         return issubclass(self.model, LanguageModel)
 
     @property
-    def name(self):
+    def name(self) -> str:
         """What it is called on the command line, in a run's config, in a GGUF file."""
         return self.model.arch
 
 
-_TINY = {"vocab_size": 11, "d_model": 8, "n_heads": 2, "d_ff": 12, "n_layers": 2, "context_length": 5}
-_SMALL = {"vocab_size": 65, "d_model": 64, "n_heads": 4, "d_ff": 256, "n_layers": 2, "context_length": 32}
-_IMAGES = {"channels": 1, "n_layers": 2, "n_classes": 10}
+_TINY: dict[str, Any] = {"vocab_size": 11, "d_model": 8, "n_heads": 2, "d_ff": 12, "n_layers": 2, "context_length": 5}
+_SMALL: dict[str, Any] = {
+    "vocab_size": 65,
+    "d_model": 64,
+    "n_heads": 4,
+    "d_ff": 256,
+    "n_layers": 2,
+    "context_length": 32,
+}
+_IMAGES: dict[str, Any] = {"channels": 1, "n_layers": 2, "n_classes": 10}
 
 ARCHITECTURES = {
     row.name: row
@@ -66,7 +74,7 @@ ARCHITECTURES = {
 }
 
 
-def architecture_of(config):
+def architecture_of(config: ModelConfig) -> Architecture:
     """The row of a config's type. Raises TypeError for an object that is not a model config."""
     for row in ARCHITECTURES.values():
         if type(config) is row.config:
@@ -75,6 +83,6 @@ def architecture_of(config):
     raise TypeError(f"cfg must be one of {known}, got {type(config).__name__}")
 
 
-def model_for(config):
+def model_for(config: ModelConfig) -> type[Model]:
     """The model class of a config. Raises TypeError for an object that is not a model config."""
     return architecture_of(config).model

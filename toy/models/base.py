@@ -1,12 +1,21 @@
 """What the models share: parameters and an op table, how a loss starts the backward pass; of language models also how token
 ids become rows, and the key/value cache."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
 import numpy as np
+import numpy.typing as npt
 
 from toy.arrays import plain_array
-from toy.models.generation import generate
-from toy.models.inputs import TokenBatch, check_range
-from toy.models.parameters import GradientTree, ParameterTree, initialize
+from toy.config import LanguageModelConfig, ModelConfig
+from toy.models.generation import Seed, generate
+from toy.models.inputs import Batch, TokenBatch, check_range
+from toy.models.parameters import Block, GradientTree, ParameterTree, Shapes, Stds, initialize
+from toy.op_table import Array, OpTable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Model:
@@ -17,12 +26,27 @@ class Model:
     parameter_shapes(config), parameter_stds(config)               dicts by parameter name
     """
 
-    arch = None  # the model's name on the command line
-    hp_mode = None  # the AdamW convention its graphs read
-    batch_type = None  # what a batch of it is, a `toy.models.inputs.Batch`
-    default_ops = None  # function that gives the op table of a model made without one; `toy.engines` sets it
+    arch: ClassVar[str]  # the model's name on the command line
+    hp_mode: ClassVar[int]  # the AdamW convention its graphs read
+    batch_type: Callable[[Any, int, int], Batch]  # what a batch of it is: of config, t_batch and t_seq
+    default_ops: ClassVar[Callable[[], OpTable]]  # gives a model made without an op table one; `toy.engines` sets it
 
-    def __init__(self, config, seed=0, *, init_scale=1.0, ops=None, dtype=np.float32, parameters=None):
+    config: ModelConfig
+    forward_rows: Callable[..., tuple[Array, Any]]
+    backward_rows: Callable[..., None]
+    parameter_shapes: Callable[[Any], Shapes]
+    parameter_stds: Callable[[Any], Stds]
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int = 0,
+        *,
+        init_scale: float = 1.0,
+        ops: OpTable | None = None,
+        dtype: npt.DTypeLike = np.float32,
+        parameters: ParameterTree | None = None,
+    ) -> None:
         """ops: an op table (None: the one of the current backend). parameters: a ready tree; None: initialised from seed."""
         self.config = config
         self.ops = Model.default_ops() if ops is None else ops
@@ -32,23 +56,25 @@ class Model:
         self.parameters = parameters
 
     @classmethod
-    def from_config(cls, config, seed=0, **options):
+    def from_config(cls, config: ModelConfig, seed: int = 0, **options: Any) -> "Self":
         """A model of this config; the arguments are those of the class."""
         return cls(config, seed=seed, **options)
 
     @property
-    def n_classes(self):
+    def n_classes(self) -> int:
         """What a label chooses from."""
-        return self.config.vocab_size
+        raise NotImplementedError
 
-    def new_gradients(self):
+    def new_gradients(self) -> GradientTree:
         """Gradients of the parameters, all zeros."""
         return GradientTree.like(self.parameters)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config}, ops={self.ops.name}):\n{self.parameters.summary()}"
 
-    def backward(self, cache, labels, grads, release_cache=False):
+    def backward(
+        self, cache: tuple[Array, Any], labels: npt.ArrayLike, grads: GradientTree, release_cache: bool = False
+    ) -> float:
         """The mean cross-entropy of the forward that gave `cache`, as a float; its gradient is *added* to `grads`.
 
         labels: int, one for each row of the logits (in the shape of token_ids; -1 = not counted), or float rows (N, V).
@@ -83,7 +109,21 @@ class LanguageModel(Model):
 
     batch_type = TokenBatch
 
-    def forward(self, token_ids, positions=None, kv_cache=None, last_only=False):
+    config: LanguageModelConfig
+    hidden_rows: Callable[..., tuple[Any, ...]]
+    unembed_rows: Callable[[Array], tuple[Any, ...]]
+
+    @property
+    def n_classes(self) -> int:
+        return self.config.vocab_size
+
+    def forward(
+        self,
+        token_ids: npt.ArrayLike,
+        positions: npt.ArrayLike | None = None,
+        kv_cache: "KeyValueCache | None" = None,
+        last_only: bool = False,
+    ) -> tuple[Array, tuple[Array, Any] | None]:
         """token_ids: int (B, T) or (T,) -> logits (B, T, V) or (T, V), and the cache that `backward` takes.
 
         positions: int (T,), None: they go on from the key/value cache, or 0 .. T-1. With a `KeyValueCache` (batch 1) the
@@ -121,33 +161,44 @@ class LanguageModel(Model):
             kv_cache.length += t_seq
         return logits.reshape(shape), cache
 
-    def generate(self, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=None, seed=0):
+    def generate(
+        self,
+        prompt_ids: Iterable[int],
+        n_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: Seed = 0,
+    ) -> list[int]:
         """The next `n_tokens` ids after `prompt_ids`, as a list (see `toy.models.generation.generate`)."""
         return list(generate(self, prompt_ids, n_tokens, temperature, top_k, top_p, seed))
 
-    def new_kv_cache(self):
+    def new_kv_cache(self) -> "KeyValueCache":
         return KeyValueCache(self.config.n_layers, self.config.context_length)
 
 
 class KeyValueCache:
     """The keys and values of the tokens seen so far, per layer, for one sequence. `length`: tokens seen."""
 
-    def __init__(self, n_layers, context_length):
+    def __init__(self, n_layers: int, context_length: int) -> None:
         self.length = 0
         self.context_length = context_length
-        self.layers = [None] * n_layers
+        self.layers: list[tuple[Array, ...] | None] = [None] * n_layers
 
-    def extend(self, layer, k, v):
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, ...]:
         """Append k, v (T, width) after the first `length` rows -> all keys and values so far (length + T, width)."""
-        if self.layers[layer] is None:
-            self.layers[layer] = tuple(np.empty((self.context_length, a.shape[1]), a.dtype) for a in (k, v))
+        stores = self.layers[layer]
+        if stores is None:
+            stores = self.layers[layer] = tuple(np.empty((self.context_length, a.shape[1]), a.dtype) for a in (k, v))
         end = self.length + len(k)
-        for store, new in zip(self.layers[layer], (k, v)):
+        for store, new in zip(stores, (k, v)):
             store[self.length : end] = new
-        return tuple(store[:end] for store in self.layers[layer])
+        return tuple(store[:end] for store in stores)
 
 
-def backward_order(blocks, cache_list, gradient_blocks, release_cache):
+def backward_order(
+    blocks: Sequence[Block], cache_list: list[Any], gradient_blocks: Sequence[Block], release_cache: bool
+) -> Iterator[tuple[Block, Any, Block]]:
     """(block, cache, gradients) from the last block to the first; with release_cache each cache is dropped after use."""
     for i in reversed(range(len(cache_list))):
         yield blocks[i], cache_list[i], gradient_blocks[i]

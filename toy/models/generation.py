@@ -1,11 +1,33 @@
 """Sampling: one token at a time from a model with a key/value cache."""
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+Seed = int | Sequence[int]
 
-def generate(model, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, stop_ids=()):
+
+class GeneratingModel(Protocol):
+    """What of a `toy.models.base.LanguageModel` is used here."""
+
+    config: Any
+
+    def new_kv_cache(self) -> Any: ...
+    def forward(self, token_ids: np.ndarray, *, kv_cache: Any, last_only: bool) -> tuple[np.ndarray, Any]: ...
+
+
+def generate(
+    model: GeneratingModel,
+    prompt_ids: Iterable[int],
+    n_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: Seed = 0,
+    stop_ids: Iterable[int] = (),
+) -> Iterator[int]:
     """Yield `n_tokens` token ids that continue `prompt_ids`, one by one.
 
     The prompt is read in one batch; every further token costs one row. When the context is full the window moves: the last
@@ -26,7 +48,16 @@ def generate(model, prompt_ids, n_tokens, temperature=1.0, top_k=None, top_p=Non
     return _generate(model, ids, n_tokens, temperature, top_k, top_p, np.random.default_rng(seed), frozenset(stop_ids))
 
 
-def _generate(model, ids, n_tokens, temperature, top_k, top_p, rng, stop_ids):
+def _generate(
+    model: GeneratingModel,
+    ids: list[int],
+    n_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    rng: np.random.Generator,
+    stop_ids: frozenset[int],
+) -> Iterator[int]:
     context = model.config.context_length
     cache, unread = model.new_kv_cache(), ids[-context:]
     for _ in range(n_tokens):
@@ -41,7 +72,13 @@ def _generate(model, ids, n_tokens, temperature, top_k, top_p, rng, stop_ids):
         yield token
 
 
-def sample(logits, rng, temperature=1.0, top_k=None, top_p=None):
+def sample(
+    logits: np.ndarray,
+    rng: np.random.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> int:
     """One token id drawn from logits (V,). The settings are those of `generate`."""
     logits = np.asarray(logits, np.float64)
     if temperature == 0:
@@ -64,7 +101,7 @@ def sample(logits, rng, temperature=1.0, top_k=None, top_p=None):
     return int(rng.choice(len(probabilities), p=probabilities))
 
 
-def check_sampling(temperature, top_k, top_p):
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError for sampling settings out of range."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be a number of at least 0 (0 = greedy), got {temperature}")

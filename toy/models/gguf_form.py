@@ -5,7 +5,7 @@ The forms of a model stand in its own file (`GGUF_FORMS`), the first of them is 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 REQUIRED = object()
 
@@ -22,9 +22,9 @@ class Key(NamedTuple):
     field: str
     key: str
     number: bool = False
-    default: object = REQUIRED
+    default: Any = REQUIRED
     says: str = ""
-    unless: Callable = lambda config: False
+    unless: Callable[[Any], bool] = lambda config: False
 
 
 class Form(NamedTuple):
@@ -38,11 +38,11 @@ class Form(NamedTuple):
     """
 
     name: str
-    keys: tuple
-    tensors: dict = {}  # noqa: RUF012 (never changed)
-    fixed: dict = {}  # noqa: RUF012 (never changed)
-    constants: dict = {}  # noqa: RUF012 (never changed)
-    harmless: dict = {}  # noqa: RUF012 (never changed)
+    keys: tuple[Key, ...]
+    tensors: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    fixed: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    constants: dict[str, float] = {}  # noqa: RUF012 (never changed)
+    harmless: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012 (never changed)
 
 
 # what every language model is made of
@@ -55,7 +55,7 @@ SIZES = (
 )
 
 # what changes a plain Llama in llama.cpp, or is meant to, and is not in this library
-PLAIN = {
+PLAIN: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0, 1),
     "rope.scaling.attn_factor": (1,),

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from toy.adamw import AdamW
 from toy.config import GPT2Config
-from toy.models.base import LanguageModel, backward_order
+from toy.models.base import KeyValueCache, LanguageModel, backward_order
 from toy.models.gguf_form import SIZES, Form, Key
-from toy.models.parameters import residual_stream_stds
+from toy.models.parameters import Block, GradientTree, Shapes, Stds, residual_stream_stds
+from toy.op_table import Array, OpCache
 
 NORM_EPS = 1e-5
 
@@ -22,22 +23,22 @@ NORM_EPS = 1e-5
 class BlockCache(NamedTuple):
     """What one block's backward needs: the cache of each op, in forward order."""
 
-    attn_norm: tuple
-    attn_qkv: tuple
-    attention: tuple
-    attn_output: tuple
-    ffn_norm: tuple
-    ffn_up: tuple
-    gelu: tuple
-    ffn_down: tuple
+    attn_norm: OpCache
+    attn_qkv: OpCache
+    attention: OpCache
+    attn_output: OpCache
+    ffn_norm: OpCache
+    ffn_up: OpCache
+    gelu: OpCache
+    ffn_down: OpCache
 
 
 class Cache(NamedTuple):
-    token: tuple
-    position: tuple
-    blocks: list
-    output_norm: tuple
-    unembed: tuple
+    token: OpCache
+    position: OpCache
+    blocks: list[BlockCache | None]  # None: not kept
+    output_norm: OpCache
+    unembed: OpCache
 
 
 class GPT2(LanguageModel):
@@ -45,12 +46,13 @@ class GPT2(LanguageModel):
 
     arch = "gpt2"
     hp_mode = AdamW.MODE_LORA
+    config: GPT2Config
 
     @staticmethod
-    def parameter_shapes(c: GPT2Config):
+    def parameter_shapes(c: GPT2Config) -> Shapes:
         """dict of parameter names to shapes; matrices are (out, in). attn_qkv holds the rows of q, then k, then v."""
         d = c.d_model
-        shapes = {"token_embd.weight": (c.vocab_size, d), "position_embd.weight": (c.context_length, d)}
+        shapes: Shapes = {"token_embd.weight": (c.vocab_size, d), "position_embd.weight": (c.context_length, d)}
         for i in range(c.n_layers):
             for name, shape in (
                 ("attn_norm", (d,)),
@@ -65,19 +67,28 @@ class GPT2(LanguageModel):
         return shapes | {"output_norm.weight": (d,), "output_norm.bias": (d,)}
 
     @staticmethod
-    def parameter_stds(config):
+    def parameter_stds(config: GPT2Config) -> Stds:
         """As published: Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0."""
         return residual_stream_stds(GPT2.parameter_shapes(config), config.n_layers)
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def forward_rows(self, token_ids, positions, batch, kv_cache=None):
+    def forward_rows(
+        self, token_ids: Array, positions: Array, batch: int, kv_cache: KeyValueCache | None = None
+    ) -> tuple[Array, Cache]:
         """token_ids, positions: int (N,) -> logits (N, V), cache."""
         x, token_cache, position_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
         logits, norm_cache, unembed_cache = self.unembed_rows(x)  # (N, V)
         return logits, Cache(token_cache, position_cache, block_caches, norm_cache, unembed_cache)
 
-    def hidden_rows(self, token_ids, positions, batch, kv_cache=None, keep_cache=True):
+    def hidden_rows(
+        self,
+        token_ids: Array,
+        positions: Array,
+        batch: int,
+        kv_cache: KeyValueCache | None = None,
+        keep_cache: bool = True,
+    ) -> tuple[Array, OpCache, OpCache, list[BlockCache | None]]:
         """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), and the three caches.
 
         keep_cache: False when no backward follows; the blocks' activations are then freed at once.
@@ -92,14 +103,16 @@ class GPT2(LanguageModel):
             block_caches.append(cache if keep_cache else None)
         return x, token_cache, position_cache, block_caches
 
-    def unembed_rows(self, x):
+    def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache]:
         """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
         ops, p = self.ops, self.parameters
         x, norm_cache = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
         logits, unembed_cache = ops.linear(x, p.token_embd.weight)  # (N, V)
         return logits, norm_cache, unembed_cache
 
-    def block_forward(self, layer, block, x, batch, kv_cache=None):
+    def block_forward(
+        self, layer: int, block: Block, x: Array, batch: int, kv_cache: KeyValueCache | None = None
+    ) -> tuple[Array, BlockCache]:
         """x: (N, D) -> x (N, D), cache."""
         ops, d = self.ops, self.config.d_model
         h, attn_norm = ops.layer_norm(x, block.attn_norm.weight, block.attn_norm.bias, NORM_EPS)  # (N, D)
@@ -120,7 +133,7 @@ class GPT2(LanguageModel):
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def backward_rows(self, d_logits, cache, grads, release_cache=False):
+    def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
         """d_logits: (N, V). Adds the gradient of every parameter to `grads`."""
         ops = self.ops
         d_x = ops.linear_backward(d_logits, cache.unembed, grads.token_embd.weight)  # (N, D), first use of E
@@ -131,7 +144,7 @@ class GPT2(LanguageModel):
         # second use of E: the same gradient collects both
         ops.embedding_backward(d_x, cache.token, grads.token_embd.weight)
 
-    def block_backward(self, d_x, cache, grads):
+    def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
         ops = self.ops
         d_f = ops.linear_backward(d_x, cache.ffn_down, grads.ffn_down.weight, grads.ffn_down.bias)  # (N, F)

@@ -4,21 +4,23 @@ Engines know inputs by role, labels and the hyper-parameter row; what the roles 
 anything is changed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from toy.arrays import plain_array
+from toy.config import LanguageModelConfig, ViTConfig
 
 
 class Input(NamedTuple):
     """One argument of a model's `forward_rows`. shape: of the checked array. limit: integers 0 .. limit-1, None: float32."""
 
-    shape: tuple
+    shape: tuple[int, ...]
     limit: int | None = None
 
 
-def check_range(name, ids, low, high):
+def check_range(name: str, ids: np.ndarray, low: int, high: int) -> None:
     """Raise ValueError unless every id is in [low, high)."""
     if ids.size and (ids.min() < low or ids.max() >= high):
         wrong = ids[(ids < low) | (ids >= high)].flat[0]
@@ -32,27 +34,27 @@ class Batch:
     `forward_rows` besides the number of sequences or images.
     """
 
-    roles = ()
-    inputs = {}  # noqa: RUF012 (each subclass makes its own)
+    roles: tuple[str, ...] = ()
+    inputs: dict[str, Input] = {}  # noqa: RUF012 (each subclass makes its own)
     label_names = ""  # the axes of label_shape, for error messages
 
-    def __init__(self, label_shape, n_classes):
+    def __init__(self, label_shape: tuple[int, ...], n_classes: int) -> None:
         self.label_shape, self.n_classes = label_shape, n_classes
 
     @property
-    def n_rows(self):
+    def n_rows(self) -> int:
         """Rows of the logits, one for each label."""
         return int(np.prod(self.label_shape))
 
-    def check(self, **given):
+    def check(self, *given: Any, **by_role: Any) -> dict[str, np.ndarray]:
         """The arrays of a step by role -> the arguments of `forward_rows`, contiguous. Raises ValueError for wrong ones."""
         raise NotImplementedError
 
-    def random(self, rng):
+    def random(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A batch to try a model on: (the array of the first role, integer labels)."""
         raise NotImplementedError
 
-    def check_labels(self, labels):
+    def check_labels(self, labels: npt.ArrayLike) -> np.ndarray:
         """-> contiguous int64 (N,), -1 = not counted, or float32 (N, n_classes), one distribution a row.
 
         Raises ValueError for another shape or dtype, labels out of range, and a batch in which nothing counts.
@@ -78,7 +80,7 @@ class Batch:
             raise ValueError("labels: every row is zero, so there is nothing to learn from this batch")
         return labels
 
-    def _rows(self, name, ids):
+    def _rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Integers in the shape of the labels -> contiguous int64 (N,)."""
         if ids.dtype.kind not in "iu":
             raise ValueError(f"{name} must be integers, got {ids.dtype}")
@@ -97,7 +99,7 @@ class TokenBatch(Batch):
     roles = ("token_ids", "positions")
     label_names = "(t_batch, t_seq)"
 
-    def __init__(self, config, t_batch, t_seq):
+    def __init__(self, config: LanguageModelConfig, t_batch: int, t_seq: int) -> None:
         """Raises ValueError for a t_seq that does not fit the config's context."""
         if t_seq > config.context_length:
             raise ValueError(
@@ -111,16 +113,16 @@ class TokenBatch(Batch):
             "positions": Input((self.n_rows,), config.context_length),
         }
 
-    def check(self, token_ids, positions=None):
+    def check(self, token_ids: npt.ArrayLike, positions: npt.ArrayLike | None = None) -> dict[str, np.ndarray]:
         ids = self._rows("token_ids", plain_array("token_ids", token_ids))
         check_range("token_ids", ids, 0, self.n_classes)
         return {"token_ids": ids, "positions": self._check_positions(positions)}
 
-    def random(self, rng):
+    def random(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         ids = rng.integers(0, self.n_classes, (self.label_shape[0], self.label_shape[1] + 1))
         return ids[:, :-1], ids[:, 1:]
 
-    def _check_positions(self, positions):
+    def _check_positions(self, positions: npt.ArrayLike | None) -> np.ndarray:
         """-> contiguous int64 (N,): the positions of every sequence of the batch."""
         t_batch, t_seq = self.label_shape
         if positions is None:
@@ -144,7 +146,7 @@ class ImageBatch(Batch):
     roles = ("images", "positions")
     label_names = "(t_batch,)"
 
-    def __init__(self, config, t_batch, t_seq):
+    def __init__(self, config: ViTConfig, t_batch: int, t_seq: int) -> None:
         """t_seq: the tokens of an image, patches and class token. Raises ValueError for another number than the config's."""
         if t_seq != config.n_tokens:
             raise ValueError(
@@ -159,7 +161,7 @@ class ImageBatch(Batch):
             "positions": Input((t_batch * config.n_tokens,), config.n_tokens),
         }
 
-    def check(self, images, positions=None):
+    def check(self, images: npt.ArrayLike, positions: npt.ArrayLike | None = None) -> dict[str, np.ndarray]:
         c, images = self.config, plain_array("images", images)
         if positions is not None:
             raise ValueError("images have no positions to give: leave positions out")
@@ -181,7 +183,7 @@ class ImageBatch(Batch):
             "positions": np.tile(np.arange(c.n_tokens), len(images)),
         }
 
-    def random(self, rng):
+    def random(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         c = self.config
         images = rng.normal(size=(*self.label_shape, c.image_size, c.image_size, c.channels))
         return images, rng.integers(0, self.n_classes, self.label_shape)

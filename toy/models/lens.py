@@ -6,19 +6,23 @@ Without a lens in the parameter tree these are the plain lookup and the plain he
 """
 
 import dataclasses
+from collections.abc import Mapping
 
-from toy.quantized import dequantized
+from toy.config import LanguageModelConfig, LlamaConfig
+from toy.models.parameters import Namespace, Shapes
+from toy.op_table import Array, OpCache, OpTable
+from toy.quantized import Leaf, dequantized
 
 
-def lens_shapes(config, donor_width):
+def lens_shapes(config: LanguageModelConfig, donor_width: int) -> Shapes:
     """dict of the names of the projections to their shapes."""
-    shapes = {"token_embd.lens": (config.d_model, donor_width)}
+    shapes: Shapes = {"token_embd.lens": (config.d_model, donor_width)}
     if not getattr(config, "untied", False):
         shapes["output.lens"] = (donor_width, config.d_model)
     return shapes
 
 
-def embed(ops, token_ids, layer):
+def embed(ops: OpTable, token_ids: Array, layer: Namespace) -> tuple[Array, tuple[OpCache, OpCache | None]]:
     """token_ids: (N,) -> (N, D), cache. layer: a node of the parameter tree with `weight`, and maybe `lens`."""
     x, lookup = ops.embedding(token_ids, layer.weight)  # (N, D), or (N, E) of a donor
     if not hasattr(layer, "lens"):
@@ -27,7 +31,7 @@ def embed(ops, token_ids, layer):
     return x, (lookup, projection)
 
 
-def embed_backward(ops, d_x, cache, grads):
+def embed_backward(ops: OpTable, d_x: Array, cache: tuple[OpCache, OpCache | None], grads: Namespace) -> None:
     """d_x: (N, D). Adds to grads, the node of the gradient tree."""
     lookup, projection = cache
     if projection is not None:
@@ -36,7 +40,9 @@ def embed_backward(ops, d_x, cache, grads):
         ops.embedding_backward(d_x, lookup, grads.weight)
 
 
-def unembed(ops, x, weight, lens=None):
+def unembed(
+    ops: OpTable, x: Array, weight: Leaf, lens: Array | None = None
+) -> tuple[Array, tuple[OpCache, OpCache | None]]:
     """x: (N, D) -> logits (N, V), cache. weight: (V, D), or (V, E) of a donor with its `lens` (E, D)."""
     projection = None
     if lens is not None:
@@ -45,19 +51,25 @@ def unembed(ops, x, weight, lens=None):
     return logits, (product, projection)
 
 
-def unembed_backward(ops, d_logits, cache, d_weight, d_lens=None):
+def unembed_backward(
+    ops: OpTable,
+    d_logits: Array,
+    cache: tuple[OpCache, OpCache | None],
+    d_weight: Array | None,
+    d_lens: Array | None = None,
+) -> Array:
     """d_logits: (N, V) -> d_x (N, D). Adds to the gradients."""
     product, projection = cache
     d_x = ops.linear_backward(d_logits, product, d_weight)
     return d_x if projection is None else ops.linear_backward(d_x, projection, d_lens)
 
 
-def without_lens(config, parameters):
+def without_lens(config: LlamaConfig, parameters: Mapping[str, Leaf]) -> tuple[LlamaConfig, dict[str, Leaf]]:
     """The same model without a lens: its config (untied now) and its parameters, float32, the donor looked at once and for
     all. parameters: dict of names to arrays; the donor's embedding may be a `toy.quantized.QuantizedMatrix`."""
     parameters = dict(parameters)
-    lens_in, donor = parameters.pop("token_embd.lens"), parameters.pop("token_embd.weight")
-    donor = dequantized(donor)  # (V, E)
+    lens_in = dequantized(parameters.pop("token_embd.lens"))  # (D, E)
+    donor = dequantized(parameters.pop("token_embd.weight"))  # (V, E)
     embedding = {"token_embd.weight": donor @ lens_in.T}  # (V, D)
     if "output.lens" in parameters:
         embedding["output.weight"] = donor @ parameters.pop("output.lens")  # (V, D)

@@ -9,40 +9,42 @@ The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = 
 H = n_heads * d_head, K = n_kv_heads * d_head. Every matrix goes through `project`, where LoRA adapters may join it.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from toy.adamw import AdamW
 from toy.config import LlamaConfig
-from toy.models.base import LanguageModel, backward_order
+from toy.models.base import KeyValueCache, LanguageModel, backward_order
 from toy.models.gguf_form import PLAIN, SIZES, Form, Key
 from toy.models.lens import embed, embed_backward, unembed, unembed_backward
 from toy.models.lora import project, project_backward
-from toy.models.parameters import residual_stream_stds
+from toy.models.parameters import Block, GradientTree, ParameterTree, Shapes, Stds, residual_stream_stds
+from toy.op_table import Array, OpCache
 
 
 class BlockCache(NamedTuple):
     """What one block's backward needs: the cache of each op, in forward order."""
 
-    attn_norm: tuple
-    attn_q: tuple
-    attn_k: tuple
-    attn_v: tuple
-    rope_q: tuple
-    rope_k: tuple
-    attention: tuple
-    attn_output: tuple
-    ffn_norm: tuple
-    ffn_gate: tuple
-    ffn_up: tuple
-    swiglu: tuple
-    ffn_down: tuple
+    attn_norm: OpCache
+    attn_q: OpCache
+    attn_k: OpCache
+    attn_v: OpCache
+    rope_q: OpCache
+    rope_k: OpCache
+    attention: OpCache
+    attn_output: OpCache
+    ffn_norm: OpCache
+    ffn_gate: OpCache
+    ffn_up: OpCache
+    swiglu: OpCache
+    ffn_down: OpCache
 
 
 class Cache(NamedTuple):
-    token: tuple
-    blocks: list
-    output_norm: tuple
-    unembed: tuple
+    token: OpCache
+    blocks: list[BlockCache | None]  # None: not kept
+    output_norm: OpCache
+    unembed: OpCache
 
 
 class Llama(LanguageModel):
@@ -51,16 +53,17 @@ class Llama(LanguageModel):
 
     arch = "llama"
     hp_mode = AdamW.MODE_FROM_SCRATCH
+    config: LlamaConfig
 
-    def __init__(self, config, seed=0, *, lora_scale=1.0, **options):
+    def __init__(self, config: LlamaConfig, seed: int = 0, *, lora_scale: float = 1.0, **options: Any) -> None:
         super().__init__(config, seed, **options)
         self.lora_scale = lora_scale
 
     @staticmethod
-    def parameter_shapes(c: LlamaConfig):
+    def parameter_shapes(c: LlamaConfig) -> Shapes:
         """dict of parameter names to shapes; matrices are (out, in)."""
         d, h, k = c.d_model, c.n_heads * c.d_head, c.n_kv_heads * c.d_head
-        shapes = {"token_embd.weight": (c.vocab_size, d)}
+        shapes: Shapes = {"token_embd.weight": (c.vocab_size, d)}
         for i in range(c.n_layers):
             shapes |= {
                 f"blk.{i}.attn_norm.weight": (d,),
@@ -81,11 +84,11 @@ class Llama(LanguageModel):
         return shapes
 
     @staticmethod
-    def parameter_stds(config):
+    def parameter_stds(config: LlamaConfig) -> Stds:
         """Normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layers), gains 1, biases 0 (as GPT-2)."""
         return residual_stream_stds(Llama.parameter_shapes(config), config.n_layers)
 
-    def head(self, tree):
+    def head(self, tree: ParameterTree) -> tuple[Any, Any]:
         """The output matrix in a parameter or gradient tree, and its lens (None: it has none)."""
         if self.config.untied:
             return tree.output.weight, None
@@ -93,13 +96,22 @@ class Llama(LanguageModel):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def forward_rows(self, token_ids, positions, batch, kv_cache=None):
+    def forward_rows(
+        self, token_ids: Array, positions: Array, batch: int, kv_cache: KeyValueCache | None = None
+    ) -> tuple[Array, Cache]:
         """token_ids, positions: int (N,) -> logits (N, V), cache."""
         x, token_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
         logits, norm_cache, unembed_cache = self.unembed_rows(x)  # (N, V)
         return logits, Cache(token_cache, block_caches, norm_cache, unembed_cache)
 
-    def hidden_rows(self, token_ids, positions, batch, kv_cache=None, keep_cache=True):
+    def hidden_rows(
+        self,
+        token_ids: Array,
+        positions: Array,
+        batch: int,
+        kv_cache: KeyValueCache | None = None,
+        keep_cache: bool = True,
+    ) -> tuple[Array, OpCache, list[BlockCache | None]]:
         """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), token_cache, block_caches.
 
         keep_cache: False when no backward follows; the blocks' activations are then freed at once.
@@ -112,7 +124,7 @@ class Llama(LanguageModel):
             block_caches.append(cache if keep_cache else None)
         return x, token_cache, block_caches
 
-    def unembed_rows(self, x):
+    def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache]:
         """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
         ops, p, c = self.ops, self.parameters, self.config
         x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
@@ -120,7 +132,9 @@ class Llama(LanguageModel):
         logits, unembed_cache = unembed(ops, x, weight, lens)  # (N, V)
         return logits, norm_cache, unembed_cache
 
-    def block_forward(self, layer, block, x, positions, batch, kv_cache=None):
+    def block_forward(
+        self, layer: int, block: Block, x: Array, positions: Array, batch: int, kv_cache: KeyValueCache | None = None
+    ) -> tuple[Array, BlockCache]:
         """x: (N, D) -> x (N, D), cache."""
         ops, c, scale = self.ops, self.config, self.lora_scale
         h, attn_norm = ops.rms_norm(x, block.attn_norm.weight, c.rms_eps)  # (N, D)
@@ -148,7 +162,7 @@ class Llama(LanguageModel):
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def backward_rows(self, d_logits, cache, grads, release_cache=False):
+    def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
         """d_logits: (N, V). Adds the gradient of every parameter to `grads` (None there: frozen)."""
         ops, blocks = self.ops, self.parameters.blk
         d_x = unembed_backward(ops, d_logits, cache.unembed, *self.head(grads))  # (N, D)
@@ -157,7 +171,7 @@ class Llama(LanguageModel):
             d_x = self.block_backward(d_x, block_cache, block_grads)
         embed_backward(ops, d_x, cache.token, grads.token_embd)  # tied: the second contribution
 
-    def block_backward(self, d_x, cache, grads):
+    def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
         ops, scale = self.ops, self.lora_scale
         d_f = project_backward(ops, d_x, cache.ffn_down, grads.ffn_down, scale)  # (N, F)
@@ -181,14 +195,14 @@ class Llama(LanguageModel):
 # -- in GGUF files ----------------------------------------------------------------------------------------------------
 
 
-def _width_of_a_head(sizes):
+def _width_of_a_head(sizes: Mapping[str, int]) -> int:
     if sizes["d_model"] % sizes["n_heads"]:
         raise ValueError(f"{sizes['n_heads']} heads do not divide a width of {sizes['d_model']}")
     return sizes["d_model"] // sizes["n_heads"]
 
 
-def _heads_fill_the_width(config):
-    return config.n_heads * config.head_dim == config.d_model
+def _heads_fill_the_width(config: LlamaConfig) -> bool:
+    return config.n_heads * config.d_head == config.d_model
 
 
 _LLAMA = Form(

@@ -7,14 +7,17 @@ A starts small and random, B at zero, so that at first the layer is the one it c
 
 from typing import NamedTuple
 
+from toy.models.parameters import Namespace
+from toy.op_table import Array, OpCache, OpTable
+
 
 class ProjectionCache(NamedTuple):
-    base: tuple
-    down: tuple | None
-    up: tuple | None
+    base: OpCache
+    down: OpCache | None
+    up: OpCache | None
 
 
-def project(ops, x, layer, scale=1.0):
+def project(ops: OpTable, x: Array, layer: Namespace, scale: float = 1.0) -> tuple[Array, ProjectionCache]:
     """x: (N, in) -> (N, out), cache. layer: a node of the parameter tree with `weight` (out, in), and maybe `bias`, and
     maybe the adapters `lora_a` (rank, in) and `lora_b` (out, rank)."""
     y, base = ops.linear(x, layer.weight, getattr(layer, "bias", None))  # (N, out)
@@ -25,7 +28,7 @@ def project(ops, x, layer, scale=1.0):
     return ops.add(y, ops.scale(correction, scale)), ProjectionCache(base, down, up)
 
 
-def project_backward(ops, d_y, cache, grads, scale=1.0):
+def project_backward(ops: OpTable, d_y: Array, cache: ProjectionCache, grads: Namespace, scale: float = 1.0) -> Array:
     """d_y: (N, out) -> d_x (N, in). grads: the node of the gradient tree (None in it: frozen). Adds to grads."""
     d_x = ops.linear_backward(d_y, cache.base, grads.weight, getattr(grads, "bias", None))  # (N, in)
     if cache.down is None:

@@ -7,16 +7,29 @@ are one pass over one array. A tree whose leaves are something else (the nodes o
 """
 
 import zlib
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from toy.arrays import plain_array
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Shapes = dict[str, tuple[int, ...]]  # of parameters, by name
+Stds = dict[str, float | str]  # how parameters start, by name; see `initialize_array`
 
 
 class Namespace:
     """Attributes made from the dotted part of names; assigning to a leaf copies into its array."""
 
-    def __setattr__(self, name, value):
+    if TYPE_CHECKING:  # the names are those of the model's parameters
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: Any) -> None:
         current = self.__dict__.get(name)
         if current is value:
             return  # the second half of `tree.w += x`: the array was changed in place
@@ -26,7 +39,7 @@ class Namespace:
             raise ValueError(f"{name} has shape {current.shape}, cannot assign an array of shape {np.shape(value)}")
         current[...] = value
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.__dict__)})"
 
 
@@ -40,11 +53,14 @@ class ParameterTree(Namespace):
     A leaf of None can be reached as an attribute but is not an item of the tree (a frozen parameter in a gradient tree).
     """
 
-    def __init__(self, leaves, flat=None):
+    _leaves: dict[str, Any]
+    flat: np.ndarray  # None where the leaves are something else than views of it
+
+    def __init__(self, leaves: Mapping[str, Any], flat: np.ndarray | None = None) -> None:
         self.__dict__.update(_leaves={name: leaf for name, leaf in leaves.items() if leaf is not None}, flat=flat)
         for name, leaf in leaves.items():
             *path, last = name.split(".")
-            node = self.__dict__
+            node: Any = self.__dict__
             for part, following in zip(path, [*path[1:], last]):
                 if part.isdigit():
                     while len(node) <= int(part):
@@ -56,42 +72,42 @@ class ParameterTree(Namespace):
             node[last] = leaf
 
     @classmethod
-    def zeros(cls, shapes, dtype=np.float32):
+    def zeros(cls, shapes: Shapes, dtype: npt.DTypeLike = np.float32) -> "Self":
         """A tree of zeros. shapes: dict of names to shapes."""
         return cls(*_allocate(shapes, dtype))
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Any:
         return self._leaves[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._leaves)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._leaves)
 
-    def items(self):
+    def items(self) -> ItemsView[str, Any]:
         return self._leaves.items()
 
-    def values(self):
+    def values(self) -> ValuesView[Any]:
         return self._leaves.values()
 
     @property
-    def shapes(self):
+    def shapes(self) -> Shapes:
         return {name: leaf.shape for name, leaf in self.items()}
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         """Of the arrays; float32 for a tree of several buffers."""
         return np.dtype(np.float32) if self.flat is None else self.flat.dtype
 
     @property
-    def n_parameters(self):
+    def n_parameters(self) -> int:
         return sum(int(np.prod(leaf.shape)) for leaf in self._leaves.values())
 
-    def summary(self):
+    def summary(self) -> str:
         """The tree as text: every name with its shape and count; blocks of the same shapes are shown once."""
         lines = [f"{self.n_parameters:,} parameters"]
-        blocks = {}  # (list name, shapes of a block) -> [indices, lines, count]
+        blocks: dict[tuple[str, int], list[tuple[str, tuple[int, ...], int]]] = {}  # (list, block) -> its rows
         for name, leaf in self.items():
             row = (name, tuple(leaf.shape), int(np.prod(leaf.shape)))
             head, _, rest = name.partition(".")
@@ -100,25 +116,25 @@ class ParameterTree(Namespace):
                 blocks.setdefault((head, int(index)), []).append((inner, *row[1:]))
             else:
                 lines.append(_summary_line(*row))
-        for (head, index), rows in blocks.items():
-            if (head, index - 1) in blocks and blocks[head, index - 1] == rows:
+        for (head, first), rows in blocks.items():
+            if (head, first - 1) in blocks and blocks[head, first - 1] == rows:
                 continue
-            last = index
+            last = first
             while blocks.get((head, last + 1)) == rows:
                 last += 1
-            which = f"{head}.{index}" if last == index else f"{head}.{index} to {head}.{last}, each"
+            which = f"{head}.{first}" if last == first else f"{head}.{first} to {head}.{last}, each"
             lines.append(f"{which}: {sum(count for *_, count in rows):,}")
             lines += ["  " + _summary_line(*row) for row in rows]
         return "\n".join(lines)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"
 
-    def copies(self):
+    def copies(self) -> dict[str, np.ndarray]:
         """dict of names to float32 copies of the arrays."""
         return {name: np.array(leaf, dtype=np.float32) for name, leaf in self.items()}
 
-    def load(self, mapping, what="parameters"):
+    def load(self, mapping: Mapping[str, npt.ArrayLike], what: str = "parameters") -> None:
         """Copy arrays in, all or nothing.
 
         Raises ValueError for a missing or unknown name, another shape, or a number that is not finite (in this tree's
@@ -128,16 +144,16 @@ class ParameterTree(Namespace):
         for name, leaf in self.items():
             leaf[...] = mapping[name]
 
-    def check(self, mapping, what="parameters"):
+    def check(self, mapping: Mapping[str, npt.ArrayLike], what: str = "parameters") -> None:
         """Raise the errors of `load` without changing anything."""
         check_arrays(self.shapes, mapping, what)
 
 
-def _summary_line(name, shape, count):
+def _summary_line(name: str, shape: tuple[int, ...], count: int) -> str:
     return f"{name:<28} {' x '.join(map(str, shape)):>16} {count:>14,}"
 
 
-def check_arrays(shapes, mapping, what="parameters"):
+def check_arrays(shapes: Shapes, mapping: Mapping[str, npt.ArrayLike], what: str = "parameters") -> None:
     """Raise ValueError unless `mapping` has exactly the names and shapes of `shapes`, with finite float32 numbers."""
     missing = [name for name in shapes if name not in mapping]
     unknown = [name for name in mapping if name not in shapes]
@@ -164,39 +180,41 @@ class GradientTree(ParameterTree):
     Backward passes add to every array and to `loss`; `fill_zero()` starts anew.
     """
 
-    def __init__(self, leaves, flat=None):
+    loss: float
+
+    def __init__(self, leaves: Mapping[str, Any], flat: np.ndarray | None = None) -> None:
         super().__init__(leaves, flat)
         self.loss = 0.0
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss":
             self.__dict__["loss"] = value
         else:
             super().__setattr__(name, value)
 
     @classmethod
-    def like(cls, tree, trainable=None):
+    def like(cls, tree: ParameterTree, trainable: Iterable[str] | None = None) -> "Self":
         """The mirror of `tree`; trainable: names of the parameters that have a gradient (None: all), the others get None."""
         names = set(tree if trainable is None else trainable)
         leaves, flat = _allocate({name: shape for name, shape in tree.shapes.items() if name in names}, tree.dtype)
         return cls({name: leaves.get(name) for name in tree}, flat)
 
-    def fill_zero(self):
+    def fill_zero(self) -> None:
         self.flat.fill(0)
         self.loss = 0.0
 
 
-def initialize(tree, init_stds, seed, init_scale=1.0):
+def initialize(tree: ParameterTree, init_stds: Stds, seed: int, init_scale: float = 1.0) -> None:
     """Fill `tree` with its initial weights. init_stds: dict of names to what `initialize_array` takes as `std`."""
     for name, leaf in tree.items():
         initialize_array(name, leaf, init_stds[name], seed, init_scale)
 
 
-def residual_stream_stds(names, n_layers):
+def residual_stream_stds(names: Iterable[str], n_layers: int) -> Stds:
     """What GPT-2 (Radford et al. 2019, section 2.3) and models after it start from, for GGUF names, as a dict
     for `initialize`: Normal(0, 0.02), projections into the residual stream scaled by 1/sqrt(2 n_layers), gains 1, biases
     0."""
-    stds = {}
+    stds: Stds = {}
     for name in names:
         if name.endswith("bias"):
             stds[name] = "zeros"
@@ -209,7 +227,7 @@ def residual_stream_stds(names, n_layers):
     return stds
 
 
-def initialize_array(name, out, std, seed, init_scale=1.0):
+def initialize_array(name: str, out: np.ndarray, std: float | str, seed: int, init_scale: float = 1.0) -> None:
     """Fill the C-contiguous array `out` with the initial values of the parameter `name`.
 
     std: the standard deviation of a zero-mean normal distribution, or "ones" / "zeros" (gains and biases). Every tensor has
@@ -227,10 +245,10 @@ def initialize_array(name, out, std, seed, init_scale=1.0):
             0, flat.size, _CHUNK
         ):  # the same numbers as in one draw, without its float64 copy of the whole
             part = flat[start : start + _CHUNK]
-            part[...] = init_scale * std * generator.standard_normal(part.size)
+            part[...] = init_scale * float(std) * generator.standard_normal(part.size)
 
 
-def round_weights(weights, dtype):
+def round_weights(weights: np.ndarray, dtype: str) -> np.ndarray:
     """float32 -> float32 rounded to the nearest "f16" or "bf16" number, ties to even ("f32": as it is)."""
     if dtype == "f16":
         with np.errstate(over="ignore"):
@@ -246,7 +264,7 @@ _CHUNK = 2**16  # numbers
 _ALIGNMENT = 64  # bytes: a cache line, and the widest SIMD register
 
 
-def _allocate(shapes, dtype):
+def _allocate(shapes: Shapes, dtype: npt.DTypeLike) -> tuple[dict[str, np.ndarray], np.ndarray]:
     dtype = np.dtype(dtype)
     step = _ALIGNMENT // dtype.itemsize
     offsets, total = {}, 0
@@ -260,7 +278,7 @@ def _allocate(shapes, dtype):
     return leaves, flat
 
 
-def some_names(names, most=5):
+def some_names(names: Iterable[str], most: int = 5) -> str:
     """The first names, for an error message, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

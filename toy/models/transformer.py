@@ -11,14 +11,16 @@ from the bottom of `forward_rows` upwards. Where two paths of the forward meet (
 was used twice, the gradients of its uses are summed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from toy.adamw import AdamW
 from toy.config import TransformerConfig
-from toy.models.base import LanguageModel, backward_order
-from toy.models.parameters import GradientTree
+from toy.models.base import KeyValueCache, LanguageModel, backward_order
+from toy.models.parameters import Block, GradientTree, Shapes, Stds
+from toy.op_table import Array, OpCache
 
 NORM_EPS = 1e-5
 
@@ -26,24 +28,24 @@ NORM_EPS = 1e-5
 class BlockCache(NamedTuple):
     """What one block's backward needs: the cache of each op, in forward order."""
 
-    norm1: tuple
-    q: tuple
-    k: tuple
-    v: tuple
-    attention: tuple
-    w_o: tuple
-    norm2: tuple
-    ff1: tuple
-    gelu: tuple
-    ff2: tuple
+    norm1: OpCache
+    q: OpCache
+    k: OpCache
+    v: OpCache
+    attention: OpCache
+    w_o: OpCache
+    norm2: OpCache
+    ff1: OpCache
+    gelu: OpCache
+    ff2: OpCache
 
 
 class Cache(NamedTuple):
-    token: tuple
-    position: tuple
-    blocks: list
-    norm_final: tuple
-    unembed: tuple
+    token: OpCache
+    position: OpCache
+    blocks: list[BlockCache | None]  # None: not kept
+    norm_final: OpCache
+    unembed: OpCache
 
 
 class TransformerLM(LanguageModel):
@@ -56,13 +58,23 @@ class TransformerLM(LanguageModel):
 
     arch = "transformer"
     hp_mode = AdamW.MODE_FROM_SCRATCH
+    config: TransformerConfig
 
     def __init__(
-        self, vocab_size, d_model=None, d_ff=None, n_heads=None, n_layers=None, context_length=None, seed=0, **options
-    ):
+        self,
+        vocab_size: int | TransformerConfig,
+        d_model: int | None = None,
+        d_ff: int | None = None,
+        n_heads: int | None = None,
+        n_layers: int | None = None,
+        context_length: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
         config, sizes = vocab_size, (d_model, d_ff, n_heads, n_layers, context_length)
         if not isinstance(config, TransformerConfig):
-            config = TransformerConfig(vocab_size, d_model, n_heads, d_ff, n_layers, context_length)
+            # a size of None is refused by the config
+            config = TransformerConfig(vocab_size, d_model, n_heads, d_ff, n_layers, context_length)  # type: ignore[arg-type]
         elif any(size is not None for size in sizes):
             raise TypeError("TransformerLM takes a config or the sizes, not both: TransformerLM(config, seed=0)")
         if type(config) is not TransformerConfig:  # a GPT2Config is one too, by its fields
@@ -70,14 +82,14 @@ class TransformerLM(LanguageModel):
         super().__init__(config, seed, **options)
 
     @staticmethod
-    def parameter_shapes(c):
+    def parameter_shapes(c: TransformerConfig) -> Shapes:
         return parameter_shapes(c.vocab_size, c.d_model, c.d_ff, c.n_heads, c.d_head, c.n_layers, c.context_length)
 
     @staticmethod
-    def parameter_stds(config):
+    def parameter_stds(config: TransformerConfig) -> Stds:
         """Normal(0, 0.02) for matrices; the two that write into the residual stream are scaled by 1/sqrt(2 n_layers), so
         that its variance does not grow with depth (Radford et al. 2019, section 2.3)."""
-        stds = {}
+        stds: Stds = {}
         for name in TransformerLM.parameter_shapes(config):
             if name.endswith("gamma"):
                 stds[name] = "ones"
@@ -88,22 +100,22 @@ class TransformerLM(LanguageModel):
         return stds
 
     @property
-    def token_embed(self):
+    def token_embed(self) -> Array:
         return self.parameters.token_embed
 
     @property
-    def pos_embed(self):
+    def pos_embed(self) -> Array:
         return self.parameters.pos_embed
 
     @property
-    def norm_final_gamma(self):
+    def norm_final_gamma(self) -> Array:
         return self.parameters.norm_final_gamma
 
     @property
-    def blocks(self):
+    def blocks(self) -> list[Block]:
         return self.parameters.blocks
 
-    def new_gradients(self):
+    def new_gradients(self) -> "Gradients":
         c = self.config
         return Gradients(
             c.vocab_size, c.d_model, c.d_ff, c.n_heads, c.d_head, c.n_layers, c.context_length, self.token_embed.dtype
@@ -111,13 +123,22 @@ class TransformerLM(LanguageModel):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def forward_rows(self, token_ids, positions, batch, kv_cache=None):
+    def forward_rows(
+        self, token_ids: Array, positions: Array, batch: int, kv_cache: KeyValueCache | None = None
+    ) -> tuple[Array, Cache]:
         """token_ids, positions: int (N,) -> logits (N, V), cache."""
         x, token_cache, position_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
         logits, norm_cache, unembed_cache = self.unembed_rows(x)  # (N, V)
         return logits, Cache(token_cache, position_cache, block_caches, norm_cache, unembed_cache)
 
-    def hidden_rows(self, token_ids, positions, batch, kv_cache=None, keep_cache=True):
+    def hidden_rows(
+        self,
+        token_ids: Array,
+        positions: Array,
+        batch: int,
+        kv_cache: KeyValueCache | None = None,
+        keep_cache: bool = True,
+    ) -> tuple[Array, OpCache, OpCache, list[BlockCache | None]]:
         """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), and the three caches.
 
         keep_cache: False when no backward follows; the blocks' activations are then freed at once.
@@ -132,14 +153,16 @@ class TransformerLM(LanguageModel):
             block_caches.append(cache if keep_cache else None)
         return x, token_cache, position_cache, block_caches
 
-    def unembed_rows(self, x):
+    def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache]:
         """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
         ops, p = self.ops, self.parameters
         x, norm_cache = ops.rms_norm(x, p.norm_final_gamma, NORM_EPS)  # (N, D)
         logits, unembed_cache = ops.linear(x, p.token_embed)  # (N, V)
         return logits, norm_cache, unembed_cache
 
-    def block_forward(self, layer, block, x, batch, kv_cache=None):
+    def block_forward(
+        self, layer: int, block: Block, x: Array, batch: int, kv_cache: KeyValueCache | None = None
+    ) -> tuple[Array, BlockCache]:
         """x: (N, D) -> x (N, D), cache."""
         ops, heads = self.ops, self.config.n_heads
         h, norm1 = ops.rms_norm(x, block.norm1_gamma, NORM_EPS)  # (N, D)
@@ -161,7 +184,7 @@ class TransformerLM(LanguageModel):
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def backward_rows(self, d_logits, cache, grads, release_cache=False):
+    def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
         """d_logits: (N, V). Adds the gradient of every parameter to `grads`."""
         ops = self.ops
         d_x = ops.linear_backward(d_logits, cache.unembed, grads.token_embed)  # (N, D), first use of E
@@ -171,7 +194,7 @@ class TransformerLM(LanguageModel):
         ops.embedding_backward(d_x, cache.position, grads.pos_embed)
         ops.embedding_backward(d_x, cache.token, grads.token_embed)  # second use of E: the same gradient collects both
 
-    def block_backward(self, d_x, cache, grads):
+    def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
         ops = self.ops
         d_f = ops.linear_backward(d_x, cache.ff2, grads.w_ff2)  # (N, F)
@@ -189,10 +212,12 @@ class TransformerLM(LanguageModel):
         return ops.add(d_x, d_h)
 
 
-def parameter_shapes(vocab_size, d_model, d_ff, n_heads, d_head, n_layers, context_length):
+def parameter_shapes(
+    vocab_size: int, d_model: int, d_ff: int, n_heads: int, d_head: int, n_layers: int, context_length: int
+) -> Shapes:
     """dict of parameter names to shapes; matrices are (out, in)."""
     h = n_heads * d_head
-    shapes = {
+    shapes: Shapes = {
         "token_embed": (vocab_size, d_model),
         "pos_embed": (context_length, d_model),
         "norm_final_gamma": (d_model,),
@@ -215,7 +240,17 @@ class Gradients(GradientTree):
     """The gradients of a TransformerLM, a mirror of its parameters: `token_embed`, `pos_embed`, `norm_final_gamma`,
     `blocks` (each with norm1_gamma, norm2_gamma, w_q, w_k, w_v, w_o, w_ff1, w_ff2), and `loss`. All zeros when made."""
 
-    def __init__(self, vocab_size, d_model, d_ff, n_heads, d_head, n_layers, context_length, dtype=np.float32):
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        d_ff: int,
+        n_heads: int,
+        d_head: int,
+        n_layers: int,
+        context_length: int,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
         shapes = parameter_shapes(vocab_size, d_model, d_ff, n_heads, d_head, n_layers, context_length)
         zeros = GradientTree.zeros(shapes, dtype)
         super().__init__(dict(zeros.items()), zeros.flat)

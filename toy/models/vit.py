@@ -12,12 +12,14 @@ d_ff.
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from toy.adamw import AdamW
 from toy.config import ViTConfig
 from toy.models.base import Model, backward_order
 from toy.models.inputs import ImageBatch
-from toy.models.parameters import residual_stream_stds
+from toy.models.parameters import Block, GradientTree, Shapes, Stds, residual_stream_stds
+from toy.op_table import Array, OpCache
 
 NORM_EPS = 1e-6  # the paper's own code
 
@@ -25,24 +27,24 @@ NORM_EPS = 1e-6  # the paper's own code
 class BlockCache(NamedTuple):
     """What one block's backward needs: the cache of each op, in forward order."""
 
-    attn_norm: tuple
-    attn_qkv: tuple
-    attention: tuple
-    attn_output: tuple
-    ffn_norm: tuple
-    ffn_up: tuple
-    gelu: tuple
-    ffn_down: tuple
+    attn_norm: OpCache
+    attn_qkv: OpCache
+    attention: OpCache
+    attn_output: OpCache
+    ffn_norm: OpCache
+    ffn_up: OpCache
+    gelu: OpCache
+    ffn_down: OpCache
 
 
 class Cache(NamedTuple):
-    patch: tuple
-    class_token: tuple
-    position: tuple
-    blocks: list
-    others: object  # what the head does not read of the last x, (B, P*D)
-    output_norm: tuple
-    head: tuple
+    patch: OpCache
+    class_token: OpCache
+    position: OpCache
+    blocks: list[BlockCache | None]  # None: not kept
+    others: Array  # what the head does not read of the last x, (B, P*D)
+    output_norm: OpCache
+    head: OpCache
 
 
 class ViT(Model):
@@ -51,16 +53,17 @@ class ViT(Model):
     arch = "vit"
     hp_mode = AdamW.MODE_FROM_SCRATCH
     batch_type = ImageBatch
+    config: ViTConfig
 
     @property
-    def n_classes(self):
+    def n_classes(self) -> int:
         return self.config.n_classes
 
     @staticmethod
-    def parameter_shapes(c: ViTConfig):
+    def parameter_shapes(c: ViTConfig) -> Shapes:
         """dict of parameter names to shapes; matrices are (out, in). attn_qkv holds the rows of q, then k, then v."""
         d = c.d_model
-        shapes = {
+        shapes: Shapes = {
             "patch_embd.weight": (d, c.patch_numbers),
             "patch_embd.bias": (d,),
             "class_embd.weight": (1, d),
@@ -85,7 +88,7 @@ class ViT(Model):
         }
 
     @staticmethod
-    def parameter_stds(config):
+    def parameter_stds(config: ViTConfig) -> Stds:
         """Matrices with variance 1/in, which keeps the size of what goes through them (a small ViT is too narrow for a fixed
         0.02), those into the residual stream scaled by 1/sqrt(2 n_layers); class token and positions Normal(0, 0.1); gains 1,
         biases 0."""
@@ -100,7 +103,7 @@ class ViT(Model):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def forward(self, images):
+    def forward(self, images: npt.ArrayLike) -> tuple[Array, tuple[Array, Cache]]:
         """images: numbers (B, height, width, channels), or (B, height, width) of one channel -> logits (B, n_classes), and
         the cache that `backward` takes. Raises ValueError for images of another size and for none."""
         images = np.asarray(images)
@@ -113,7 +116,7 @@ class ViT(Model):
         logits, cache = self.forward_rows(**inputs, batch=n)
         return logits, (logits, cache)
 
-    def forward_rows(self, patches, class_ids, positions, batch):
+    def forward_rows(self, patches: Array, class_ids: Array, positions: Array, batch: int) -> tuple[Array, Cache]:
         """patches: (B*P, C), class_ids: int (B,) zeros, positions: int (N,) -> logits (B, n_classes), cache."""
         ops, p, c = self.ops, self.parameters, self.config
         x, patch = ops.linear(patches, p.patch_embd.weight, p.patch_embd.bias)  # (B*P, D)
@@ -122,7 +125,7 @@ class ViT(Model):
         x = ops.reshape(x, batch * c.n_tokens)  # (N, D)
         p_embd, position = ops.embedding(positions, p.position_embd.weight)  # (N, D)
         x = ops.add(x, p_embd)  # (N, D)
-        block_caches = []
+        block_caches: list[BlockCache | None] = []
         for block in p.blk:
             x, cache = self.block_forward(block, x, batch)
             block_caches.append(cache)
@@ -131,7 +134,7 @@ class ViT(Model):
         logits, head = ops.linear(x, p.head.weight, p.head.bias)  # (B, n_classes)
         return logits, Cache(patch, class_token, position, block_caches, others, output_norm, head)
 
-    def block_forward(self, block, x, batch):
+    def block_forward(self, block: Block, x: Array, batch: int) -> tuple[Array, BlockCache]:
         """x: (N, D) -> x (N, D), cache."""
         ops, d = self.ops, self.config.d_model
         h, attn_norm = ops.layer_norm(x, block.attn_norm.weight, block.attn_norm.bias, NORM_EPS)  # (N, D)
@@ -150,7 +153,7 @@ class ViT(Model):
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def backward_rows(self, d_logits, cache, grads, release_cache=False):
+    def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
         """d_logits: (B, n_classes). Adds the gradient of every parameter to `grads`."""
         ops, c = self.ops, self.config
         d_x = ops.linear_backward(d_logits, cache.head, grads.head.weight, grads.head.bias)  # (B, D)
@@ -166,7 +169,7 @@ class ViT(Model):
         d_x = ops.reshape(d_x, batch * c.n_patches)  # (B*P, D)
         ops.linear_backward(d_x, cache.patch, grads.patch_embd.weight, grads.patch_embd.bias)  # d_patches: unused
 
-    def block_backward(self, d_x, cache, grads):
+    def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
         ops = self.ops
         d_f = ops.linear_backward(d_x, cache.ffn_down, grads.ffn_down.weight, grads.ffn_down.bias)  # (N, F)

@@ -20,7 +20,7 @@ from toy._kernels import linear as _linear
 from toy._kernels import quantized as _quantized
 from toy._kernels.arrays import check_matrix
 from toy._kernels.threads import get_num_threads, set_num_threads  # noqa: F401
-from toy.op_table import Array, Cache
+from toy.op_table import Array, OpCache
 from toy.ops.reference import QUANTIZED_IS_FROZEN
 from toy.quantized import Leaf, QuantizedMatrix
 
@@ -44,7 +44,7 @@ class QuantizedCache(NamedTuple):
     weight: QuantizedMatrix
 
 
-def embedding(token_ids: Array, table: Leaf) -> tuple[Array, Cache]:
+def embedding(token_ids: Array, table: Leaf) -> tuple[Array, OpCache]:
     """Look up one row per id. token_ids: int (N,), table: (V, D) -> (N, D)."""
     if isinstance(table, QuantizedMatrix):
         compiled = table.type in _quantized.TYPES
@@ -53,7 +53,7 @@ def embedding(token_ids: Array, table: Leaf) -> tuple[Array, Cache]:
     return _embedding.embedding(token_ids, table)
 
 
-def embedding_backward(d_out: Array, cache: Cache, d_table: Array | None) -> None:
+def embedding_backward(d_out: Array, cache: OpCache, d_table: Array | None) -> None:
     """d_out: (N, D). Adds into d_table (V, D); an id that occurs k times collects k rows. None = frozen."""
     if not isinstance(cache, QuantizedCache):
         _embedding.embedding_backward(d_out, cache, d_table)
@@ -61,7 +61,7 @@ def embedding_backward(d_out: Array, cache: Cache, d_table: Array | None) -> Non
         raise ValueError(QUANTIZED_IS_FROZEN)
 
 
-def linear(x: Array, weight: Leaf, bias: Array | None = None) -> tuple[Array, Cache]:
+def linear(x: Array, weight: Leaf, bias: Array | None = None) -> tuple[Array, OpCache]:
     """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out)."""
     if not isinstance(weight, QuantizedMatrix):
         return _linear.linear(x, weight, bias)
@@ -77,7 +77,7 @@ def linear(x: Array, weight: Leaf, bias: Array | None = None) -> tuple[Array, Ca
     return y, QuantizedCache(weight)
 
 
-def linear_backward(d_y: Array, cache: Cache, d_weight: Array | None, d_bias: Array | None = None) -> Array:
+def linear_backward(d_y: Array, cache: OpCache, d_weight: Array | None, d_bias: Array | None = None) -> Array:
     """d_y: (N, out) -> d_x (N, in). Adds into d_weight (out, in) and d_bias (out,); None = frozen."""
     if not isinstance(cache, QuantizedCache):
         return _linear.linear_backward(d_y, cache, d_weight, d_bias)

@@ -1,5 +1,6 @@
 """From scratch: random weights, everything is trained."""
 
+from toy.config import ModelConfig, RecipeOptions
 from toy.engines import EngineHandle
 
 
@@ -11,7 +12,7 @@ class FromScratch(EngineHandle):
     it has everything of `toy.engines.base.Engine`.
     """
 
-    def realize(self, cfg, opts, keep_gradients=False):
+    def realize(self, cfg: ModelConfig, opts: RecipeOptions, keep_gradients: bool = False) -> "FromScratch":
         """Build everything for the model of `cfg` (its type picks the model) and the step of `opts`; returns self.
 
         Raises TypeError for an unknown config type and ValueError for options that do not fit it.

@@ -1,7 +1,9 @@
 """Full fine-tuning: every weight of a GGUF file, as float32, is trained further."""
 
+from toy.config import ModelConfig, RecipeOptions
 from toy.engines import EngineHandle, check_options
 from toy.engines.source import checked_config, finetuned_weights
+from toy.files.gguf import GGUF
 
 
 class FullFinetune(EngineHandle):
@@ -10,7 +12,15 @@ class FullFinetune(EngineHandle):
     The convention of the hyper-parameter row is `AdamW.for_lora()` for every model.
     """
 
-    def realize(self, gguf, cfg, opts, *, freeze_embeddings=False, keep_gradients=False):
+    def realize(
+        self,
+        gguf: GGUF,
+        cfg: ModelConfig | None,
+        opts: RecipeOptions,
+        *,
+        freeze_embeddings: bool = False,
+        keep_gradients: bool = False,
+    ) -> "FullFinetune":
         """Build the training step; returns self.
 
         gguf: an open `toy.GGUF`, read now and not needed afterwards. cfg: its config, None = `gguf.config()`; a Llama's may

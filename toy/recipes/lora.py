@@ -1,8 +1,13 @@
 """LoRA: small trained corrections beside a frozen model that stays in its file."""
 
+from collections.abc import Iterable
+from typing import Any
+
+from toy.config import ModelConfig, RecipeOptions
 from toy.engines import EngineHandle, check_options
 from toy.engines.adapters import adapter_weights, adapters_to_save
 from toy.engines.source import borrowed_parameters, checked_config
+from toy.files.gguf import GGUF
 
 
 class LoRA(EngineHandle):
@@ -12,7 +17,17 @@ class LoRA(EngineHandle):
     moments are trained, in float32. The convention of the hyper-parameter row is `AdamW.for_lora()`.
     """
 
-    def realize(self, gguf, cfg, rank, opts, *, alpha=None, targets=("q",), keep_gradients=False):
+    def realize(
+        self,
+        gguf: GGUF,
+        cfg: ModelConfig | None,
+        rank: int,
+        opts: RecipeOptions,
+        *,
+        alpha: float | None = None,
+        targets: Iterable[str] = ("q",),
+        keep_gradients: bool = False,
+    ) -> "LoRA":
         """Build the training step; returns self.
 
         gguf: an open `toy.GGUF`; the engine keeps its mapping alive. cfg: its config, None = `gguf.config()`; it may ask
@@ -32,12 +47,12 @@ class LoRA(EngineHandle):
         self._base, self._adapters = gguf.path, (rank, alpha, targets)
         return self._realize(config, opts, keep_gradients, weights)
 
-    def _base_to_save(self):
-        return adapters_to_save(self._base, self.engine.weights.borrowed, *self._adapters)
+    def _base_to_save(self) -> dict[str, Any]:
+        return adapters_to_save(self._base, self._ready("save").weights.borrowed, *self._adapters)
 
 
 class LoRAMetal(LoRA):
     """`LoRA` on Apple's GPU. Raises as `LoRA` where there is none."""
 
-    def __init__(self, backend="ggml", device="metal"):
+    def __init__(self, backend: str = "ggml", device: str = "metal") -> None:
         super().__init__(backend, device)

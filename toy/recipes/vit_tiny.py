@@ -1,6 +1,8 @@
 """ViT-tiny: a small vision transformer from random weights."""
 
 import math
+import os
+from collections.abc import Iterable
 
 from toy.config import RecipeOptions, ViTConfig
 from toy.engines import EngineHandle
@@ -13,7 +15,15 @@ class ViTTiny(EngineHandle):
     labels are int (t_batch,). The convention of the hyper-parameter row is `AdamW.constant_slots()`.
     """
 
-    def realize(self, cfg, opts=None, keep_gradients=False, *, t_batch=None, seed=None):
+    def realize(
+        self,
+        cfg: ViTConfig,
+        opts: RecipeOptions | None = None,
+        keep_gradients: bool = False,
+        *,
+        t_batch: int | None = None,
+        seed: int | None = None,
+    ) -> "ViTTiny":
         """Build everything for the `ViTConfig` cfg; returns self.
 
         opts: `RecipeOptions` with the t_seq of an image (cfg.n_tokens), or None: made from t_batch, the images in a step
@@ -28,7 +38,13 @@ class ViTTiny(EngineHandle):
             raise ValueError("t_batch and seed stand in opts already: give them there, or leave opts out")
         return self._realize(cfg, opts, keep_gradients)
 
-    def save(self, path, *, classes=None, normalisation=None):
+    def save(  # type: ignore[override]  # images are not read with a tokenizer
+        self,
+        path: str | os.PathLike[str],
+        *,
+        classes: Iterable[str] | None = None,
+        normalisation: tuple[float, float] | None = None,
+    ) -> None:
         """Write the model into the file `path` (safetensors, atomically), for `toy.load`, toy predict and toy eval.
 
         classes: their names, None: they are numbered. normalisation: the (mean, standard deviation) that were subtracted from
@@ -36,10 +52,9 @@ class ViTTiny(EngineHandle):
         Raises ValueError for another number of classes and a path that ends with .gguf, OSError when the file cannot be
         written.
         """
-        n_classes = self._ready("save").config.n_classes
-        classes = range(n_classes) if classes is None else classes
+        n_classes = self._ready("save").batch.n_classes
         mean, std = (0.0, 1.0) if normalisation is None else normalisation
-        names = [str(name) for name in classes]
+        names = [str(name) for name in (range(n_classes) if classes is None else classes)]
         if len(names) != n_classes:
             raise ValueError(f"classes: there are {len(names)} names, the model has {n_classes} classes")
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):

@@ -1,8 +1,12 @@
 """Warm start: a new model that begins with some or all weights of another one."""
 
 import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from toy.config import LlamaConfig
+import numpy as np
+
+from toy.config import LlamaConfig, ModelConfig, RecipeOptions
 from toy.engines import EngineHandle, check_options
 from toy.engines.base import with_model_options
 from toy.engines.source import Source
@@ -12,6 +16,7 @@ from toy.files.gguf_write import digest
 from toy.models import model_for
 from toy.models.lens import lens_shapes
 from toy.models.parameters import initialize_array, some_names
+from toy.quantized import Leaf
 
 EMBEDDING = "token_embd.weight"
 
@@ -23,7 +28,16 @@ class WarmStart(EngineHandle):
     the model's own, as in `FromScratch`.
     """
 
-    def realize(self, source, cfg, opts, *, take="*", lens=False, keep_gradients=False):
+    def realize(
+        self,
+        source: GGUF | Mapping[str, Leaf],
+        cfg: ModelConfig,
+        opts: RecipeOptions,
+        *,
+        take: str | Iterable[str] = "*",
+        lens: bool = False,
+        keep_gradients: bool = False,
+    ) -> "WarmStart":
         """Build the training step; returns self.
 
         source: an open `toy.GGUF` or a mapping of names to arrays, such as `recipe.parameters()`. cfg: config of the new
@@ -41,21 +55,29 @@ class WarmStart(EngineHandle):
         self._source = source if lens else None
         return self._realize(config, opts, keep_gradients, warm_weights(config, source, opts, take, lens))
 
-    def _base_to_save(self):
+    def _base_to_save(self) -> dict[str, Any]:
         if self._source is None:
             return {}
         if not isinstance(self._source, GGUF):
             return super()._base_to_save()
-        base = {"path": str(self._source.path.absolute()), "digest": digest(self.engine.weights.borrowed)}
+        base = {"path": str(self._source.path.absolute()), "digest": digest(self._ready("save").weights.borrowed)}
         return {"recipe": "warm-start", "base": base, "lens": True}
 
 
-def warm_weights(config, source, options, take="*", lens=False):
+def warm_weights(
+    config: ModelConfig,
+    source: GGUF | Mapping[str, Leaf],
+    options: RecipeOptions,
+    take: str | Iterable[str] = "*",
+    lens: bool = False,
+) -> Weights:
     """The `Weights` of a warm start; arguments and errors as `WarmStart.realize`."""
     patterns = [take] if isinstance(take, str) else list(take)
     shapes, reader, random = model_for(config).parameter_shapes(config), Source(source), random_fill(config, options)
-    borrowed = {}
+    borrowed: dict[str, Leaf] = {}
     if lens:
+        if not isinstance(config, LlamaConfig):
+            raise ValueError(f"a lens belongs to a llama model, this is a {type(config).__name__}")
         borrowed = {EMBEDDING: _donor_embedding(config, reader)}
         width = borrowed[EMBEDDING].shape[1]
         shapes = {name: shape for name, shape in shapes.items() if name != EMBEDDING} | lens_shapes(config, width)
@@ -76,7 +98,7 @@ def warm_weights(config, source, options, take="*", lens=False):
                 "the sizes of the source, or leave it out of `take`, it then starts random"
             )
 
-    def fill(name, out):
+    def fill(name: str, out: np.ndarray) -> None:
         if name in taken:
             reader.fill(name, out)
         elif name == "token_embd.lens":
@@ -91,14 +113,12 @@ def warm_weights(config, source, options, take="*", lens=False):
     return Weights(own=shapes, fill=fill, borrowed=borrowed)
 
 
-def _fill_lens(out, options):
+def _fill_lens(out: np.ndarray, options: RecipeOptions) -> None:
     # variance 1/in keeps the size of the rows
     initialize_array("token_embd.lens", out, out.shape[1] ** -0.5, options.seed, options.init_scale)
 
 
-def _donor_embedding(config, reader):
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"a lens belongs to a llama model, this is a {type(config).__name__}")
+def _donor_embedding(config: LlamaConfig, reader: Source) -> Leaf:
     if EMBEDDING not in reader.shapes:
         raise ValueError(f"{reader.name} has no {EMBEDDING} to look at through a lens")
     rows = reader.shapes[EMBEDDING][0]
