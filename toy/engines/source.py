@@ -34,7 +34,7 @@ def checked_config(
         raise ValueError(f"{gguf.path} holds a {type(stored).__name__}, cfg is a {type(config).__name__}")
     for field in dataclasses.fields(stored):
         wanted, there = getattr(config, field.name), getattr(stored, field.name)
-        if field.name == "context_length" and wanted <= there and not has_positions(stored):
+        if field.name == "context_length" and wanted <= there and not model_for(stored).learned_positions:
             continue
         if field.name in ("untied", "qkv_bias") and not wanted:
             continue  # the file says; RecipeOptions may ask for it too
@@ -43,12 +43,6 @@ def checked_config(
                 f"{gguf.path} holds a model with {field.name} {there}, cfg says {wanted}: take gguf.config()"
             )
     return dataclasses.replace(stored, context_length=config.context_length)
-
-
-def has_positions(config: ModelConfig) -> bool:
-    """Whether the context length is a size of a weight (learned positions)."""
-    shapes = model_for(config).parameter_shapes(config)
-    return any(name.startswith("pos") for name in shapes)
 
 
 def borrowed_parameters(gguf: GGUF, config: ModelConfig) -> dict[str, Leaf]:

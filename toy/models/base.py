@@ -28,6 +28,7 @@ class Model:
 
     arch: ClassVar[str]  # the model's name on the command line
     hp_mode: ClassVar[int]  # the AdamW convention its graphs read
+    learned_positions: bool = False  # whether the context length is a size of a weight
     batch_type: Callable[[Any, int, int], Batch]  # what a batch of it is: of config, t_batch and t_seq
     default_ops: ClassVar[Callable[[], OpTable]]  # gives a model made without an op table one; `toy.engines` sets it
 

@@ -46,6 +46,7 @@ class GPT2(LanguageModel):
 
     arch = "gpt2"
     hp_mode = AdamW.MODE_LORA
+    learned_positions = True
     config: GPT2Config
 
     @staticmethod

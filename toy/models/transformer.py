@@ -58,6 +58,7 @@ class TransformerLM(LanguageModel):
 
     arch = "transformer"
     hp_mode = AdamW.MODE_FROM_SCRATCH
+    learned_positions = True
     config: TransformerConfig
 
     def __init__(

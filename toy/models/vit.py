@@ -52,6 +52,7 @@ class ViT(Model):
 
     arch = "vit"
     hp_mode = AdamW.MODE_FROM_SCRATCH
+    learned_positions = True
     batch_type = ImageBatch
     config: ViTConfig
 
