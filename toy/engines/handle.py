@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NO_TOKENIZER = {"kind": "none"}  # what `save` says of a model that was given none
 
 
-class Tokenizer(Protocol):
+class SavedTokenizer(Protocol):
     """What `save` asks of a tokenizer; `toy.data` has them."""
 
     @property
@@ -147,7 +147,7 @@ class EngineHandle:
         """Copy moments in, all or nothing; errors as `load_parameters`."""
         self._ready("load_optimizer_state").load_optimizer_state(state)
 
-    def save(self, path: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], tokenizer: SavedTokenizer | None = None) -> None:
         """Write the model into the file `path` (safetensors, atomically), for `toy.load` and the commands that take a
         checkpoint.
 

@@ -4,7 +4,10 @@ import contextlib
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+StrPath = str | os.PathLike[str]  # of a file or a folder
 
 _SUFFIX = ".tmp"
 
@@ -19,7 +22,7 @@ class FileInUseError(OSError):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: StrPath) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; when the block ends well, it is on the disk and takes the name.
 
     The data are flushed to the disk before the rename: after a power cut the name leads to a whole file. When the block
@@ -43,7 +46,7 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def unless_in_use():
+def unless_in_use() -> Iterator[None]:
     """Inside the block a file that Windows does not let go, because another program has it open, is left where it is."""
     try:
         yield
@@ -52,20 +55,20 @@ def unless_in_use():
             raise
 
 
-def write_text(path, text):
+def write_text(path: StrPath, text: str) -> None:
     """Replace `path` by a file with this text, UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode())
 
 
-def remove_leftovers(folder):
+def remove_leftovers(folder: StrPath) -> None:
     """Delete the temporary files that a killed process left in `folder`."""
     for path in Path(folder).glob(f".*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
-def _rename(temporary, path):
+def _rename(temporary: Path, path: Path) -> None:
     for wait in (*_WAITS, None):
         try:
             return os.replace(temporary, path)
@@ -77,7 +80,7 @@ def _rename(temporary, path):
         time.sleep(wait)
 
 
-def _sync_folder(folder):
+def _sync_folder(folder: Path) -> None:
     """Put the rename itself on the disk. Windows cannot open a folder, and its renames need no such call."""
     if os.name != "posix":
         return

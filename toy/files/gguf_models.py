@@ -9,12 +9,15 @@ import fnmatch
 import math
 import re
 import reprlib
+from typing import Any, cast
 
 import numpy as np
 
+from toy.config import LanguageModelConfig, ModelConfig
 from toy.files.errors import BadFileError
 from toy.models import architectures
-from toy.models.gguf_form import REQUIRED
+from toy.models.gguf_form import REQUIRED, Form
+from toy.models.parameters import Shapes
 
 short = reprlib.repr  # of what a file says, for error messages: never megabytes
 
@@ -26,7 +29,7 @@ class UnsupportedModelError(ValueError):
     """The file is sound, but holds a model (or something else) that this library does not have."""
 
 
-def config_of(gguf):
+def config_of(gguf: Any) -> LanguageModelConfig:
     """The config of an open `GGUF`; errors as `GGUF.config`."""
     kind = gguf.metadata.get("general.type", "model")
     if kind != "model":
@@ -45,7 +48,7 @@ def config_of(gguf):
     if n_layers > len(gguf.tensors):  # before anything is made for each layer
         raise BadFileError(gguf.path, f"claims {n_layers} layers and has {len(gguf.tensors)} tensors")
     try:
-        config = row.config(**_fields(gguf, keys, row, form))
+        config = cast(LanguageModelConfig, row.config(**_fields(gguf, keys, row, form)))
     except (BadFileError, UnsupportedModelError):
         raise
     except ValueError as error:
@@ -57,7 +60,7 @@ def config_of(gguf):
     return config
 
 
-def parameter_shapes(config):
+def parameter_shapes(config: ModelConfig) -> Shapes:
     """dict of parameter names (GGUF tensor names) to shapes, for a config that GGUF has an architecture for.
 
     Raises ValueError for any other config.
@@ -66,19 +69,19 @@ def parameter_shapes(config):
     return row.model.parameter_shapes(config)
 
 
-def architecture_of(config):
+def architecture_of(config: ModelConfig) -> str:
     """The GGUF architecture in which a model of this config is written. Raises ValueError when there is none."""
     _, form = _row_and_form(config)
     return form.name
 
 
-def is_architecture_of(name, config):
+def is_architecture_of(name: str, config: ModelConfig) -> bool:
     """Whether files of the GGUF architecture `name` can hold a model of this config."""
     row, form = FORMS.get(name, (None, None))
     return row is not None and type(config) is row.config and _fits(form, config)
 
 
-def metadata_of(config):
+def metadata_of(config: LanguageModelConfig) -> dict[str, Any]:
     """dict of the metadata keys that describe the model's sizes: what `config_of` reads."""
     _, form = _row_and_form(config)
     metadata = {"vocab_size": config.vocab_size, **form.constants}
@@ -86,7 +89,7 @@ def metadata_of(config):
     return {"general.architecture": form.name} | {f"{form.name}.{key}": value for key, value in metadata.items()}
 
 
-def _row_and_form(config):
+def _row_and_form(config: ModelConfig) -> tuple[architectures.Architecture, Form]:
     row = architectures.architecture_of(config)
     for form in row.gguf_forms:
         if _fits(form, config):

@@ -39,7 +39,8 @@ def _rwkv(data):
 
 
 def _bpe(characters):
-    tokens, merges = [], {}
+    tokens: list[str] = []
+    merges: dict[str, None] = {}
     for character in characters:
         try:
             symbols = [CHARACTER_OF_BYTE[b] for b in character.encode()]

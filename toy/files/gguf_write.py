@@ -4,17 +4,20 @@ import hashlib
 import os
 import re
 import struct
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from toy.config import LanguageModelConfig
 from toy.files import gguf_models
-from toy.files.atomic import replacing
+from toy.files.atomic import StrPath, replacing
 from toy.files.errors import BadFileError
 from toy.files.gguf import ARRAY, BOOL, GGUF, SCALARS, STRING
 from toy.files.gguf_vocabulary import tokenizer_metadata
 from toy.models.parameters import check_arrays
-from toy.quantized import TYPES, quantize
+from toy.quantized import TYPES, Leaf, quantize
 
 WEIGHT_TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7)}  # tensor type, general.file_type
 LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}  # Q8_0: a float16 scale times a byte
@@ -23,7 +26,14 @@ _ROWS = 2**20  # numbers converted at a time
 _TYPE_CODES = {np.dtype(form): code for code, form in SCALARS.items()}
 
 
-def write_gguf(path, config, parameters, tokenizer=None, type="f32", metadata=None):
+def write_gguf(
+    path: StrPath,
+    config: LanguageModelConfig,
+    parameters: Mapping[str, npt.ArrayLike],
+    tokenizer: Any = None,
+    type: str = "f32",
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """Write a model as a GGUF file for llama.cpp and `toy.GGUF`; atomically, so that `path` is never half a file.
 
     config: LlamaConfig or GPT2Config. parameters: mapping of this library's names to arrays (adapters merged in).
@@ -64,11 +74,19 @@ class Adapter(NamedTuple):
     architecture: str
     rank: int
     alpha: float
-    parameters: dict
-    metadata: dict
+    parameters: dict[str, np.ndarray]
+    metadata: dict[str, Any]
 
 
-def write_adapter(path, config, adapters, alpha, base=None, metadata=None, architecture=None):
+def write_adapter(
+    path: StrPath,
+    config: LanguageModelConfig,
+    adapters: Mapping[str, npt.ArrayLike],
+    alpha: float,
+    base: GGUF | Mapping[str, Leaf] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+) -> None:
     """Write LoRA adapters as the GGUF file that llama.cpp takes with --lora, in F32; atomically.
 
     config: of the base model. adapters: mapping of `blk.0.attn_q.lora_a` (rank, in) and `blk.0.attn_q.lora_b` (out, rank),
@@ -98,7 +116,9 @@ def write_adapter(path, config, adapters, alpha, base=None, metadata=None, archi
     _write(path, entries, [(names[name], array, "F32") for name, array in parameters.items()])
 
 
-def read_adapter(path, config=None, base=None):
+def read_adapter(
+    path: StrPath, config: LanguageModelConfig | None = None, base: GGUF | Mapping[str, Leaf] | None = None
+) -> Adapter:
     """The LoRA adapter in a GGUF file -> `Adapter`.
 
     config: of the model it is for; base: that model (a `GGUF`, or its parameters), compared with the fingerprint in the file
@@ -136,7 +156,7 @@ def read_adapter(path, config=None, base=None):
     return Adapter(gguf.architecture, rank, alpha, parameters, entries)
 
 
-def fingerprint(base):
+def fingerprint(base: GGUF | Mapping[str, Leaf]) -> str:
     """What tells a base model from others of the same shape, and is the same in every tensor type: a digest of its norm
     gains, which stay F32 whatever the matrices become. base: a `GGUF` or a mapping of parameters.
 
@@ -150,7 +170,7 @@ def fingerprint(base):
     return digest.hexdigest()
 
 
-def digest(leaves):
+def digest(leaves: Mapping[str, Leaf]) -> str:
     """SHA-256 of weights as they are stored: names, types, shapes and bytes. leaves: dict of names to float32 arrays or
     `toy.quantized.QuantizedMatrix`."""
     result = hashlib.sha256()
@@ -158,11 +178,11 @@ def digest(leaves):
         leaf = leaves[name]
         data, kind = (leaf, "F32") if isinstance(leaf, np.ndarray) else (leaf.raw, leaf.type)
         result.update(repr((name, kind, leaf.shape)).encode())
-        result.update(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+        result.update(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
     return result.hexdigest()
 
 
-def check_adapter(parameters, config=None):
+def check_adapter(parameters: Mapping[str, np.ndarray], config: LanguageModelConfig | None = None) -> int:
     """-> the rank. Raises ValueError unless there are pairs of one rank that fit the matrices of `config` (None: any)."""
     shapes = None if config is None else gguf_models.parameter_shapes(config)
     if not parameters:
@@ -226,7 +246,7 @@ def _write(path, entries, tensors):
                 part = np.ascontiguousarray(rows[first : first + step], np.float32)
                 if max(part.max(), -part.min()) > LARGEST.get(kind, np.inf):
                     raise ValueError(f"{name} has numbers beyond the range of {kind}: write the model as f32")
-                file.write(quantize(part, kind))
+                file.write(quantize(part, kind).data)
             file.write(bytes(_padded(file.tell() - start) - (file.tell() - start)))
         file.flush()
         os.fsync(file.fileno())

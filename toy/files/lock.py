@@ -2,16 +2,19 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
+
+from toy.files.atomic import StrPath
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
     import msvcrt
 
 
 @contextlib.contextmanager
-def only_process(folder):
+def only_process(folder: StrPath) -> Iterator[None]:
     """Hold the lock of a folder inside the block. Raises BlockingIOError when another process holds it.
 
     The lock ends with the process, however that ends. On Windows, which cannot lock a folder, it is on a file `.lock` in it.
@@ -27,7 +30,7 @@ def only_process(folder):
         os.close(handle)
 
 
-def _lock(handle):
+def _lock(handle: int) -> None:
     if fcntl is None:
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)

@@ -7,10 +7,12 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from toy.files import checkpoints, events
-from toy.files.atomic import remove_leftovers, unless_in_use, write_text
+from toy.files.atomic import StrPath, remove_leftovers, unless_in_use, write_text
 from toy.files.errors import BadFileError
 from toy.files.lock import only_process
 
@@ -22,12 +24,12 @@ _GGUF_NAME = re.compile(r"step_(\d{1,15})\.gguf")
 class Run:
     """The files of one run. `Run.create` makes the directory, `Run.open` takes one that is there."""
 
-    def __init__(self, folder, config):
+    def __init__(self, folder: StrPath, config: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.config = config
 
     @classmethod
-    def create(cls, folder, config):
+    def create(cls, folder: StrPath, config: dict[str, Any]) -> "Run":
         """Make the directory and write its config.json. Raises ValueError as `check_new_folder` does, and OSError."""
         check_new_folder(folder)
         run = cls(folder, {"format": FORMAT, **config})
@@ -44,7 +46,7 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, folder):
+    def open(cls, folder: StrPath) -> "Run":
         """Raises BadFileError when the directory or its config.json is not that of a run."""
         folder = Path(folder)
         if not folder.is_dir():
@@ -63,31 +65,31 @@ class Run:
         return cls(folder, config)
 
     @property
-    def config_path(self):
+    def config_path(self) -> Path:
         return self.folder / "config.json"
 
     @property
-    def events_path(self):
+    def events_path(self) -> Path:
         return self.folder / "events.jsonl"
 
     @property
-    def samples_path(self):
+    def samples_path(self) -> Path:
         return self.folder / "samples.txt"
 
     @property
-    def picture_path(self):
+    def picture_path(self) -> Path:
         return self.folder / "loss.png"
 
     @property
-    def weights(self):
+    def weights(self) -> Path:
         return self.folder / "weights"
 
-    def write_config(self):
+    def write_config(self) -> None:
         write_text(self.config_path, json.dumps(self.config, indent=2) + "\n")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def latest_checkpoint(self):
+    def latest_checkpoint(self) -> Path | None:
         """The path that weights/latest names, None before the first checkpoint. Raises BadFileError for a strange name.
 
         Without weights/latest (killed before it was first written) it is the newest one there is.
@@ -103,7 +105,7 @@ class Run:
             raise BadFileError(latest, f"names {name!r}, expected step_<N>.safetensors{self._others(None)}")
         return self.weights / name
 
-    def read_checkpoint(self):
+    def read_checkpoint(self) -> checkpoints.Checkpoint | None:
         """The newest `Checkpoint`, or None before the first one.
 
         Raises BadFileError when it is damaged or gone (the message names the others there are), or is not of this run.
@@ -122,7 +124,9 @@ class Run:
                 raise BadFileError(path, f"is not of this run: its {name} is not the one in config.json")
         return checkpoint
 
-    def write_checkpoint(self, checkpoint, keep, write_gguf=None):
+    def write_checkpoint(
+        self, checkpoint: checkpoints.Checkpoint, keep: int, write_gguf: Callable[[Path], None] | None = None
+    ) -> Path:
         """Write the checkpoint, then let weights/latest name it, then delete all but the newest `keep`.
 
         In this order a kill at any moment leaves `latest` naming a whole file. write_gguf: function of a path that writes the
@@ -139,17 +143,17 @@ class Run:
                     _remove(old)
         return path
 
-    def _checkpoints(self):
+    def _checkpoints(self) -> list[tuple[int, Path]]:
         found = ((_CHECKPOINT_NAME.fullmatch(path.name), path) for path in self.weights.glob("step_*.safetensors"))
         return [(int(match[1]), path) for match, path in found if match]
 
-    def _others(self, path):
+    def _others(self, path: Path | None) -> str:
         names = [other.name for _, other in sorted(self._checkpoints()) if other != path]
         return f"; to go on from {' or '.join(names)} write that name into {self.weights / 'latest'}" if names else ""
 
     # -- going on -----------------------------------------------------------------------------------------------------
 
-    def rewind(self, step):
+    def rewind(self, step: int) -> list[dict[str, Any]]:
         """Make the directory what it was when the checkpoint of `step` was written (0: before the first step).
 
         Later events, samples and checkpoints go, and so do leftovers of a killed process. Returns the events kept.
@@ -168,7 +172,7 @@ class Run:
         write_text(self.samples_path, "".join(sample_text(e["step"], e["text"]) for e in kept if e["kind"] == "sample"))
         return kept
 
-    def append_sample(self, step, text):
+    def append_sample(self, step: int, text: str) -> None:
         try:
             with open(self.samples_path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(sample_text(step, text))
@@ -176,7 +180,7 @@ class Run:
             raise OSError(f"cannot write {self.samples_path}: {error.strerror or error}") from error
 
     @contextlib.contextmanager
-    def lock(self):
+    def lock(self) -> Iterator[None]:
         """Keep a second process from training in this directory. Raises BlockingIOError when one already does."""
         with contextlib.ExitStack() as stack:
             try:
@@ -186,13 +190,13 @@ class Run:
             yield
 
 
-def _remove(checkpoint):
+def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint and, first, the GGUF file beside it: one alone would never be found again."""
     checkpoint.with_suffix(".gguf").unlink(missing_ok=True)
     checkpoint.unlink(missing_ok=True)
 
 
-def check_new_folder(folder):
+def check_new_folder(folder: StrPath) -> None:
     """Raise ValueError unless a run can be started in `folder`: it is not there yet or empty, and can be made."""
     folder = Path(folder)
     try:
@@ -210,11 +214,11 @@ def check_new_folder(folder):
         raise ValueError(f"output directory {str(folder)!r} cannot be made: no permission to write in {str(parent)!r}")
 
 
-def new_folder(name, parent="runs"):
+def new_folder(name: str, parent: StrPath = "runs") -> Path:
     """A path for a new run: runs/<date>-<time>-<name>-<four random digits>, so that two never meet."""
     return Path(parent) / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}"
 
 
-def sample_text(step, text):
+def sample_text(step: int, text: str) -> str:
     """One entry of samples.txt."""
     return f"--- step {step} ---\n{text}\n\n"
