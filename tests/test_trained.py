@@ -12,6 +12,7 @@ pytest.importorskip("tokenizers", reason="the tokenizers library is not installe
 pytest.importorskip("jinja2", reason="jinja2 is not installed (pip install jinja2)")
 
 import model_files
+from bit_fit import BitFitOptions, BitFitStart
 from model_files import ALPHA, CONTEXT, RANK
 
 from toy.data import ByteTokenizer, tokenizer_from_json
@@ -22,7 +23,14 @@ from toy.files.gguf import GGUF
 from toy.quantized import QuantizedMatrix
 from toy.trained.export import merge_adapters
 from toy.trained.load import chat_prompt, load_trained, read_trained, text_ids
-from toy.training import FromScratchOptions, FullFinetuneOptions, LoRAOptions, Training, WarmStartOptions
+from toy.training import (
+    RECIPES,
+    FromScratchOptions,
+    FullFinetuneOptions,
+    LoRAOptions,
+    Training,
+    WarmStartOptions,
+)
 
 IDS = np.array([5, 77, 200, 3, 41, 9])
 
@@ -234,6 +242,60 @@ def test_the_tokenizer_of_a_gguf_file_out_of_a_config(run, tmp_path):
     (tmp_path / "base.gguf").unlink()
     with pytest.raises(FileNotFoundError, match=r"the tokenizer is in .*base\.gguf, which is not there any more"):
         load_trained(folder)
+
+
+# -- a recipe that leaves some of the weights in the file it began with -------------------------------------------------
+
+
+@pytest.fixture
+def bit_fit(run, monkeypatch):
+    monkeypatch.setitem(RECIPES, "bit-fit", BitFitStart)
+    return run(BitFitOptions)
+
+
+def test_what_a_run_left_in_its_base_is_found_there(bit_fit, tmp_path):
+    training, folder = bit_fit
+    stored = read_trained(folder)
+    assert isinstance(stored.parameters["blk.0.attn_q.weight"], QuantizedMatrix)  # still the file's own
+    assert "blk.0.attn_q.weight" not in read_checkpoint(checkpoint_of(folder)).parameters
+    for path in (folder, checkpoint_of(folder), checkpoint_of(folder).with_suffix(".gguf")):
+        assert_close(logits(load_trained(path).model), logits(training.model()))
+    assert np.abs(logits(training.model()) - logits(load_trained(tmp_path / "base.gguf").model)).max() > 0.1
+
+
+def test_a_run_resumes_on_its_base(bit_fit):
+    _, folder = bit_fit
+    again = Training.resume(folder, steps=5)
+    assert again.step == 3
+    for _ in again.run():
+        pass
+    assert load_trained(folder).step == 5
+
+
+@pytest.mark.parametrize("change", ["other weights", "another model", "a tensor less"])
+def test_a_base_that_changed_is_refused(bit_fit, files, tmp_path, change):
+    _, folder = bit_fit
+    read_trained(folder)
+    if change == "other weights":
+        (tmp_path / "base.gguf").unlink()  # not overwritten in place: it may still be mapped
+        model_files.write_model(tmp_path / "base.gguf", seed=1, tokenizer=model_files.tokenizer())
+    elif change == "another model":
+        (tmp_path / "base.gguf").unlink()
+        shutil.copy(files / "gpt2.gguf", tmp_path / "base.gguf")
+    else:
+        checkpoint = read_checkpoint(path := checkpoint_of(folder))
+        del checkpoint.parameters["output_norm.weight"], checkpoint.moments["m"]["output_norm.weight"]
+        del checkpoint.moments["v"]["output_norm.weight"]
+        write_checkpoint(path, checkpoint)
+    with pytest.raises(BadFileError, match=r"base\.gguf: is not the base model that .* was trained on"):
+        read_trained(folder)
+
+
+def test_a_base_that_is_gone_is_asked_for(bit_fit, tmp_path):
+    _, folder = bit_fit
+    (tmp_path / "base.gguf").rename(tmp_path / "moved.gguf")
+    with pytest.raises(FileNotFoundError, match=r"is not there any more"):
+        read_trained(folder)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

@@ -152,12 +152,14 @@ def _from_run(path):
         if checkpoint.config["model"]["n_layers"] > len(checkpoint.parameters):
             raise ValueError("the config has more layers than there are tensors")
         config = ARCHITECTURES[checkpoint.config["arch"]].config(**checkpoint.config["model"])
-        shapes, donor = model_for(config).parameter_shapes(config), {}
+        shapes, borrowed = model_for(config).parameter_shapes(config), {}
         if checkpoint.config.get("lens"):
-            donor = _donor_embedding(base, shapes, path)
-            shapes |= lens_shapes(config, donor["token_embd.weight"].shape[1])
+            borrowed = _donor_embedding(base, shapes, path)
+            shapes |= lens_shapes(config, borrowed["token_embd.weight"].shape[1])
+        elif isinstance(base, dict) and "digest" in base:
+            borrowed = _left_in_base(base, shapes, checkpoint.parameters, path)
         check_arrays(shapes, checkpoint.parameters)  # before memory is asked for
-        parameters, tokenizer = donor | checkpoint.parameters, _tokenizer_of(checkpoint, config)
+        parameters, tokenizer = borrowed | checkpoint.parameters, _tokenizer_of(checkpoint, config)
         return Stored(path, config, parameters, tokenizer, checkpoint.step, about=checkpoint.config)
     except BadFileError:
         raise
@@ -216,6 +218,17 @@ def _donor_embedding(base, shapes, path):
     if "token_embd.lens" in parameters:  # the donor looked through a lens itself
         _, parameters = without_lens(donor.config, parameters)
     return {name: parameters[name]}
+
+
+def _left_in_base(base, shapes, trained, path):
+    """The parameters that a run borrowed from its base, all that are not among the trained ones, taken out of `shapes`."""
+    base_path = _path_of_base(base)
+    stored, names = read_trained(base_path).parameters, [name for name in shapes if name not in trained]
+    borrowed = {name: stored[name] for name in names if name in stored}
+    _check_base(base_path, base, borrowed, path)
+    for name in names:
+        del shapes[name]
+    return borrowed
 
 
 def _check_base(base_path, base, leaves, path):
