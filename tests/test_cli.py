@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import finish, wait
 from single_thread import single_thread  # noqa: F401 (autouse)
 
 import toy
@@ -250,7 +251,7 @@ def test_a_stopped_run_is_saved_and_the_command_it_prints_goes_on(toy_command, n
         if line.startswith("step      50/"):
             break
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = finish(process)
     assert process.returncode == 128 + number
     assert "stopping after this step" in err
     step = int(re.search(r"stopped after step (\d+) of 1000000, and saved", out)[1])
@@ -263,7 +264,7 @@ def test_a_stopped_run_is_saved_and_the_command_it_prints_goes_on(toy_command, n
     process = start(*command[3:])
     assert any(line.startswith(f"resumed        after step {step}") for line in process.stdout)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    finish(process)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
@@ -287,7 +288,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(train_numpy):
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.02))
             process.kill()
-        _, err = process.communicate(timeout=60)
+        _, err = finish(process)
         kills += process.returncode == -signal.SIGKILL
         assert process.returncode in (0, -signal.SIGKILL), err
         if saved_step() == 60:  # everything was done, perhaps just before the kill
@@ -319,7 +320,7 @@ def test_a_full_disk_is_a_clear_failure_and_the_last_checkpoint_stays(run_folder
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     process = start(*TRAIN, "--resume=trained", "--steps=20", preexec_fn=small_disk)
-    _, err = process.communicate(timeout=60)
+    _, err = finish(process)
     assert process.returncode == 1
     assert one_sentence(err)
     assert "cannot write trained/weights/step_" in err
@@ -328,7 +329,7 @@ def test_a_full_disk_is_a_clear_failure_and_the_last_checkpoint_stays(run_folder
     assert checkpoint_bytes(run_folder) == before
     assert not list(Path("trained/weights").glob(".*"))
     process = start(*TRAIN, "--resume=trained", "--steps=20")
-    process.communicate(timeout=60)
+    finish(process)
     assert process.returncode == 0
 
 
@@ -356,7 +357,7 @@ def test_the_live_line_fits_the_terminal(columns):
     except OSError:  # how Linux says that the other side has been closed
         pass
     os.close(master)
-    assert process.wait(timeout=60) == 0
+    assert wait(process) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.decode())
     lines = [line for part in text.split("\n") for line in part.split("\r")]
     live = [line for line in lines if "━" in line]
@@ -373,7 +374,7 @@ def test_nobody_reading_on_is_no_error(run_folder):
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(timeout=60) == 1
+    assert wait(process) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import json
 import re
-import time
+import threading
 from pathlib import Path
 
 import nbformat
@@ -15,6 +15,7 @@ import pytest
 from conftest import PURE
 from fetch_test_data import COMMAND, smollm2
 from nbclient import NotebookClient
+from processes import HOUR, kill_if_it_hangs
 
 import toy
 
@@ -31,7 +32,6 @@ EXPECTED = {
     "09_vision_transformer",
 }
 MAX_BYTES = 500_000
-TIMEOUT = 400  # seconds for a whole notebook, on a slow and busy machine
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -127,14 +127,15 @@ def test_runs(path, tmp_path, monkeypatch):
     folder = tmp_path / "work"
     folder.mkdir()
 
-    deadline = time.monotonic() + TIMEOUT
+    done = threading.Event()
     client = NotebookClient(
-        notebook,
-        kernel_name="python3",
-        timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),
-        resources={"metadata": {"path": str(folder)}},
+        notebook, kernel_name="python3", startup_timeout=HOUR, resources={"metadata": {"path": str(folder)}}
     )
-    client.execute()
+    client.on_notebook_start = lambda notebook: kill_if_it_hangs(client.km.provisioner.pid, done)
+    try:
+        client.execute()
+    finally:
+        done.set()
 
     assert not errors(notebook)
     for (source, before), (_, after) in zip(outputs(committed), outputs(notebook), strict=True):
