@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "ops": {"op_table", "_kernels", "arrays", "ggml_bridge", "quantized"},
     "files": SETTINGS | {"models", "optional", "quantized"},
     "data": {"files", "optional"},
-    "engines": SETTINGS | {"models", "ops", "files", "ggml_bridge", "quantized"},
+    "engines": SETTINGS | {"op_table", "models", "ops", "files", "ggml_bridge", "quantized"},
     "recipes": SETTINGS | {"models", "engines", "files", "quantized"},
     "trained": SETTINGS | {"data", "engines", "files", "models", "quantized"},
     "training": SETTINGS | {"data", "engines", "files", "models", "plots", "recipes", "trained"},
