@@ -5,6 +5,8 @@ tokens, so nothing begins or ends a text and nothing but its own length ends an 
 """
 
 import codecs
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,20 +17,55 @@ class UnknownCharacterError(ValueError):
     """A text has a character that the tokenizer has no id for."""
 
 
+class Tokenizer(Protocol):
+    """What all of them have. bos_id, eos_id, unk_id: None where there is no such token. stop_ids: of the tokens that end an
+    answer."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def unk_id(self) -> int | None: ...
+    @property
+    def add_bos(self) -> bool: ...
+    @property
+    def add_eos(self) -> bool: ...
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def encode(
+        self, text: str, what: str = "text", *, add_special: bool = False, parse_special: bool = False
+    ) -> np.ndarray: ...
+    def encode_parts(self, parts: Iterable[str], what: str = "text") -> Iterator[np.ndarray]: ...
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str: ...
+    def stream(self, ids: Iterable[int], *, special: bool = False) -> Iterator[str]: ...
+    def token_bytes(self, token_id: int, *, special: bool = False) -> bytes: ...
+    def to_json(self) -> dict[str, Any]: ...
+
+
 class _WithoutSpecialTokens:
     """What the tokenizers of characters and bytes share."""
 
     bos_id = eos_id = unk_id = chat_template = None
     add_bos = add_eos = False
-    stop_ids = frozenset()
-    notices = ()
+    stop_ids: frozenset[int] = frozenset()
+    notices: tuple[str, ...] = ()
+    encode: Callable[..., np.ndarray]
+    token_bytes: Callable[..., bytes]
 
-    def encode_parts(self, parts, what="text"):
+    def encode_parts(self, parts: Iterable[str], what: str = "text") -> Iterator[np.ndarray]:
         """Yield the ids of a text that comes in parts (an iterable of str): together `encode` of the whole."""
         for part in parts:
             yield self.encode(part, what)
 
-    def stream(self, ids, *, special=False):
+    def stream(self, ids: Iterable[int], *, special: bool = False) -> Iterator[str]:
         """Yield text as soon as the bytes of a character are complete."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
@@ -43,7 +80,7 @@ class CharTokenizer(_WithoutSpecialTokens):
 
     kind = "char"
 
-    def __init__(self, characters):
+    def __init__(self, characters: Iterable[str]) -> None:
         """characters: str or list of distinct characters; the position in it is the id."""
         self.characters = "".join(characters)
         if not self.characters or len(set(self.characters)) != len(self.characters):
@@ -53,15 +90,17 @@ class CharTokenizer(_WithoutSpecialTokens):
         self._sorted_codes = self._codes[self._order]
 
     @classmethod
-    def from_text(cls, text):
+    def from_text(cls, text: str | Iterable[str]) -> "CharTokenizer":
         """The tokenizer whose vocabulary is the characters of `text`: a str, or an iterable of its parts."""
         return cls(sorted(set().union(*([text] if isinstance(text, str) else text))))
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         return len(self.characters)
 
-    def encode(self, text, what="text", *, add_special=False, parse_special=False):
+    def encode(
+        self, text: str, what: str = "text", *, add_special: bool = False, parse_special: bool = False
+    ) -> np.ndarray:
         """str -> ids, int32 (n_characters,). `what` names the text in the error. There is nothing to add or to parse.
 
         Raises UnknownCharacterError for the first character without an id, with its offset.
@@ -77,20 +116,20 @@ class CharTokenizer(_WithoutSpecialTokens):
             )
         return self._order[places].astype(np.int32)
 
-    def decode(self, ids, *, special=False):
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """ids -> str."""
         return "".join(self.stream(ids))
 
-    def stream(self, ids, *, special=False):
+    def stream(self, ids: Iterable[int], *, special: bool = False) -> Iterator[str]:
         """Yield the text of each id as it comes."""
         for i in ids:
             yield self.characters[i]
 
-    def token_bytes(self, token_id, *, special=False):
+    def token_bytes(self, token_id: int, *, special: bool = False) -> bytes:
         """The UTF-8 bytes of one character; half a character, which has none, is a question mark."""
         return self.characters[token_id].encode("utf-8", errors="replace")
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "characters": self.characters}
 
 
@@ -100,25 +139,27 @@ class ByteTokenizer(_WithoutSpecialTokens):
     kind = "bytes"
     vocab_size = 256
 
-    def encode(self, text, what="text", *, add_special=False, parse_special=False):
+    def encode(
+        self, text: str, what: str = "text", *, add_special: bool = False, parse_special: bool = False
+    ) -> np.ndarray:
         """str -> ids, int32 (n_bytes,). There is nothing to add or to parse.
 
         Raises UnknownCharacterError for text that is not valid Unicode; `what` names it.
         """
         return np.frombuffer(check_unicode(text, what), np.uint8).astype(np.int32)
 
-    def decode(self, ids, *, special=False):
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """ids -> str; bytes that are not UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids).decode("utf-8", errors="replace")
 
-    def token_bytes(self, token_id, *, special=False):
+    def token_bytes(self, token_id: int, *, special: bool = False) -> bytes:
         return bytes((int(token_id),))
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
 
-def check_unicode(text, what="text"):
+def check_unicode(text: str, what: str = "text") -> bytes:
     """The UTF-8 bytes of a text.
 
     Raises UnknownCharacterError where it has none: half a character, which is what a command-line argument that cannot be
@@ -130,5 +171,5 @@ def check_unicode(text, what="text"):
         raise UnknownCharacterError(f"the {what} is not valid Unicode at offset {error.start}") from error
 
 
-def _code_points(text):
+def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)

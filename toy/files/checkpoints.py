@@ -26,8 +26,8 @@ class Checkpoint(NamedTuple):
 
     step: int
     config: dict[str, Any]
-    parameters: Mapping[str, np.ndarray]
-    moments: Mapping[str, Mapping[str, np.ndarray]]
+    parameters: dict[str, np.ndarray]
+    moments: dict[str, dict[str, np.ndarray]]
 
 
 def write_checkpoint(path: StrPath, checkpoint: Checkpoint) -> None:

@@ -1,15 +1,19 @@
 """Image models that exist: what is on a picture, and how often they are right."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from toy.config import ViTConfig
 from toy.data.images import ImageError, Normalisation, load_images, read_image, split_images
 from toy.engines import model_from
 from toy.files import BadFileError
+from toy.files.atomic import StrPath
+from toy.models.vit import ViT
 from toy.trained.load import read_trained
 
 _ROWS = 256  # images read at a time
@@ -20,7 +24,7 @@ class Prediction(NamedTuple):
 
     path: Path
     name: str
-    probabilities: dict
+    probabilities: dict[str, float]
 
 
 class ImageEvaluation(NamedTuple):
@@ -39,7 +43,7 @@ class Classifier:
     model that reads text.
     """
 
-    def __init__(self, path, backend="auto"):
+    def __init__(self, path: StrPath, backend: str = "auto") -> None:
         stored = read_trained(path)
         if not isinstance(stored.config, ViTConfig):
             raise ValueError(f"{path} is a {stored.arch}, which reads text: toy generate and toy eval are for it")
@@ -55,9 +59,10 @@ class Classifier:
             raise BadFileError(
                 stored.path, f"names {len(self.classes)} classes and its model has {self.config.n_classes}"
             )
-        self.model = model_from(stored.config, stored.parameters, backend)
+        parameters = cast(dict[str, np.ndarray], stored.parameters)  # no GGUF file holds such a model
+        self.model = cast(ViT, model_from(stored.config, parameters, backend))
 
-    def logits(self, images):
+    def logits(self, images: npt.ArrayLike) -> np.ndarray:
         """images: numbers from 0 to 1 (N, height, width, channels) -> float32 (N, n_classes). Others raise ValueError."""
         images = np.asarray(images, np.float32)
         if images.size and not (images.min() >= 0 and images.max() <= 1):
@@ -70,20 +75,20 @@ class Classifier:
         parts = [self.model.forward(self.normalise(images[i : i + _ROWS]))[0] for i in range(0, len(images), _ROWS)]
         return np.concatenate(parts)
 
-    def predict(self, paths):
+    def predict(self, paths: StrPath | Iterable[StrPath]) -> list[Prediction]:
         """What is on each of the image files -> list of `Prediction`. paths: a list, or one path alone. Raises ImageError for
         one that cannot be read or has another size than the model's images; nothing is predicted then."""
-        c, paths = self.config, [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-        images = np.empty((len(paths), c.image_size, c.image_size, c.channels), np.float32)
-        for i, path in enumerate(paths):
+        c, files = self.config, [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+        images = np.empty((len(files), c.image_size, c.image_size, c.channels), np.float32)
+        for i, path in enumerate(files):
             images[i] = read_image(path, c.image_size, c.channels)
         rows = softmax(self.logits(images))
         return [
             Prediction(Path(path), self.classes[row.argmax()], dict(zip(self.classes, row.tolist())))
-            for path, row in zip(paths, rows)
+            for path, row in zip(files, rows)
         ]
 
-    def evaluate(self, data=None):
+    def evaluate(self, data: str | None = None) -> ImageEvaluation:
         """How often it is right -> `ImageEvaluation`.
 
         data: a data set as `load_images` takes it, all of it; None: the test part of the run's own data, all of it. Raises
@@ -115,7 +120,7 @@ class Classifier:
         loss, accuracy = score(self.logits(found.images[chosen]), found.labels[chosen])
         return ImageEvaluation(loss, accuracy, len(chosen))
 
-    def _own_data(self):
+    def _own_data(self) -> tuple[str, tuple[str, float, int]]:
         """(the name of the run's data set, (its sha256, the share of the test part, the seed of the split))."""
         if not self.about.get("training"):
             raise ValueError(f"{self.path} is of no run, so it has no test part of its own: name a data set")
@@ -126,20 +131,20 @@ class Classifier:
             raise BadFileError(self.path, f"does not say what its test part is ({error})") from error
 
 
-def softmax(logits):
+def softmax(logits: np.ndarray) -> np.ndarray:
     """(N, classes) -> probabilities, float64."""
     exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def score(logits, labels):
+def score(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """(mean negative log-likelihood in nats, share of the rows whose largest logit is the label)."""
     chosen = softmax(logits)[np.arange(len(labels)), labels]
     with np.errstate(divide="ignore"):
         return float(-np.log(chosen).mean()), float((logits.argmax(axis=1) == labels).mean())
 
 
-def confusion(logits, labels, n_classes):
+def confusion(logits: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
     """(n_classes, n_classes) counts: row = what it is, column = what the model takes it for."""
     counts = np.zeros((n_classes, n_classes), np.int64)
     np.add.at(counts, (labels, logits.argmax(axis=1)), 1)

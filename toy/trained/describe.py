@@ -134,7 +134,7 @@ def _model_rows(gguf, config):
 
 
 def _types_table(gguf):
-    counts = {}
+    counts: dict[str, tuple[int, int, int]] = {}
     for record in gguf.tensors.values():
         tensors, numbers, n_bytes = counts.get(record.type, (0, 0, 0))
         counts[record.type] = (tensors + 1, numbers + math.prod(record.shape), n_bytes + record.n_bytes)

@@ -1,14 +1,18 @@
 """How well a model predicts a text: the log-probability of every token, and what follows from it."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from toy.data.sources import open_source
+from toy.data.tokenizers import Tokenizer
 from toy.data.training_data import TextData
+from toy.models.base import LanguageModel
 from toy.trained.load import text_ids
 
 _ROWS = 2048  # tokens of a batch of windows
@@ -27,26 +31,33 @@ class TextEvaluation:
     stride: int
 
     @property
-    def n_tokens(self):
+    def n_tokens(self) -> int:
         return len(self.token_ids)
 
     @property
-    def loss(self):
+    def loss(self) -> float:
         """Mean negative log-likelihood, nats per token."""
         return -float(self.log_probabilities.mean())
 
     @property
-    def perplexity(self):
+    def perplexity(self) -> float:
         """exp(loss): as uncertain as a choice among so many equally likely tokens."""
         return math.exp(min(self.loss, 700.0))
 
     @property
-    def bits_per_byte(self):
+    def bits_per_byte(self) -> float:
         """Bits for each UTF-8 byte of the text: comparable between tokenizers. NaN for tokens that stand for no text."""
         return -float(self.log_probabilities.sum()) / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
 
-def evaluate_text(model, tokenizer, text, context=None, stride=None, limit=None):
+def evaluate_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    text: str,
+    context: int | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+) -> TextEvaluation:
     """Let `model` predict `text` -> `TextEvaluation`. Arguments and errors as `TextEvaluator`."""
     evaluator = TextEvaluator(model, tokenizer, text, context, stride, limit)
     for _ in evaluator:
@@ -67,7 +78,15 @@ class TextEvaluator:
     iterating, RuntimeError when the model's numbers are not finite.
     """
 
-    def __init__(self, model, tokenizer, text, context=None, stride=None, limit=None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        text: str,
+        context: int | None = None,
+        stride: int | None = None,
+        limit: int | None = None,
+    ) -> None:
         largest = model.config.context_length
         context = min(largest, 512) if context is None else context
         if not 1 <= context <= largest:
@@ -85,11 +104,11 @@ class TextEvaluator:
         self.log_probabilities = np.full(self.n_tokens, np.nan)
 
     @property
-    def n_tokens(self):
+    def n_tokens(self) -> int:
         """How many tokens are predicted."""
         return len(self.ids) - 1
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         width = min(self.context, self.n_tokens)
         windows = list(pairwise([0, *window_ends(self.n_tokens, self.context, self.stride)]))
         n_batches = -(-len(windows) // max(1, _ROWS // width))
@@ -98,7 +117,7 @@ class TextEvaluator:
             _predict(self.model, self.ids, batch, width, self.log_probabilities)
             yield batch[-1][1]
 
-    def result(self):
+    def result(self) -> TextEvaluation:
         """-> `TextEvaluation`."""
         predicted = self.ids[1:]
         n_bytes = sum(len(token_bytes(self.tokenizer, i)) for i in predicted.tolist())
@@ -114,17 +133,17 @@ class ValidationResult:
     n_bytes: int
 
     @property
-    def perplexity(self):
+    def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
     @property
-    def bits_per_byte(self):
+    def bits_per_byte(self) -> float:
         """Bits for each UTF-8 byte of what was predicted."""
         return self.loss * self.n_tokens / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
 
-def evaluate_run(model, tokenizer, config):
+def evaluate_run(model: LanguageModel, tokenizer: Tokenizer, config: dict[str, Any]) -> ValidationResult:
     """All of the validation part of a run, as it validates while it trains -> `ValidationResult`.
 
     config: the run's, as `Stored.about` has it. Raises ValueError when its text is gone or another one by now.
@@ -166,7 +185,7 @@ def evaluate_run(model, tokenizer, config):
     return ValidationResult(total / n_tokens, n_tokens, n_bytes)
 
 
-def window_ends(n_predicted, context, stride):
+def window_ends(n_predicted: int, context: int, stride: int) -> list[int]:
     """Where each window ends: the first predicts `context` tokens, the others the next `stride`, the last what is left."""
     ends = [min(context, n_predicted)]
     while ends[-1] < n_predicted:
@@ -174,7 +193,9 @@ def window_ends(n_predicted, context, stride):
     return ends
 
 
-def _predict(model, ids, windows, width, result):
+def _predict(
+    model: LanguageModel, ids: np.ndarray, windows: list[tuple[int, int]], width: int, result: np.ndarray
+) -> None:
     """Fill in result[start:end] for each (start, end) of the windows; all are read as one batch of shape (B, width)."""
     token_ids = np.concatenate([ids[end - width : end] for _, end in windows]).astype(np.int64)  # (B*width,)
     positions = np.tile(np.arange(width), len(windows))
@@ -191,7 +212,7 @@ def _predict(model, ids, windows, width, result):
         raise RuntimeError("the model gives numbers that are not finite: its weights are damaged or too large")
 
 
-def log_probability_of(logits, labels):
+def log_probability_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """log softmax(logits)[label]: logits (N, V), labels int (N,) -> (N,) float64."""
     with np.errstate(all="ignore"):  # numbers that are not finite are reported by the caller
         largest = logits.max(axis=1, keepdims=True)
@@ -200,6 +221,6 @@ def log_probability_of(logits, labels):
         return chosen - largest[:, 0] - np.log(total)
 
 
-def token_bytes(tokenizer, token_id):
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     """The UTF-8 bytes that a token stands for; of a special token none."""
     return tokenizer.token_bytes(token_id)

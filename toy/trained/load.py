@@ -3,24 +3,28 @@
 `read_trained` reads and checks the weights and leaves them as they are stored; `load_trained` makes the model of them.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from toy.config import LlamaConfig
+from toy.config import LanguageModelConfig, LlamaConfig, ModelConfig
 from toy.data import tokenizer_from_json
 from toy.data.open_tokenizer import load_tokenizer
+from toy.data.tokenizers import Tokenizer
 from toy.engines.handle import NO_TOKENIZER
 from toy.engines.source import borrowed_parameters
-from toy.files import BadFileError, Run, read_checkpoint
+from toy.files import BadFileError, Checkpoint, Run, read_checkpoint
+from toy.files.atomic import StrPath
 from toy.files.fetch import FETCHABLE, find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import check_adapter, digest, read_adapter
 from toy.models import ARCHITECTURES, ParameterTree, architecture_of, model_for
+from toy.models.base import LanguageModel, Model
 from toy.models.lens import lens_shapes, without_lens
-from toy.models.parameters import check_arrays
-from toy.quantized import dequantized
+from toy.models.parameters import Shapes, check_arrays
+from toy.quantized import Leaf, dequantized
 from toy.switch import eager_ops
 
 
@@ -35,51 +39,51 @@ class Stored(NamedTuple):
     """
 
     path: Path
-    config: object
-    parameters: dict
-    tokenizer: object
+    config: ModelConfig
+    parameters: dict[str, Leaf]
+    tokenizer: Tokenizer | None
     step: int | None = None
-    adapters: dict = {}  # noqa: RUF012 (never changed)
+    adapters: dict[str, np.ndarray] = {}  # noqa: RUF012 (never changed)
     alpha: float | None = None
     name: str = ""
     base: Path | None = None
-    about: dict = {}  # noqa: RUF012 (never changed)
+    about: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     in_gguf: str | None = None
 
     @property
-    def arch(self):
+    def arch(self) -> str:
         return architecture_of(self.config).name
 
     @property
-    def reads_text(self):
+    def reads_text(self) -> bool:
         return architecture_of(self.config).reads_text
 
-    def model(self, backend="auto"):
+    def model(self, backend: str = "auto") -> Model:
         """A model object on the eager op table of this backend. The matrices of a GGUF file stay in their own type; where the
         compiled kernels are missing they become float32, because numpy would dequantise them anew for every token."""
         ops, leaves = eager_ops(backend), self.parameters
         if ops.name == "reference":
             leaves = {name: dequantized(leaf) for name, leaf in leaves.items()}
-        options = {"lora_scale": self.lora_scale} if self.adapters else {}
+        options: dict[str, Any] = {"lora_scale": self.lora_scale} if self.adapters else {}
         tree = ParameterTree(leaves | self.adapters)
         return model_for(self.config).from_config(self.config, ops=ops, parameters=tree, **options)
 
     @property
-    def lora_scale(self):
+    def lora_scale(self) -> float:
         """alpha / rank, by which the adapters' product is multiplied."""
         rank = next(len(array) for name, array in self.adapters.items() if name.endswith("lora_a"))
-        return self.alpha / rank
+        return 1.0 if self.alpha is None else self.alpha / rank
 
 
 class Trained(NamedTuple):
     """A model to use, its tokenizer, and the step of its checkpoint (None for a GGUF file)."""
 
-    model: object
-    tokenizer: object
+    model: LanguageModel
+    tokenizer: Tokenizer
     step: int | None
 
 
-def load_trained(path, adapter=None, backend="auto"):
+def load_trained(path: StrPath, adapter: StrPath | None = None, backend: str = "auto") -> Trained:
     """A model that exists, ready to generate from or to be evaluated -> `Trained`.
 
     path, adapter: as in `read_trained`.
@@ -91,10 +95,10 @@ def load_trained(path, adapter=None, backend="auto"):
         raise ValueError(f"{stored.path} is a {stored.arch}, which reads images: toy predict is for it")
     if stored.tokenizer is None:
         raise ValueError(f"{stored.path} has no tokenizer, so it can neither read a text nor write one")
-    return Trained(stored.model(backend), stored.tokenizer, stored.step)
+    return Trained(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored.step)
 
 
-def read_trained(path, adapter=None):
+def read_trained(path: StrPath, adapter: StrPath | None = None) -> Stored:
     """The weights, the config and the tokenizer of a model -> `Stored`.
 
     path: a run directory (its newest checkpoint), a checkpoint file, a GGUF file, or the name of a fetched model
@@ -119,14 +123,14 @@ def read_trained(path, adapter=None):
     return stored._replace(adapters=read.parameters, alpha=read.alpha)
 
 
-def _begins_like_gguf(path):
+def _begins_like_gguf(path: Path) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
         return file.read(4) == b"GGUF"
 
 
-def _from_gguf(path):
+def _from_gguf(path: Path) -> Stored:
     gguf = GGUF.open(path)  # not closed: the parameters are views of its mapping, which ends with the last of them
     config = gguf.config()
     has_tokenizer = gguf.metadata.get("tokenizer.ggml.model", "none") != "none"
@@ -137,12 +141,13 @@ def _from_gguf(path):
     return Stored(path, config, parameters, tokenizer, name=name, in_gguf=gguf.architecture)
 
 
-def _from_run(path):
+def _from_run(path: Path) -> Stored:
     if path.is_dir():
         run = Run.open(path)
-        checkpoint, path, base = run.read_checkpoint(), run.latest_checkpoint(), run.config.get("base")
-        if checkpoint is None:
+        checkpoint, latest, base = run.read_checkpoint(), run.latest_checkpoint(), run.config.get("base")
+        if checkpoint is None or latest is None:
             raise BadFileError(run.folder, "has no checkpoint yet")
+        path = latest
     else:
         checkpoint = read_checkpoint(path)
         base = checkpoint.config.get("base")
@@ -155,7 +160,7 @@ def _from_run(path):
         shapes, borrowed = model_for(config).parameter_shapes(config), {}
         if checkpoint.config.get("lens"):
             borrowed = _donor_embedding(base, shapes, path)
-            shapes |= lens_shapes(config, borrowed["token_embd.weight"].shape[1])
+            shapes |= lens_shapes(cast(LlamaConfig, config), borrowed["token_embd.weight"].shape[1])
         elif isinstance(base, dict) and "digest" in base:
             borrowed = _left_in_base(base, shapes, checkpoint.parameters, path)
         check_arrays(shapes, checkpoint.parameters)  # before memory is asked for
@@ -167,17 +172,18 @@ def _from_run(path):
         raise BadFileError(path, f"its config and tensors are not those of a model ({error})") from error
 
 
-def _tokenizer_of(checkpoint, config):
+def _tokenizer_of(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer | None:
     """The tokenizer in a checkpoint's config; None of an image model, and of a recipe that was saved without one."""
     if not architecture_of(config).reads_text or checkpoint.config["tokenizer"] == NO_TOKENIZER:
         return None
     tokenizer = tokenizer_from_json(checkpoint.config["tokenizer"])
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    vocab_size = cast(LanguageModelConfig, config).vocab_size
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}")
     return tokenizer
 
 
-def _on_its_base(path, checkpoint, base):
+def _on_its_base(path: Path, checkpoint: Checkpoint, base: Any) -> Stored:
     """The model of a LoRA run: its checkpoint has the adapters, the GGUF file at base["path"] everything else."""
     alpha, base_path = float(checkpoint.config["lora"]["alpha"]), _path_of_base(base)
     stored = _from_gguf(base_path)
@@ -203,12 +209,12 @@ def _on_its_base(path, checkpoint, base):
     )
 
 
-def embedding_of(stored):
+def embedding_of(stored: Stored) -> dict[str, Leaf]:
     """What of the parameters of a `Stored` the token embedding is made of: itself and, in a run with a lens, the lens."""
     return {name: leaf for name, leaf in stored.parameters.items() if name.startswith("token_embd.")}
 
 
-def _donor_embedding(base, shapes, path):
+def _donor_embedding(base: Any, shapes: Shapes, path: Path) -> dict[str, Leaf]:
     """The embedding that a warm-started model looks at through its lens, taken out of `shapes`: it is not in the run."""
     name, base_path = "token_embd.weight", _path_of_base(base)
     del shapes[name]
@@ -216,11 +222,11 @@ def _donor_embedding(base, shapes, path):
     _check_base(base_path, base, embedding_of(donor), path)
     parameters = donor.parameters
     if "token_embd.lens" in parameters:  # the donor looked through a lens itself
-        _, parameters = without_lens(donor.config, parameters)
+        _, parameters = without_lens(cast(LlamaConfig, donor.config), parameters)
     return {name: parameters[name]}
 
 
-def _left_in_base(base, shapes, trained, path):
+def _left_in_base(base: Any, shapes: Shapes, trained: Mapping[str, Leaf], path: Path) -> dict[str, Leaf]:
     """The parameters that a run borrowed from its base, all that are not among the trained ones, taken out of `shapes`."""
     base_path = _path_of_base(base)
     stored, names = read_trained(base_path).parameters, [name for name in shapes if name not in trained]
@@ -231,7 +237,7 @@ def _left_in_base(base, shapes, trained, path):
     return borrowed
 
 
-def _check_base(base_path, base, leaves, path):
+def _check_base(base_path: Path, base: Any, leaves: Mapping[str, Leaf], path: Path) -> None:
     """Raise BadFileError unless `leaves` are, byte for byte, the frozen weights that the run of checkpoint `path` used."""
     if base["digest"] != digest(leaves):
         raise BadFileError(
@@ -239,7 +245,7 @@ def _check_base(base_path, base, leaves, path):
         )
 
 
-def _path_of_base(base):
+def _path_of_base(base: Any) -> Path:
     path = Path(base["path"])
     if not path.exists():
         raise FileNotFoundError(
@@ -249,7 +255,7 @@ def _path_of_base(base):
     return path
 
 
-def first_prompt(tokenizer, ids):
+def first_prompt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
     """What a sample begins with when nobody says: a new line, or the first token of the text when it has no lines."""
     try:
         return tokenizer.encode("\n")
@@ -257,7 +263,7 @@ def first_prompt(tokenizer, ids):
         return ids[:1]
 
 
-def text_ids(tokenizer, text, what="text"):
+def text_ids(tokenizer: Tokenizer, text: str, what: str = "text") -> np.ndarray:
     """The ids of a text as the model was trained to read it: after the beginning token, if it wants one. int32 (N,).
 
     Errors as `encode`; `what` names the text in them.
@@ -265,7 +271,7 @@ def text_ids(tokenizer, text, what="text"):
     return _after_beginning(tokenizer, tokenizer.encode(text, what=what))
 
 
-def chat_prompt(tokenizer, message, context_length):
+def chat_prompt(tokenizer: Tokenizer, message: str, context_length: int) -> np.ndarray:
     """The ids of a conversation with one message of the user, up to where the assistant's answer begins.
 
     Raises ValueError when the model has no chat template, and for a message that leaves no room in the context.
@@ -284,7 +290,7 @@ def chat_prompt(tokenizer, message, context_length):
     return ids
 
 
-def _after_beginning(tokenizer, ids):
+def _after_beginning(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     if getattr(tokenizer, "add_bos", False):
         return np.concatenate([np.array([tokenizer.bos_id], ids.dtype), ids])
     return ids

@@ -1,15 +1,28 @@
 """The front door: `toy.load(path)` opens whatever is there, for use."""
 
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
+
 import numpy as np
+import numpy.typing as npt
 
-from toy.models.generation import generate
+from toy.data.tokenizers import Tokenizer
+from toy.files.atomic import StrPath
+from toy.models.base import LanguageModel, Model
+from toy.models.generation import Seed, generate
 from toy.switch import eager_ops
-from toy.trained.classify import Classifier
-from toy.trained.evaluate import evaluate_text
-from toy.trained.load import first_prompt, read_trained, text_ids
+from toy.trained.classify import Classifier, ImageEvaluation, Prediction
+from toy.trained.evaluate import TextEvaluation, evaluate_text
+from toy.trained.load import Stored, first_prompt, read_trained, text_ids
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+M = TypeVar("M", bound=Model)
 
 
-def load(path, adapter=None, backend="auto"):
+def load(path: StrPath, adapter: StrPath | None = None, backend: str = "auto") -> "Loaded | LoadedClassifier":
     """A model that exists, to use -> `Loaded`, or `LoadedClassifier` for an image model.
 
     path: a run directory, a checkpoint, a GGUF file, the name of a fetched model, or what `recipe.save` wrote. adapter: a
@@ -21,46 +34,55 @@ def load(path, adapter=None, backend="auto"):
     stored = read_trained(path, adapter)
     if not stored.reads_text:
         return LoadedClassifier(Classifier(path, backend))
-    return Loaded(stored.model(backend), stored.tokenizer, stored)
+    return Loaded(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored)
 
 
-class _Open:
+class _Open(Generic[M]):
     """`with toy.load(...) as model:` closes it at the end."""
 
-    model = path = None
+    model: M | None = None
+    path: Path | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Self":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         """Let go of the model; the file is unmapped when nothing else uses it. It cannot be used afterwards."""
         self.model = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"toy.load({str(self.path)!r}): {'closed' if self.model is None else repr(self.model)}"
 
-    def _open_model(self):
+    def _open_model(self) -> M:
         if self.model is None:
             raise RuntimeError("this model is closed: toy.load it again")
         return self.model
 
 
-class Loaded(_Open):
+class Loaded(_Open[LanguageModel]):
     """A language model to use. Attributes: model, tokenizer (None where the file has none), config, path, step (of a run's
     checkpoint, None otherwise)."""
 
-    def __init__(self, model, tokenizer, stored):
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None, stored: Stored) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
         self.path, self.step = stored.path, stored.step
 
-    def logits(self, token_ids):
+    def logits(self, token_ids: npt.ArrayLike) -> np.ndarray:
         """token_ids: int (T,) or (B, T) -> float32 (T, vocab_size) or (B, T, vocab_size). Errors as `Model.forward`."""
         return np.asarray(self._open_model().forward(token_ids)[0], np.float32)
 
-    def generate(self, text="", n_tokens=100, temperature=0.8, top_k=None, top_p=None, seed=0):
+    def generate(
+        self,
+        text: str = "",
+        n_tokens: int = 100,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: Seed = 0,
+    ) -> str:
         """What the model writes after `text`, without it -> str. "" = a new line. temperature 0: always the likeliest token.
 
         It stops early at a token that ends a text, if the model has such tokens. Raises ValueError as
@@ -71,44 +93,48 @@ class Loaded(_Open):
         stops = getattr(tokenizer, "stop_ids", ())
         return tokenizer.decode(list(generate(model, ids, n_tokens, temperature, top_k, top_p, seed, stops)))
 
-    def evaluate(self, text, context=None, stride=None, limit=None):
+    def evaluate(
+        self, text: str, context: int | None = None, stride: int | None = None, limit: int | None = None
+    ) -> TextEvaluation:
         """How well the model predicts `text` -> `TextEvaluation` (.loss, .perplexity, .bits_per_byte, .n_tokens, ...).
 
         Arguments and errors as `toy.trained.evaluate.TextEvaluator`.
         """
         return evaluate_text(self._open_model(), self._tokenizer(), text, context, stride, limit)
 
-    def _tokenizer(self):
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError(f"{self.path} has no tokenizer, so it can neither read a text nor write one")
         return self.tokenizer
 
 
-class LoadedClassifier(_Open):
+class LoadedClassifier(_Open[Model]):
     """An image model to use. Attributes: model, config, classes (their names), path, step. tokenizer: None."""
 
     tokenizer = None
 
-    def __init__(self, classifier):
-        self._classifier, self.model = classifier, classifier.model
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier: Classifier | None = classifier
+        self.model = classifier.model
         self.config, self.classes = classifier.config, classifier.classes
         self.path, self.step = classifier.path, classifier.step
 
-    def close(self):
+    def close(self) -> None:
         super().close()
         self._classifier = None
 
-    def logits(self, images):
+    def logits(self, images: npt.ArrayLike) -> np.ndarray:
         """images: numbers from 0 to 1 (N, height, width, channels) -> float32 (N, n_classes)."""
-        self._open_model()
-        return self._classifier.logits(images)
+        return self._open_classifier().logits(images)
 
-    def predict(self, paths):
+    def predict(self, paths: StrPath | Iterable[StrPath]) -> list[Prediction]:
         """What is on each of the image files -> list of `Prediction`; errors as `Classifier.predict`."""
-        self._open_model()
-        return self._classifier.predict(paths)
+        return self._open_classifier().predict(paths)
 
-    def evaluate(self, data=None):
+    def evaluate(self, data: str | None = None) -> ImageEvaluation:
         """How often it is right -> `ImageEvaluation` (.loss, .accuracy, .n_images); `data` as for `Classifier.evaluate`."""
+        return self._open_classifier().evaluate(data)
+
+    def _open_classifier(self) -> Classifier:
         self._open_model()
-        return self._classifier.evaluate(data)
+        return cast(Classifier, self._classifier)
