@@ -75,10 +75,11 @@ def flag_of(field):
 
 
 def _type_of(field):
-    """The type of a field without its `| None`."""
-    if isinstance(field.type, types.UnionType):
-        return next(kind for kind in typing.get_args(field.type) if kind is not types.NoneType)
-    return field.type
+    """The type of a field without its `| None`; of a tuple, whatever is in it, `tuple`."""
+    kind = field.type
+    if isinstance(kind, types.UnionType):
+        kind = next(kind for kind in typing.get_args(kind) if kind is not types.NoneType)
+    return typing.get_origin(kind) or kind
 
 
 def recipe_command(start):

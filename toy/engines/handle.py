@@ -224,6 +224,11 @@ class EngineHandle:
         return self._ready("hp_mode").hp_mode
 
     @property
+    def n_classes(self) -> int:
+        """What a label chooses from: the size of the vocabulary, or the number of classes."""
+        return self._ready("n_classes").batch.n_classes
+
+    @property
     def n_parameters(self) -> int:
         """Parameters of the whole model, frozen ones too."""
         return self._ready("n_parameters").n_parameters

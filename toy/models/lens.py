@@ -7,6 +7,9 @@ Without a lens in the parameter tree these are the plain lookup and the plain he
 
 import dataclasses
 from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
 
 from toy.config import LanguageModelConfig, LlamaConfig
 from toy.models.parameters import Namespace, Shapes
@@ -64,7 +67,7 @@ def unembed_backward(
     return d_x if projection is None else ops.linear_backward(d_x, projection, d_lens)
 
 
-def without_lens(config: LlamaConfig, parameters: Mapping[str, Leaf]) -> tuple[LlamaConfig, dict[str, Leaf]]:
+def without_lens(config: LlamaConfig, parameters: Mapping[str, Leaf]) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
     """The same model without a lens: its config (untied now) and its parameters, float32, the donor looked at once and for
     all. parameters: dict of names to arrays; the donor's embedding may be a `toy.quantized.QuantizedMatrix`."""
     parameters = dict(parameters)
@@ -73,4 +76,4 @@ def without_lens(config: LlamaConfig, parameters: Mapping[str, Leaf]) -> tuple[L
     embedding = {"token_embd.weight": donor @ lens_in.T}  # (V, D)
     if "output.lens" in parameters:
         embedding["output.weight"] = donor @ parameters.pop("output.lens")  # (V, D)
-    return dataclasses.replace(config, untied=True), embedding | parameters
+    return dataclasses.replace(config, untied=True), embedding | cast(dict[str, np.ndarray], parameters)

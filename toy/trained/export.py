@@ -31,10 +31,11 @@ def export_model(stored: Stored, path: StrPath, type: str = "f32") -> None:
     write_gguf(path, config, parameters, stored.tokenizer, type=type, metadata={"general.name": name})
 
 
-def plain_model(stored: Stored) -> tuple[LanguageModelConfig, dict[str, Leaf]]:
+def plain_model(stored: Stored) -> tuple[LanguageModelConfig, Mapping[str, Leaf]]:
     """The config and the parameters of a `toy.trained.Stored` with its adapters merged in and without a lens. What neither
     concerns is left as it is stored."""
-    config, parameters = cast(LanguageModelConfig, stored.config), stored.parameters
+    config = cast(LanguageModelConfig, stored.config)
+    parameters: Mapping[str, Leaf] = stored.parameters
     if stored.adapters:
         parameters = merge_adapters(parameters, stored.adapters, stored.lora_scale)
     if "token_embd.lens" in parameters:

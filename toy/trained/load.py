@@ -220,7 +220,7 @@ def _donor_embedding(base: Any, shapes: Shapes, path: Path) -> dict[str, Leaf]:
     del shapes[name]
     donor = read_trained(base_path)
     _check_base(base_path, base, embedding_of(donor), path)
-    parameters = donor.parameters
+    parameters: Mapping[str, Leaf] = donor.parameters
     if "token_embd.lens" in parameters:  # the donor looked through a lens itself
         _, parameters = without_lens(cast(LlamaConfig, donor.config), parameters)
     return {name: parameters[name]}

@@ -2,16 +2,21 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from toy import recipes
+from toy.config import LanguageModelConfig
 from toy.data.bpe_tokenizer import DEFAULT_VOCAB_SIZE
 from toy.data.open_tokenizer import make_tokenizer
-from toy.data.tokenizers import KINDS, CharTokenizer
+from toy.data.sources import Source as TextSource
+from toy.data.tokenizers import KINDS, CharTokenizer, Tokenizer
 from toy.data.training_data import training_texts
 from toy.models import ARCHITECTURES
 from toy.training.options import DATA, MODEL, TextOptions, again, option
 from toy.training.start import TextStart
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # the architectures that read text, in the order in which they are offered
 LANGUAGE_MODELS = tuple(name for name, row in ARCHITECTURES.items() if row.reads_text)
@@ -43,12 +48,12 @@ class FromScratchOptions(TextOptions):
     init_scale: float = option(1.0, "Multiplies the standard deviations of the first weights.", MODEL)
     context: int = again("context", 64, TextOptions)
 
-    def resolved(self):
+    def resolved(self) -> "Self":
         return dataclasses.replace(super().resolved(), d_ff=self.d_ff or 4 * self.d_model)
 
-    def model_config(self, vocab_size):
+    def model_config(self, vocab_size: int) -> LanguageModelConfig:
         """The config of the model these options describe. Raises ValueError for sizes that do not fit each other."""
-        sizes = dict(
+        sizes: dict[str, Any] = dict(
             vocab_size=vocab_size,
             d_model=self.d_model,
             n_heads=self.heads,
@@ -60,10 +65,10 @@ class FromScratchOptions(TextOptions):
             sizes |= {"n_kv_heads": self.kv_heads or self.heads, "untied": self.untied, "qkv_bias": self.qkv_bias}
         else:
             check_no_llama_sizes(self)
-        return ARCHITECTURES[self.arch].config(**sizes)
+        return cast(LanguageModelConfig, ARCHITECTURES[self.arch].config(**sizes))
 
 
-def new_tokenizer(options, source):
+def new_tokenizer(options: Any, source: TextSource) -> Tokenizer:
     """The tokenizer that the options of a run ask for. Of a vocabulary made of the text, the validation part is no part."""
     kind = options.tokenizer
     if kind == "char" and options.vocab_size is None:
@@ -78,7 +83,7 @@ def new_tokenizer(options, source):
         raise ValueError(f"tokenizer must be one of {', '.join(KINDS)}, or one that exists: {error}") from error
 
 
-def vocabulary_in_words(kind):
+def vocabulary_in_words(kind: str) -> str:
     """What the vocabulary of a tokenizer of this kind is, for a line at the start."""
     words = {
         "char": "distinct characters of the text",
@@ -88,7 +93,7 @@ def vocabulary_in_words(kind):
     return words.get(kind, f"the tokenizer of {kind}")
 
 
-def check_no_llama_sizes(options):
+def check_no_llama_sizes(options: Any) -> None:
     """Raise ValueError when options that only a llama has were given for another model."""
     if options.kv_heads is not None and options.kv_heads != options.heads:
         raise ValueError(f"kv_heads belongs to arch llama: {options.arch} has as many key/value heads as heads")
@@ -106,20 +111,22 @@ class FromScratchStart(TextStart):
 
     options_class = FromScratchOptions
     recipe_class = recipes.FromScratch
+    options: FromScratchOptions
+    recipe: recipes.FromScratch
 
-    def __init__(self, options):
+    def __init__(self, options: FromScratchOptions) -> None:
         super().__init__(options)
         options.model_config(vocab_size=1)  # sizes that do not fit are told before a long text is read
 
-    def make_tokenizer(self):
+    def make_tokenizer(self) -> Tokenizer:
         return new_tokenizer(self.options, self.source)
 
-    def vocabulary(self):
+    def vocabulary(self) -> str:
         return vocabulary_in_words(self.options.tokenizer)
 
-    def model_config(self, vocab_size):
+    def model_config(self, vocab_size: int) -> LanguageModelConfig:
         return self.options.model_config(vocab_size)
 
-    def realize(self):
+    def realize(self) -> None:
         o = self.options
         self.recipe.realize(self.config, self.recipe_options(o.context, init_scale=o.init_scale))

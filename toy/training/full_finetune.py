@@ -1,7 +1,7 @@
 """Full fine-tuning: the options of the run, and how it begins."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from toy import recipes
 from toy.files.gguf_write import fingerprint
@@ -28,12 +28,14 @@ class FullFinetuneStart(FromGGUFStart):
 
     options_class = FullFinetuneOptions
     recipe_class = recipes.FullFinetune
+    options: FullFinetuneOptions
+    recipe: recipes.FullFinetune
 
-    def realize(self):
+    def realize(self) -> None:
         o = self.options
         self.recipe.realize(
             self.gguf, self.config, self.recipe_options(o.context), freeze_embeddings=o.freeze_embeddings
         )
 
-    def base(self):
+    def base(self) -> dict[str, Any]:
         return {"base": {"path": self.options.model, "fingerprint": fingerprint(self.gguf)}}

@@ -16,18 +16,24 @@ import platform
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from toy import switch
-from toy.config import VERSION
-from toy.data import Split, load_corpus
+from toy.config import VERSION, ModelConfig
+from toy.data import Corpus, Split, load_corpus
+from toy.data.tokenizers import Tokenizer
 from toy.files import BadFileError, Checkpoint, Run, read_events
-from toy.files.events import Evaluation, EventLog, RunEnd, RunStart, Sample, Step
+from toy.files.atomic import StrPath
+from toy.files.events import Evaluation, Event, EventLog, RunEnd, RunStart, Sample, Step
 from toy.files.runs import check_new_folder
-from toy.training.start import Decision
+from toy.models.base import Model
+from toy.training.options import RunOptions, TextOptions
+from toy.training.start import Decision, TextStart
 from toy.training.table import RECIPES
 
 
@@ -40,7 +46,7 @@ class _Resumed(NamedTuple):
 
     run: Run
     checkpoint: Checkpoint | None
-    unchanged: frozenset
+    unchanged: Set[str]
 
 
 class Training:
@@ -55,7 +61,14 @@ class Training:
     step (updates done), stopped_by (the signal that ended `run`, None without one).
     """
 
-    def __init__(self, options, out=None, *, progress=None, resumed=None):
+    def __init__(
+        self,
+        options: RunOptions,
+        out: StrPath | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        resumed: _Resumed | None = None,
+    ) -> None:
         if out is not None and resumed is None:
             check_new_folder(out)
         self.out = None if out is None else Path(out)
@@ -74,17 +87,27 @@ class Training:
         numbers = {name: getattr(options, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")}
         self._adamw = self.recipe.adamw(**{name: value for name, value in numbers.items() if value is not None})
         self._adamw.hp_for_step(0)  # numbers out of range are told now
-        self.step, self.stopped_by = 0, None
-        self._loss = None  # of the last step
-        self._log = None
-        self._evaluated, self._sampled = set(), set()  # the steps that have it already
-        self._saved = None  # the step of the newest checkpoint
-        self._run, self._unchanged = None, frozenset()
+        self.step = 0
+        self.stopped_by: int | None = None
+        self._loss: float | None = None  # of the last step
+        self._log: EventLog | None = None
+        self._evaluated: set[int] = set()  # the steps that have it already
+        self._sampled: set[int] = set()
+        self._saved: int | None = None  # the step of the newest checkpoint
+        self._run: Run | None = None
+        self._unchanged: Set[str] = frozenset()
         if resumed is not None:
             self._go_on(resumed)
 
     @classmethod
-    def resume(cls, folder, recipe=None, *, progress=None, **changes):
+    def resume(
+        cls,
+        folder: StrPath,
+        recipe: str | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **changes: Any,
+    ) -> "Training":
         """The run in `folder` (a path), ready to go on from its newest checkpoint: weights, moments and step.
 
         recipe: the name of the one it must be of, None: any.
@@ -122,7 +145,7 @@ class Training:
             dataclasses.replace(options, **{**as_it_ran, **changes}), run.folder, progress=progress, resumed=resumed
         )
 
-    def _go_on(self, resumed):
+    def _go_on(self, resumed: _Resumed) -> None:
         run, checkpoint, self._unchanged = resumed
         self.start.check_same(run)
         if run.config.get("model") != _json_of(self.config):
@@ -133,58 +156,59 @@ class Training:
                 self.recipe.load_parameters(checkpoint.parameters)
                 self.recipe.load_optimizer_state(checkpoint.moments)
             except ValueError as error:
-                raise BadFileError(run.latest_checkpoint(), str(error)) from error
+                raise BadFileError(run.latest_checkpoint() or run.folder, str(error)) from error
             self.step = self._saved = checkpoint.step
 
     # -- what the run is ----------------------------------------------------------------------------------------------
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         """Of a run on text."""
-        return self.start.tokenizer
+        return cast(TextStart, self.start).tokenizer
 
     @property
-    def data(self):
+    def data(self) -> Any:
         """What the batches are drawn from: a `toy.data.training_data.TextData`, or `toy.data.images.Images`."""
         return self.start.data
 
     @property
-    def corpus(self):
+    def corpus(self) -> Corpus:
         """Of a run on text: the whole `Corpus`, read again."""
-        return load_corpus(self.options.corpus)
+        return load_corpus(cast(TextOptions, self.options).corpus)
 
     @property
-    def split(self):
+    def split(self) -> Split:
         """Of a run on text: the ids to train on and to validate, in the order in which they are read."""
         return Split(self.data.training.tokens(), self.data.validation.tokens())
 
-    def notices(self):
+    def notices(self) -> Sequence[str]:
         """Sentences about the data that a user should know."""
         return self.start.notices()
 
-    def has_checkpoint(self):
+    def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint on the disk to go on from."""
         return self._run is not None and self._run.latest_checkpoint() is not None
 
-    def written(self):
+    def written(self) -> list[tuple[str, Path]]:
         """(what, path) of everything a reader of the run may want, of what is there."""
         names = {
             "picture": "loss.png", "confusion": "confusion.png", "samples": "samples.txt", "weights": "weights",
         }  # fmt: skip
-        return [(what, self.out / name) for what, name in names.items() if (self.out / name).exists()]
+        out = self.out
+        return [] if out is None else [(what, out / name) for what, name in names.items() if (out / name).exists()]
 
-    def model(self):
+    def model(self) -> Model:
         """A readable model object with a copy of the present weights."""
         return self.recipe.model_copy()
 
-    def choices(self):
+    def choices(self) -> list[Decision]:
         """What was chosen and why, as a list of `Decision`."""
         o, r, s = self.options, self.recipe, self.start
         before = dict.fromkeys(self._unchanged, "as before")
         threads = "as asked for" if o.threads else "the backend's own choice"
         trained = "" if r.n_trained == r.n_parameters else f"{r.n_trained:,} of them are trained"
         decay = "" if o.schedule == "constant" else f" down to {o.lr * o.lr_floor:g} at step {o.steps}"
-        rounds, classes = o.steps * s.per_step / s.n_train, r.engine.batch.n_classes
+        rounds, classes = o.steps * s.per_step / s.n_train, r.n_classes
         return [
             *([Decision("resumed", f"after step {self.step}")] if self._run is not None else []),
             Decision("backend", r.backend, before.get("backend", r.backend_reason)),
@@ -198,13 +222,13 @@ class Training:
             Decision("directory", "none, nothing is written" if self.out is None else str(self.out)),
         ]
 
-    def _threads(self):
+    def _threads(self) -> int | None:
         used = next(row.threads for row in switch.backends() if row.name == self.recipe.backend)
         return self.options.threads or used
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def run(self, on_stop=None):
+    def run(self, on_stop: Callable[[], None] | None = None) -> Iterator[Event]:
         """Train, as a generator of events; the same events go to events.jsonl.
 
         Ctrl-C (or SIGTERM) ends it after the step that is being computed, with a checkpoint and RunEnd("interrupted"); so
@@ -235,22 +259,22 @@ class Training:
             self._draw()
             yield end
 
-    def _steps(self, stop):
+    def _steps(self, stop: "_StopSignals") -> Iterator[Event]:
         """Train up to the last step. What is due after a step is done before the next one, by a resumed run if need be."""
         o, samples_every = self.options, getattr(self.options, "sample_every", None)
         while self.step == o.steps or not stop.requested:
             if self._due(o.eval_every, self._evaluated):
                 yield self._emit(self._evaluate())
-            if samples_every is not None and self._due(samples_every, self._sampled) and self.step > 0:
+            if self._due(samples_every, self._sampled) and self.step > 0:
                 yield self._emit(self._sample())
             if self.step == o.steps:
                 return
-            if self.step % o.save_every == 0 and self.step > 0:
+            if o.save_every is not None and self.step % o.save_every == 0 and self.step > 0:
                 self._save()
             if not stop.requested:
                 yield self._emit(self._train_step())
 
-    def _train_step(self):
+    def _train_step(self) -> Step:
         k, lr = self.step, self.schedule(self.step)
         started = time.perf_counter()
         inputs, labels = self.start.training_batch(k)
@@ -267,7 +291,7 @@ class Training:
             step=k + 1, loss=loss, lr=lr, grad_norm=grad_norm, tokens=self.start.per_step, wall_us=max(1, wall_us)
         )
 
-    def _evaluate(self):
+    def _evaluate(self) -> Evaluation:
         with np.errstate(all="ignore"):
             found = self.start.validate()
         if not math.isfinite(found["loss"]):
@@ -275,22 +299,24 @@ class Training:
         self._evaluated.add(self.step)
         return Evaluation(step=self.step, **found)
 
-    def _sample(self):
-        text = self.start.sample(self.step)
+    def _sample(self) -> Sample:
+        text = self.start.sample(self.step) or ""
         self._sampled.add(self.step)
         if self._run is not None:
             self._run.append_sample(self.step, text)
         return Sample(step=self.step, text=text)
 
-    def _due(self, every, done):
-        return self.step not in done and (self.step % every == 0 or self.step == self.options.steps)
+    def _due(self, every: int | None, done: set[int]) -> bool:
+        if every is None or self.step in done:
+            return False
+        return self.step % every == 0 or self.step == self.options.steps
 
-    def _diverged(self, what):
+    def _diverged(self, what: str) -> DivergedError:
         return DivergedError(f"{what}: the training diverged; try an lr below {self.options.lr:g} or a smaller clip")
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _open_files(self, stack):
+    def _open_files(self, stack: contextlib.ExitStack) -> EventLog | None:
         """The event log (None when nothing is written), with the run directory made or rewound to this step."""
         if self.out is None:
             return None
@@ -308,12 +334,12 @@ class Training:
         stack.callback(log.close)
         return log
 
-    def _emit(self, event):
+    def _emit(self, event: Event) -> Event:
         if self._log is not None:
             self._log.write(event)
         return event
 
-    def _save(self):
+    def _save(self) -> None:
         if self._run is None or self._saved == self.step:
             return
         parameters, moments = self.recipe.parameters(), self.recipe.optimizer_state()
@@ -321,7 +347,8 @@ class Training:
             for name, array in arrays.items():
                 if not np.isfinite(array).all():
                     raise self._diverged(f"a {what} of {name} is not a finite number at step {self.step}")
-        self._log.sync()  # the events first: a checkpoint must never know more than the log
+        if self._log is not None:
+            self._log.sync()  # the events first: a checkpoint must never know more than the log
         gguf = None
         if self.start.has_gguf():
             gguf = functools.partial(self.start.write_gguf, parameters=parameters)
@@ -329,31 +356,31 @@ class Training:
         self._run.write_checkpoint(checkpoint, self.options.keep, gguf)
         self._saved = self.step
 
-    def _draw(self):
+    def _draw(self) -> None:
         if self._run is not None and self.step > 0:
             from toy.plots import plot_runs
 
             plot_runs([self._run.folder], self._run.picture_path)
             self.start.draw(self._run.folder)
 
-    def _run_start(self, resumed):
+    def _run_start(self, resumed: bool) -> RunStart:
         return RunStart(
             step=self.step,
             steps=self.options.steps,
             arch=self.recipe.arch,
             n_parameters=self.recipe.n_parameters,
-            vocab_size=self.recipe.engine.batch.n_classes,
+            vocab_size=self.recipe.n_classes,
             backend=self.recipe.backend,
             device=self.recipe.device,
             seed=self.options.seed,
             resumed=resumed,
         )
 
-    def _run_end(self, reason):
+    def _run_end(self, reason: str) -> RunEnd:
         loss = None if reason == "diverged" else self._loss
         return RunEnd(reason=reason, final_step=self.step, final_loss=loss)
 
-    def _describe(self):
+    def _describe(self) -> dict[str, Any]:
         """What config.json and every checkpoint say about the run."""
         return {
             "recipe": self.options.recipe,
@@ -367,7 +394,7 @@ class Training:
         }
 
 
-def versions():
+def versions() -> dict[str, str]:
     """dict of the versions that a run's numbers may depend on."""
     return {
         "toy": VERSION,
@@ -377,7 +404,7 @@ def versions():
     }
 
 
-def _read_config(run):
+def _read_config(run: Run) -> tuple[RunOptions, dict[str, Any]]:
     """The options in a config.json, and the backend, device and threads it really ran on (they round alike)."""
     try:
         kind = RECIPES[run.config.get("recipe", "from-scratch")].options_class
@@ -390,7 +417,7 @@ def _read_config(run):
         raise BadFileError(run.config_path, f"its training options are wrong ({error})") from error
 
 
-def _json_of(record):
+def _json_of(record: RunOptions | ModelConfig) -> dict[str, Any]:
     """A dataclass as JSON would give it back: lists for tuples."""
     items = dataclasses.asdict(record).items()
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
@@ -402,23 +429,23 @@ class _StopSignals:
     A second Ctrl-C raises KeyboardInterrupt. Only the main thread gets signals, elsewhere this does nothing.
     """
 
-    def __init__(self, on_stop):
-        self.requested = None  # the number of the signal
+    def __init__(self, on_stop: Callable[[], None] | None) -> None:
+        self.requested: int | None = None  # the number of the signal
         self._on_stop = on_stop
-        self._previous = {}
+        self._previous: dict[int, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "_StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup and the like are to be respected
                     self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number, frame):
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = number

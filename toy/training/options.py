@@ -8,7 +8,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 from toy.config import WEIGHT_DTYPES, check_positive_int
 from toy.data.encoding import TRAIN_ON
@@ -16,12 +16,25 @@ from toy.data.training_data import SPLITS
 from toy.switch import BACKEND_NAMES
 from toy.training import schedules
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # the sections of `toy train RECIPE --help`
 DATA, MODEL, STEPS, REPORTS, MACHINE = "Data", "Model", "Training", "Reports and files", "Machine"
 LARGEST = 2**31 - 1  # of whole numbers: sizes, steps, seeds
 
 
-def option(default, help, group, *, shown=None, choices=None, resumable=False, at_least=None, several=False):
+def option(
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    shown: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    resumable: bool = False,
+    at_least: int | None = None,
+    several: bool = False,
+) -> Any:
     """A field of an options dataclass.
 
     shown: the default in words, where the value does not say it. choices: the values there are. resumable: whether a run
@@ -35,7 +48,7 @@ def option(default, help, group, *, shown=None, choices=None, resumable=False, a
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def again(name, default, of, **changes):
+def again(name: str, default: Any, of: type["RunOptions"], **changes: Any) -> Any:
     """The option `name` of the options class `of` with another default, and other words where `changes` has them."""
     field = next(field for field in dataclasses.fields(of) if field.name == name)
     return dataclasses.field(default=default, metadata={**field.metadata, **changes})
@@ -82,7 +95,7 @@ class RunOptions:
         None, "Threads of BLAS and the kernels.", MACHINE, shown="the backend's own choice", resumable=True, at_least=1
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, at_least = getattr(self, field.name), field.metadata.get("at_least")
             if at_least is not None and not (value is None and field.default is None):
@@ -95,18 +108,18 @@ class RunOptions:
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
         self.make_schedule()
 
-    def resolved(self):
+    def resolved(self) -> "Self":
         """The same options with every None that depends on others filled in."""
         eval_every = self.eval_every or min(max(1, self.steps // 10), 500)
         return dataclasses.replace(
             self, warmup=self._default_warmup(), eval_every=eval_every, save_every=self.save_every or eval_every
         )
 
-    def make_schedule(self):
+    def make_schedule(self) -> schedules.Schedule:
         """The learning rate as a function of the step, counted from 0."""
         return schedules.make_schedule(self.schedule, self.lr, self.steps, self._default_warmup(), self.lr_floor)
 
-    def _default_warmup(self):
+    def _default_warmup(self) -> int:
         if self.warmup is not None:
             return self.warmup
         # a fixed number, not a share of the steps: a longer run then begins like a shorter one
@@ -117,7 +130,7 @@ class RunOptions:
 class TextOptions(RunOptions):
     """What training on text can be told besides. Raises ValueError for a value out of range."""
 
-    corpus: str | tuple | None = option(
+    corpus: str | tuple[str, ...] | None = option(
         None,
         "Text file, .jsonl, .bin or a folder of them; may be given several times.",
         DATA,
@@ -145,7 +158,7 @@ class TextOptions(RunOptions):
     )
     sample_tokens: int = option(200, "Tokens in a sample.", REPORTS, at_least=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("val_fraction", self.val_fraction)
         if isinstance(self.corpus, (tuple, list)):  # one path stands for itself
@@ -153,13 +166,13 @@ class TextOptions(RunOptions):
             object.__setattr__(self, "corpus", several if len(several) > 1 else several[0] if several else None)
 
     @property
-    def corpora(self):
+    def corpora(self) -> list[Path] | None:
         """The paths to read, None for the default corpus."""
         if self.corpus is None:
             return None
         return [Path(path) for path in ((self.corpus,) if isinstance(self.corpus, str) else self.corpus)]
 
-    def resolved(self):
+    def resolved(self) -> "Self":
         every = self.sample_every or min(max(1, self.steps // 4), 2000)
         return dataclasses.replace(super().resolved(), sample_every=every)
 
@@ -175,13 +188,13 @@ class FromModelOptions(TextOptions):
     eval_batches: int = again("eval_batches", 8, TextOptions)
     sample_tokens: int = again("sample_tokens", 60, TextOptions)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model is missing: the path of a GGUF file, or the name of a fetched model")
         super().__post_init__()
 
 
-def check_whole(name, value, at_least):
+def check_whole(name: str, value: SupportsIndex, at_least: int) -> int:
     """`value` as a Python int of at least `at_least`. Raises ValueError, naming the option, otherwise."""
     if at_least == 1:
         value = check_positive_int(name, value)
@@ -193,7 +206,7 @@ def check_whole(name, value, at_least):
     return value
 
 
-def check_fraction(name, value):
+def check_fraction(name: str, value: float) -> None:
     """Raise ValueError unless `value` lies between 0 and 1."""
     if not 0 < value < 1:
         raise ValueError(f"{name} must lie between 0 and 1, got {value}")

@@ -4,16 +4,18 @@ Both warm up linearly over the first `warmup` steps and reach the full rate at s
 """
 
 import math
+from collections.abc import Callable
 
+Schedule = Callable[[int], float]  # the learning rate of a step
 NAMES = ("constant", "cosine")
 
 
-def constant(step, lr, warmup=0):
+def constant(step: int, lr: float, warmup: int = 0) -> float:
     """`lr` after the warm-up."""
     return lr * _warmup_factor(step, warmup)
 
 
-def cosine(step, lr, steps, warmup=0, floor=0.1):
+def cosine(step: int, lr: float, steps: int, warmup: int = 0, floor: float = 0.1) -> float:
     """Half a cosine from `lr` at step `warmup` down to floor*lr at step `steps - 1`, and floor*lr after it.
 
     The cosine is from Loshchilov & Hutter 2017 (SGDR, eq. 5, one cycle). Going down to a tenth of the peak, over as many
@@ -25,7 +27,7 @@ def cosine(step, lr, steps, warmup=0, floor=0.1):
     return lr * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def make_schedule(name, lr, steps, warmup=0, floor=0.1):
+def make_schedule(name: str, lr: float, steps: int, warmup: int = 0, floor: float = 0.1) -> Schedule:
     """The schedule `name` ("constant" or "cosine") as a function of the step.
 
     Raises ValueError for an unknown name, a rate that is not a positive number, a negative warm-up, a warm-up that leaves
@@ -48,5 +50,5 @@ def make_schedule(name, lr, steps, warmup=0, floor=0.1):
     return lambda step: cosine(step, lr, steps, warmup, floor)
 
 
-def _warmup_factor(step, warmup):
+def _warmup_factor(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / (warmup + 1))

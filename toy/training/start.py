@@ -1,20 +1,29 @@
 """How a run begins, whatever its recipe: what the training loop asks of a recipe, and what all runs on text share."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
-from toy.config import RecipeOptions
+import numpy as np
+
+from toy.config import LanguageModelConfig, ModelConfig, RecipeOptions
 from toy.data.open_tokenizer import load_tokenizer
 from toy.data.sources import open_source
+from toy.data.tokenizers import Tokenizer
 from toy.data.training_data import TextData
-from toy.files import BadFileError
+from toy.engines import EngineHandle
+from toy.engines.base import Arrays
+from toy.files import BadFileError, Run
+from toy.files.atomic import StrPath
 from toy.files.fetch import find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import write_gguf
 from toy.models import ARCHITECTURES
+from toy.models.base import LanguageModel
 from toy.models.generation import generate
 from toy.trained.load import first_prompt
+from toy.training.options import FromModelOptions, RunOptions, TextOptions
 
 SAMPLE_TEMPERATURE = 0.8
 
@@ -35,26 +44,36 @@ class Start:
     model, after `read`. `toy train` shows the docstring of a subclass as its help.
     """
 
-    options_class: ClassVar[type]
-    recipe_class: ClassVar[type]
+    options_class: ClassVar[type[RunOptions]]
+    recipe_class: ClassVar[type[EngineHandle]]
     unit: ClassVar[str]  # what the loss is a mean over, and what is counted: "token", "image"
-    next_command: ClassVar[tuple] = ("write", "generate")  # what to try: in a word, the command, what follows the run
+    next_command: ClassVar[tuple[str, ...]] = (
+        "write",
+        "generate",
+    )  # what to try: in a word, the command, what follows the run
 
-    def __init__(self, options):
+    options: RunOptions
+    recipe: EngineHandle
+    config: ModelConfig
+    data: Any  # what the batches are drawn from
+
+    def __init__(self, options: Any) -> None:
         self.options = options
         self.recipe = self.recipe_class(backend=options.backend, device=options.device)
-        self.config = None
-        self.progress = None  # progress(done, total) in bytes while a long text is encoded
+        self.config = None  # type: ignore[assignment]
+        self.progress: Callable[[int, int], None] | None = (
+            None  # progress(done, total) in bytes while a long text is encoded
+        )
 
-    def read(self):
+    def read(self) -> None:
         """Read the data; `config` and the options are complete then."""
         raise NotImplementedError
 
-    def realize(self):
+    def realize(self) -> None:
         """Realize the recipe."""
         raise NotImplementedError
 
-    def recipe_options(self, t_seq, **more):
+    def recipe_options(self, t_seq: int, **more: Any) -> RecipeOptions:
         """The `RecipeOptions` that follow from the run's options."""
         o = self.options
         return RecipeOptions(
@@ -64,53 +83,53 @@ class Start:
     # -- while it trains ----------------------------------------------------------------------------------------------
 
     @property
-    def per_step(self):
+    def per_step(self) -> int:
         """How many tokens (images) a step trains on."""
         raise NotImplementedError
 
     @property
-    def n_train(self):
+    def n_train(self) -> int:
         """How many tokens (images) there are to train on."""
         raise NotImplementedError
 
-    def training_batch(self, step):
+    def training_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, labels) of a step, a function of (seed, step) alone."""
         raise NotImplementedError
 
-    def validate(self):
+    def validate(self) -> dict[str, float]:
         """dict of the fields of an `Evaluation` besides its step: the mean loss over the validation part, and more."""
         raise NotImplementedError
 
-    def sample(self, step):
+    def sample(self, step: int) -> str | None:
         """What the model makes at this step, as text; None for recipes that show nothing."""
         return None
 
-    def draw(self, folder):
+    def draw(self, folder: Path) -> None:
         """Pictures of the trained model, into the run directory."""
 
-    def notices(self):
+    def notices(self) -> Sequence[str]:
         """Sentences about the data that a user should know."""
         return []
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
-    def decisions(self):
+    def decisions(self) -> list[Decision]:
         """Lines about the data and the model, as a list of `Decision`."""
         raise NotImplementedError
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What config.json and every checkpoint say about the data and the model, as a dict."""
         raise NotImplementedError
 
-    def check_same(self, run):
+    def check_same(self, run: Run) -> None:
         """Raise unless the data and the model are those that `run`, a `toy.files.Run`, began with."""
         raise NotImplementedError
 
-    def has_gguf(self):
+    def has_gguf(self) -> bool:
         """Whether `write_gguf` can be called."""
         return ARCHITECTURES[self.recipe.arch].in_gguf
 
-    def write_gguf(self, path, parameters):
+    def write_gguf(self, path: StrPath, parameters: Arrays) -> None:
         """Write the trained model as a GGUF file. parameters: the recipe's, by name."""
         raise NotImplementedError
 
@@ -120,23 +139,27 @@ class TextStart(Start):
 
     unit = "token"
 
-    def make_tokenizer(self):
+    options: TextOptions
+    config: LanguageModelConfig
+    tokenizer: Tokenizer
+
+    def make_tokenizer(self) -> Tokenizer:
         """The tokenizer for training on `self.source`."""
         raise NotImplementedError
 
-    def vocabulary(self):
+    def vocabulary(self) -> str:
         """What the vocabulary is, in words."""
         raise NotImplementedError
 
-    def model_config(self, vocab_size):
+    def model_config(self, vocab_size: int) -> LanguageModelConfig:
         """The config of the model."""
         raise NotImplementedError
 
-    def base(self):
+    def base(self) -> dict[str, Any]:
         """What config.json says about the model that the run begins with, besides the options; a dict."""
         return {}
 
-    def read(self):
+    def read(self) -> None:
         o = self.options
         self.source = open_source(o.corpora)
         valid = None if o.valid is None else open_source(Path(o.valid))
@@ -158,25 +181,25 @@ class TextStart(Start):
         self._validation = self.data.validation_batches(o.eval_batches)
 
     @property
-    def per_step(self):
-        return self.options.batch * self.options.context
+    def per_step(self) -> int:
+        return self.options.batch * cast(int, self.options.context)
 
     @property
-    def n_train(self):
+    def n_train(self) -> int:
         return self.data.n_train_tokens
 
-    def training_batch(self, step):
+    def training_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         return self.data.training_batch(step)
 
-    def validate(self):
+    def validate(self) -> dict[str, float]:
         counts = [int((batch.labels >= 0).sum()) for batch in self._validation]
         losses = [self.recipe.evaluate(batch.token_ids, labels=batch.labels) for batch in self._validation]
         return {"loss": sum(loss * count for loss, count in zip(losses, counts)) / sum(counts)}
 
-    def sample(self, step):
+    def sample(self, step: int) -> str:
         o = self.options
         ids = generate(
-            self.recipe.model_copy(),
+            cast(LanguageModel, self.recipe.model_copy()),
             self.sample_prompt(),
             o.sample_tokens,
             temperature=SAMPLE_TEMPERATURE,
@@ -185,14 +208,14 @@ class TextStart(Start):
         )
         return self.tokenizer.decode(list(ids))
 
-    def sample_prompt(self):
+    def sample_prompt(self) -> Sequence[int] | np.ndarray:
         """What a sample goes on from: of examples the first prompt to validate on, of a text a new line."""
         first = self._validation[0]
         if self.data.family == "examples":
             return first.token_ids[0, : int((first.labels[0] >= 0).argmax()) + 1]
         return first_prompt(self.tokenizer, first.token_ids[0])
 
-    def decisions(self):
+    def decisions(self) -> list[Decision]:
         o, c, d = self.options, self.config, self.data
         model = f"{self.recipe.arch}: {c.n_layers} layers, {c.n_heads} heads, {c.d_model} wide, context {o.context}"
         where = "" if o.valid is None else f"{d.valid.words} to validate"
@@ -204,17 +227,17 @@ class TextStart(Start):
             Decision("model", model),
         ]
 
-    def notices(self):
+    def notices(self) -> Sequence[str]:
         return self.data.notices
 
-    def base_decisions(self):
+    def base_decisions(self) -> list[Decision]:
         """Lines about the model the run begins with."""
         return []
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": self.data.describe()}
 
-    def check_same(self, run):
+    def check_same(self, run: Run) -> None:
         try:
             self.data.check_same(run.config["corpus"])
         except (KeyError, TypeError) as error:
@@ -223,16 +246,17 @@ class TextStart(Start):
         if without_path(run.config.get("tokenizer")) != without_path(now["tokenizer"]):
             raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
         if without_path(run.config.get("base")) != without_path(now.get("base")):
-            raise ValueError(f"{self.options.model} is not the model that the run in {run.folder} began with")
+            model = cast(FromModelOptions, self.options).model
+            raise ValueError(f"{model} is not the model that the run in {run.folder} began with")
 
-    def write_gguf(self, path, parameters):
-        write_gguf(path, self.recipe.config, parameters, self.tokenizer)
+    def write_gguf(self, path: StrPath, parameters: Arrays) -> None:
+        write_gguf(path, cast(LanguageModelConfig, self.recipe.config), parameters, self.tokenizer)
 
 
 class FromGGUFStart(TextStart):
     """What LoRA and full fine-tuning share: an open GGUF file with its tokenizer."""
 
-    def __init__(self, options):
+    def __init__(self, options: FromModelOptions) -> None:
         super().__init__(options)
         path = find_model(options.model)
         if path.is_dir():
@@ -244,28 +268,28 @@ class FromGGUFStart(TextStart):
         self.check_config()
         self.tokenizer = load_tokenizer(self.gguf)
         self.options = dataclasses.replace(options, model=str(Path(path).absolute()))
-        if options.context > self.config.context_length:
+        if options.context is not None and options.context > self.config.context_length:
             raise ValueError(
                 f"a context of {options.context} is too long: {path} was made for at most {self.config.context_length}"
             )
 
-    def check_config(self):
+    def check_config(self) -> None:
         """Raise ValueError when the recipe cannot train this model."""
 
-    def make_tokenizer(self):
+    def make_tokenizer(self) -> Tokenizer:
         return self.tokenizer
 
-    def vocabulary(self):
+    def vocabulary(self) -> str:
         return "the tokenizer in the file"
 
-    def model_config(self, vocab_size):
+    def model_config(self, vocab_size: int) -> LanguageModelConfig:
         return self.config
 
-    def base_decisions(self):
+    def base_decisions(self) -> list[Decision]:
         types = sorted({record.type for record in self.gguf.tensors.values()})
         return [Decision("base", str(self.gguf.path), f"{self.gguf.architecture}, {', '.join(types)}")]
 
 
-def without_path(record):
+def without_path(record: Any) -> Any:
     """What of a config.json's entry stays the same when a file moves."""
     return {key: value for key, value in record.items() if key != "path"} if isinstance(record, dict) else record

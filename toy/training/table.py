@@ -3,6 +3,7 @@
 from toy.training.from_scratch import FromScratchOptions, FromScratchStart
 from toy.training.full_finetune import FullFinetuneOptions, FullFinetuneStart
 from toy.training.lora import LoRAOptions, LoRAStart
+from toy.training.start import Start
 from toy.training.vit_tiny import ViTTinyOptions, ViTTinyStart
 from toy.training.warm_start import WarmStartOptions, WarmStartStart
 
@@ -15,7 +16,7 @@ __all__ = [
     "WarmStartOptions",
 ]
 
-RECIPES = {
+RECIPES: dict[str, type[Start]] = {
     start.options_class.recipe: start
     for start in (FromScratchStart, LoRAStart, FullFinetuneStart, WarmStartStart, ViTTinyStart)
 }

@@ -3,17 +3,21 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
 from toy import recipes
 from toy.config import ViTConfig
-from toy.data.images import Normalisation, deformed, epoch_order, load_images, split_images
-from toy.files import BadFileError
+from toy.data.images import Images, Normalisation, deformed, epoch_order, load_images, split_images
+from toy.files import BadFileError, Run
 from toy.trained.classify import confusion, score
 from toy.training.options import DATA, MODEL, RunOptions, again, check_fraction, option
 from toy.training.start import Decision, Start
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,11 @@ class ViTTinyOptions(RunOptions):
     schedule: str = again("schedule", "cosine", RunOptions)
     weight_decay: float = again("weight_decay", 0.05, RunOptions)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("val_fraction", self.val_fraction)
 
-    def resolved(self):
+    def resolved(self) -> "Self":
         return dataclasses.replace(super().resolved(), d_ff=self.d_ff or 4 * self.d_model)
 
 
@@ -65,9 +69,13 @@ class ViTTinyStart(Start):
     options_class = ViTTinyOptions
     recipe_class = recipes.ViTTiny
     unit = "image"
+    options: ViTTinyOptions
+    recipe: recipes.ViTTiny
+    config: ViTConfig
+    data: Images
     next_command = ("try it", "predict", "IMAGE...")
 
-    def read(self):
+    def read(self) -> None:
         o = self.options
         self.data = data = load_images(o.data)
         self.train, self.test = split_images(data, o.val_fraction, o.seed)
@@ -81,24 +89,24 @@ class ViTTinyStart(Start):
             patch_size=patch,
             d_model=o.d_model,
             n_heads=o.heads,
-            d_ff=o.d_ff,
+            d_ff=cast(int, o.d_ff),
             n_layers=o.layers,
             n_classes=len(data.classes),
         )
 
-    def realize(self):
+    def realize(self) -> None:
         options = self.recipe_options(self.config.n_tokens, init_scale=self.options.init_scale)
         self.recipe.realize(self.config, options)
 
     @property
-    def per_step(self):
+    def per_step(self) -> int:
         return self.options.batch
 
     @property
-    def n_train(self):
+    def n_train(self) -> int:
         return len(self.train)
 
-    def training_batch(self, step):
+    def training_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Every image once an epoch; the epochs follow each other without a gap, so that every step is full."""
         o, n = self.options, self.n_train
         places = np.arange(step * o.batch, (step + 1) * o.batch)
@@ -109,7 +117,7 @@ class ViTTinyStart(Start):
             images = deformed(images, o.seed, step)
         return self.normalise(images), self.data.labels[chosen]
 
-    def logits(self):
+    def logits(self) -> np.ndarray:
         """Of the test part -> float32 (number of test images, classes)."""
         batch, rows = self.options.batch, []
         for start in range(0, len(self.test), batch):
@@ -118,17 +126,17 @@ class ViTTinyStart(Start):
             rows.append(self.recipe.logits(self.normalise(self.data.images[full]))[: len(chosen)])
         return np.concatenate(rows)
 
-    def validate(self):
+    def validate(self) -> dict[str, float]:
         loss, accuracy = score(self.logits(), self.data.labels[self.test])
         return {"loss": loss, "accuracy": accuracy}
 
-    def draw(self, folder):
+    def draw(self, folder: Path) -> None:
         from toy.plots import plot_confusion
 
         counts = confusion(self.logits(), self.data.labels[self.test], len(self.data.classes))
         plot_confusion(counts, self.data.classes, folder / "confusion.png")
 
-    def decisions(self):
+    def decisions(self) -> list[Decision]:
         c, d = self.config, self.data
         size = f"{c.image_size} x {c.image_size} pixels, {c.channels} channel{'s' if c.channels > 1 else ''}"
         tokens = f"{c.n_patches} patches of {c.patch_size} x {c.patch_size}"
@@ -140,7 +148,7 @@ class ViTTinyStart(Start):
             Decision("model", f"vit: {c.n_layers} layers, {c.n_heads} heads, {c.d_model} wide", tokens),
         ]
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         d = self.data
         return {
             "classes": list(d.classes),
@@ -154,7 +162,7 @@ class ViTTinyStart(Start):
             },
         }
 
-    def check_same(self, run):
+    def check_same(self, run: Run) -> None:
         try:
             sha256, source = run.config["data"]["sha256"], run.config["data"]["source"]
         except (KeyError, TypeError) as error:
@@ -166,6 +174,6 @@ class ViTTinyStart(Start):
             )
 
 
-def nearest_divisor(number, wanted):
+def nearest_divisor(number: int, wanted: float) -> int:
     """The divisor of `number` that is nearest to `wanted`, by ratio."""
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(math.log(d / wanted)))

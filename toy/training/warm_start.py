@@ -3,11 +3,13 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 from toy import recipes
-from toy.config import LlamaConfig
-from toy.data.tokenizers import KINDS
+from toy.config import LanguageModelConfig, LlamaConfig
+from toy.data.tokenizers import KINDS, Tokenizer
+from toy.engines.base import Arrays, Engine
+from toy.files.atomic import StrPath
 from toy.files.fetch import find_model
 from toy.files.gguf_write import digest, write_gguf
 from toy.models import ARCHITECTURES
@@ -33,7 +35,9 @@ class WarmStartOptions(FromModelOptions):
         FromModelOptions,
         help="The donor: a run directory, a checkpoint, a GGUF file, or the name of a fetched model.",
     )
-    take: tuple = option(("*",), "Shell patterns of the names of the parameters to take, separated by commas.", MODEL)
+    take: tuple[str, ...] = option(
+        ("*",), "Shell patterns of the names of the parameters to take, separated by commas.", MODEL
+    )
     lens: bool = option(False, "See the donor's token embedding, frozen, through a trained projection (llama).", MODEL)
     tokenizer: str = again(
         "tokenizer",
@@ -54,7 +58,7 @@ class WarmStartOptions(FromModelOptions):
     context: int | None = again("context", None, TextOptions, shown="the donor's, at most 64")
     sample_tokens: int = again("sample_tokens", 200, TextOptions)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "take", (self.take,) if isinstance(self.take, str) else tuple(self.take))
         super().__post_init__()
 
@@ -64,8 +68,10 @@ class WarmStartStart(TextStart):
 
     options_class = WarmStartOptions
     recipe_class = recipes.WarmStart
+    options: WarmStartOptions
+    recipe: recipes.WarmStart
 
-    def __init__(self, options):
+    def __init__(self, options: WarmStartOptions) -> None:
         super().__init__(options)
         donor = read_trained(options.model)
         config, self.donor_weights = plain_model(donor)  # of a LoRA run: with its adapters
@@ -74,9 +80,9 @@ class WarmStartStart(TextStart):
         if options.tokenizer == "donor" and donor.tokenizer is None:
             raise ValueError(f"{path} has no tokenizer: choose one with tokenizer char or bytes")
         if options.lens:
-            sizes = {"arch": "llama", "d_model": 128, "layers": 4, "heads": 4, "context": 64}
+            sizes: dict[str, Any] = {"arch": "llama", "d_model": 128, "layers": 4, "heads": 4, "context": 64}
         else:
-            c = donor.config
+            c = config
             sizes = {
                 "arch": donor.arch, "d_model": c.d_model, "layers": c.n_layers, "heads": c.n_heads, "d_ff": c.d_ff,
                 "kv_heads": getattr(c, "n_kv_heads", None), "context": min(c.context_length, 64),
@@ -84,20 +90,22 @@ class WarmStartStart(TextStart):
         chosen = {name: value for name, value in sizes.items() if getattr(options, name) is None}
         self.options = options = dataclasses.replace(options, model=str(path), **chosen)
         if options.d_ff is None:
-            self.options = dataclasses.replace(options, d_ff=4 * options.d_model)
-        self.model_config(vocab_size=donor.config.vocab_size)
+            self.options = dataclasses.replace(options, d_ff=4 * cast(int, options.d_model))
+        self.model_config(vocab_size=config.vocab_size)
 
-    def make_tokenizer(self):
-        return self.donor.tokenizer if self.options.tokenizer == "donor" else new_tokenizer(self.options, self.source)
+    def make_tokenizer(self) -> Tokenizer:
+        if self.options.tokenizer == "donor":
+            return cast(Tokenizer, self.donor.tokenizer)
+        return new_tokenizer(self.options, self.source)
 
-    def vocabulary(self):
+    def vocabulary(self) -> str:
         kind = self.options.tokenizer
         return "the donor's tokenizer" if kind == "donor" else vocabulary_in_words(kind)
 
-    def model_config(self, vocab_size):
+    def model_config(self, vocab_size: int) -> LanguageModelConfig:
         o, donor = self.options, self.donor.config
-        kind = ARCHITECTURES[o.arch].config
-        sizes = {
+        kind = ARCHITECTURES[cast(str, o.arch)].config
+        sizes: dict[str, Any] = {
             "vocab_size": vocab_size, "d_model": o.d_model, "n_heads": o.heads, "d_ff": o.d_ff, "n_layers": o.layers,
             "context_length": o.context,
         }  # fmt: skip
@@ -106,35 +114,36 @@ class WarmStartStart(TextStart):
         else:
             check_no_llama_sizes(o)
         if type(donor) is not kind or o.lens:
-            return kind(**sizes)
+            return cast(LanguageModelConfig, kind(**sizes))
         sizes["context_length"] = donor.context_length  # learned positions have a size; a llama's are free
-        if o.context > donor.context_length:
+        if o.context is not None and o.context > donor.context_length:
             raise ValueError(
                 f"a context of {o.context} is too long: the donor was made for at most {donor.context_length}"
             )
         if kind is LlamaConfig and (o.d_model, o.heads) != (donor.d_model, donor.n_heads):
             sizes["head_dim"] = None
-        return dataclasses.replace(donor, **sizes)
+        return cast(LanguageModelConfig, dataclasses.replace(donor, **sizes))
 
-    def realize(self):
+    def realize(self) -> None:
         o = self.options
         take = "*" if o.take == ("*",) else o.take
-        options = self.recipe_options(o.context, init_scale=o.init_scale)
+        options = self.recipe_options(cast(int, o.context), init_scale=o.init_scale)
         self.recipe.realize(self.donor_weights, self.config, options, take=take, lens=o.lens)
 
-    def base_decisions(self):
+    def base_decisions(self) -> list[Decision]:
         o = self.options
         how = "its embedding through a lens" if o.lens else f"parameters like {' or '.join(o.take)}"
         return [Decision("donor", o.model, how)]
 
-    def base(self):
+    def base(self) -> dict[str, Any]:
         base = {"path": self.options.model}
         if self.options.lens:
             base["digest"] = digest(embedding_of(self.donor))
         return {"base": base, "lens": self.options.lens}
 
-    def write_gguf(self, path, parameters):
-        config = self.recipe.config
+    def write_gguf(self, path: StrPath, parameters: Arrays) -> None:
+        config = cast(LanguageModelConfig, self.recipe.config)
         if self.options.lens:
-            config, parameters = without_lens(config, self.recipe.engine.weights.borrowed | parameters)
+            borrowed = cast(Engine, self.recipe.engine).weights.borrowed
+            config, parameters = without_lens(cast(LlamaConfig, config), borrowed | parameters)
         write_gguf(path, config, parameters, self.tokenizer)
