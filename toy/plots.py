@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,7 @@ def load_curve(path):
     evals = [event for event in events if event["kind"] == "eval"]
     if not steps:
         raise BadFileError(run.events_path, "has no training step yet: there is nothing to draw")
-    curve = {
+    curve: dict[str, Any] = {
         "name": run.folder.resolve().name,
         "vocab_size": vocab_size,
         "unit": "token" if "vocab_size" in model else "image",

@@ -19,10 +19,11 @@ would pass.
 
 import dataclasses
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from toy.config import LlamaConfig
 from toy.models import ARCHITECTURES, Llama, ParameterTree
 from toy.ops import reference
 
@@ -198,7 +199,7 @@ def differentiable_ops():
 
 def op_cases(rng):
     """At least one case of every differentiable op."""
-    variants = {
+    variants: dict[str, list[dict[str, Any]]] = {
         "linear": [{}, {"bias": False}],
         "attention": [{}, {"causal": False}, {"n_heads": 4, "n_kv_heads": 2}, {"t_q": 2, "t_k": 5}],
         "cross_entropy": [{}, {"dense": True}],
@@ -315,10 +316,10 @@ def check_model(model, rng, batch=2, entries=4, layer=None):
 
 def small_models():
     """(name, model): one small model of every kind, in float64 on the reference ops."""
-    options = {"ops": reference, "dtype": np.float64}
+    options: dict[str, Any] = {"ops": reference, "dtype": np.float64}
     for row in ARCHITECTURES.values():
         yield row.model.__name__, row.model(row.tiny, **options)
-    llama = ARCHITECTURES["llama"].tiny
+    llama = cast(LlamaConfig, ARCHITECTURES["llama"].tiny)
     untied = dataclasses.replace(llama, head_dim=6, untied=True, qkv_bias=True)
     adapters = {"blk.0.attn_q.lora_a": (2, 8), "blk.0.attn_q.lora_b": (8, 2)}
     with_adapters = ParameterTree.zeros(Llama.parameter_shapes(llama) | adapters, np.float64)

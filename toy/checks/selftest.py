@@ -91,7 +91,8 @@ def _realize(backend, device, config):
 
 def _train(recipe, steps):
     inputs, labels = recipe.engine.batch.random(np.random.default_rng(0))
-    adamw, losses, times, gradients = recipe.adamw(lr=LR), [], [], None
+    adamw, losses, times = recipe.adamw(lr=LR), [], []
+    gradients: dict[str, np.ndarray] = {}
     for k in range(steps):
         start = time.perf_counter()
         losses.append(recipe.step(inputs, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0))

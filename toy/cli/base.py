@@ -23,7 +23,7 @@ class Failure(click.ClickException):
 
     def __init__(self, message, exit_code, debug=False):
         super().__init__(" ".join(message.split()))
-        self.exit_code, self.debug = exit_code, debug
+        self.exit_code, self.debug = exit_code, debug  # type: ignore[misc]  # click declares it of the class
 
 
 class Phase:

@@ -116,8 +116,9 @@ class Progress:
             self.console.file.flush()
 
     def _refresh(self):
-        self.bar.update(self.task, completed=self.step, line=self._numbers())
-        self.bar.refresh()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.step, line=self._numbers())
+            self.bar.refresh()
 
 
 _SHORT = {"token": "tok", "image": "img"}

@@ -46,10 +46,10 @@ class Names(click.ParamType):
 class RecipeCommand(click.Command):
     """A command whose help shows its options in the sections of `toy.training.options`."""
 
-    sections: typing.ClassVar[dict] = {}  # name of a parameter -> its section
+    sections: typing.ClassVar[dict[str, str]] = {}  # name of a parameter -> its section
 
     def format_options(self, context, formatter):
-        rows = {section: [] for section in (*SECTIONS, "Run")}
+        rows: dict[str, list[tuple[str, str]]] = {section: [] for section in (*SECTIONS, "Run")}
         for parameter in self.get_params(context):
             if (record := parameter.get_help_record(context)) is not None:
                 rows[self.sections.get(parameter.name, "Run")].append(record)

@@ -161,7 +161,7 @@ class Rows:
         self.ids, self.asked, self.rows, self.widths = ids, asked, rows, np.asarray(widths)
         self.starts = starts[:-1][rows]
         self.lengths = np.minimum(np.diff(starts)[rows] - 1, self.widths[-1])  # tokens that something follows
-        self._order = lru_cache(maxsize=2)(self._order)
+        self._order = lru_cache(maxsize=2)(self._order)  # type: ignore[method-assign]
 
     def __len__(self):
         return len(self.rows)

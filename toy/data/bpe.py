@@ -23,8 +23,10 @@ def train(text, vocab_size):
     """str -> merges, list of (left id, right id); merge k makes token 256 + k. Shorter when no pair stands there twice."""
     counts = Counter(cut(text))  # word -> how often; pairs are looked for inside words only
     words = [([ID_OF_BYTE[byte] for byte in word.encode()], n) for word, n in counts.items()]
-    lengths, merges = [1] * 256, []  # of the tokens, in bytes
-    pairs, where = Counter(), defaultdict(set)  # pair -> how often, and in which words
+    lengths = [1] * 256  # of the tokens, in bytes
+    merges: list[tuple[int, int]] = []
+    pairs: Counter[tuple[int, int]] = Counter()  # how often each pair is there
+    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # and in which words
 
     def count(w, sign):
         ids, n = words[w]
@@ -52,11 +54,12 @@ def train(text, vocab_size):
 
 def encode(text, merges):
     """str -> list of ids: in each word the pair that was merged first in training is merged first, until none is left."""
-    rank, ids = {pair: k for k, pair in enumerate(merges)}, []
+    rank = {pair: k for k, pair in enumerate(merges)}
+    ids: list[int] = []
     for word in cut(text):
         symbols = [ID_OF_BYTE[byte] for byte in word.encode()]
         while found := [pair for pair in itertools.pairwise(symbols) if pair in rank]:
-            first = min(found, key=rank.get)
+            first = min(found, key=rank.__getitem__)
             symbols = merge(symbols, first, 256 + rank[first])
         ids += symbols
     return ids
@@ -87,7 +90,8 @@ def cut(text):
 
 @functools.cache
 def _words():
-    ranges = defaultdict(str)  # "L": of all letters, "N": of all numbers, by the first letter of their Unicode category
+    # "L": of all letters, "N": of all numbers, by the first letter of their Unicode category
+    ranges: defaultdict[str, str] = defaultdict(str)
     for kind, group in itertools.groupby(map(chr, range(sys.maxunicode + 1)), lambda c: unicodedata.category(c)[0]):
         characters = list(group)
         ranges[kind] += f"{characters[0]}-{characters[-1]}"

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from toy.files.fetch import cache_dir
 _FOLDER = "encoded-1"  # in the cache directory; the number counts the formats of what is in it
 _BUFFER = 2**18  # bytes of a column that are kept before they are written
 _OLD = 3600  # seconds: a temporary folder without a lock is a leftover when it is so old
-COLUMNS = {  # a number for each document or example, but ids and asked; joined documents are one for `starts`
+# a number for each document or example, but ids and asked; joined documents are one for `starts`
+COLUMNS: dict[str, Any] = {
     "ids": None,  # uint16 or uint32, all of them one after the other
     "starts": np.int64,  # where it begins among the ids
     "sizes": np.int64,  # UTF-8 bytes of its text; of token files: ids
@@ -44,7 +45,8 @@ class IdArray:
     """
 
     def __init__(self, array=None, path=None, kind=None):
-        self._array, self._file, self._kind = array, None, kind
+        self._array, self._kind = array, kind
+        self._file: Any = None
         if path is not None:
             self._file = open(path, "rb")  # noqa: SIM115 (stays open: the file may be renamed or deleted meanwhile)
             self._n = os.fstat(self._file.fileno()).st_size // np.dtype(kind).itemsize

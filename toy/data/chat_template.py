@@ -22,6 +22,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 from toy.files.errors import printable
 from toy.optional import optional_package
@@ -132,8 +133,8 @@ class _Process:
             text=True,
             encoding="ascii",
         )
-        self._answers = queue.SimpleQueue()
-        self._requests = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=_talk, args=(self._process, self._requests, self._answers), daemon=True).start()
         self._stopper = weakref.finalize(owner, _kill, self._process, self._requests)
         self._requests.put(json.dumps({"path": _where_jinja_is(), "memory": memory if _SYSTEM_BOUNDS_MEMORY else None}))
@@ -202,7 +203,8 @@ def _where_jinja_is():
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             optional_package(name, "the chat template", install="jinja2")
-        folders.append(str(Path(spec.origin).parent.parent))
+        else:
+            folders.append(str(Path(spec.origin).parent.parent))
     return list(dict.fromkeys(folders))
 
 

@@ -91,7 +91,7 @@ class BlockEncoder:
 
     def _is_certain(self, text, place):
         pair = text[place - 1].encode() + text[place].encode()[:1]
-        if pair in self._inside:
+        if pair in (self._inside or ()):
             return False
         left, right = text[max(0, place - _AROUND) : place], text[place : place + _AROUND]
         both = self.encoder.plain(left + right)

@@ -110,7 +110,7 @@ class GGUFTokenizer:
         self._stretch = re.compile(rule.stretch if rule else r" *[^ \n]+|\s+")
         self._starts = blocks = rule.blocks if rule else self._encoder.blocks
         self._starts = None if blocks is None else re.compile(blocks)
-        default = self.model == "llama" or rule.adds_bos
+        default = self.model == "llama" or (rule is not None and rule.adds_bos)
         self.add_bos = read("tokenizer.ggml.add_bos_token", bool, default) and self.bos_id is not None
         self.add_eos = read("tokenizer.ggml.add_eos_token", bool, False) and self.eos_id is not None
         special = {self.tokens[i]: i for i in _ids_of_types(self.types, UNKNOWN, CONTROL, USER_DEFINED)}
@@ -330,16 +330,16 @@ def _types_and_stops(tokens, read, eos_id):
     old_names = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
     for name, old in old_names.items():
         ids[name] = ids[name] if ids[name] is not None else read.token_id(old)
-    names_of = {text: None for text in _ENDS | _SHOWN | {"<|plamo:eos|>"}}
+    names_of: dict[str, str | None] = {text: None for text in _ENDS | _SHOWN | {"<|plamo:eos|>"}}
     names_of |= {text: name for name, texts in _FILLING.items() for text in texts}
     places = {token: i for i, token in enumerate(tokens) if token in names_of}
     types = types.copy()
     stops = {eos_id, ids["eot"], ids["eom"], *(ids[name] for name in _ENDING_FILLING)} - {None}
     for token, i in places.items():
-        name = names_of[token]
-        if token in _ENDS or (name is not None and ids[name] is None):
+        role = names_of[token]
+        if token in _ENDS or (role is not None and ids[role] is None):
             types[i] = CONTROL
-            if token in _ENDS or name in _ENDING_FILLING:
+            if token in _ENDS or role in _ENDING_FILLING:
                 stops.add(i)
     for token in _SHOWN & places.keys():
         types[places[token]] = USER_DEFINED
@@ -446,8 +446,9 @@ class _Reader:
                 f"has a token of {longest} characters, longer than any tokenizer's ({_MAX_TOKEN})"
             )
         if len(set(tokens)) != len(tokens):
-            seen = set()
-            twice = next(token for token in tokens if token in seen or seen.add(token))
+            seen: set[str] = set()
+            again = (token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
+            twice = next(again)
             raise BrokenTokenizerError(f"has the token {short(twice)} twice")
         return tokens
 

@@ -38,7 +38,7 @@ class File(Part):
         self._bytes = Bytes(path)
 
     @property
-    def done(self):
+    def done(self):  # type: ignore[override]
         return self._bytes.done
 
     def signature(self):

@@ -101,7 +101,8 @@ def text_blocks(bytes_of):
 
 def lines(bytes_of):
     """The lines of a `Bytes` -> (number, bytes), blank ones left out. Raises CorpusError for one beyond LONGEST_LINE."""
-    path, number, pending, held = bytes_of.path, 1, [], 0
+    path, number, held = bytes_of.path, 1, 0
+    pending: list[bytes] = []
     for block in bytes_of.blocks():
         if number == 1 and not pending:
             _refuse_formats(path, block)

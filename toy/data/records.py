@@ -174,8 +174,9 @@ class _DuplicateKeyError(ValueError):
 def _without_duplicates(pairs):
     value = dict(pairs)
     if len(value) != len(pairs):
-        seen = set()
-        raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        seen: set[str] = set()
+        twice = (key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _DuplicateKeyError(next(twice))
     return value
 
 

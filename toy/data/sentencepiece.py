@@ -36,7 +36,7 @@ class Merger:
 
     def encode(self, text):
         """str with SPACE for spaces -> list of ids; None in it stands for a character that nothing can be made of."""
-        ids = []
+        ids: list[int | None] = []
         for piece in self._cut(text):
             found = self._pieces.get(piece)
             if found is None:
@@ -61,7 +61,8 @@ class Merger:
         """str -> list of str: tokens, and characters that are none."""
         symbols, scores = list(text), self._scores  # of two joined the left one holds both, the right one nothing
         following, preceding = list(range(1, len(symbols) + 1)), list(range(-1, len(symbols) - 1))
-        queue = []  # (-score, left, right, length): the best first, of equal ones the leftmost
+        # (-score, left, right, length): the best first, of equal ones the leftmost
+        queue: list[tuple[float, int, int, int]] = []
 
         def consider(left, right):
             if left >= 0 and right < len(symbols):

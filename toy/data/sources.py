@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,8 @@ class Source:
         self.path = None if not paths else paths[0] if len(paths) == 1 else paths
         self.n_bytes = sum(part.n_bytes for part in parts)
         self.family = None  # of the records: "text", "examples" or "tokens", known after the first
-        self.n_empty, self.ignored_keys = 0, Counter()
+        self.n_empty = 0
+        self.ignored_keys: Counter[str] = Counter()
         self._digests = None
         if len(parts) > 1:
             for part in parts:
@@ -205,7 +207,10 @@ def _open(what, token_type):
         return [Dicts(what)], "records given in Python", [], []
     if not what:
         raise CorpusError("the corpus is an empty list: give at least one file, folder or text")
-    parts, words, paths, skipped = [], [], [], []
+    parts: list[Any] = []
+    words: list[str] = []
+    paths: list[str] = []
+    skipped: list[Path] = []
     for item in what:
         if isinstance(item, Mapping):
             item = [item]
@@ -246,7 +251,8 @@ def _shown(path):
 
 
 def _open_folder(root, token_type):
-    paths, skipped = [], []
+    paths: list[Path] = []
+    skipped: list[Path] = []
     for folder, subfolders, names in os.walk(root, onerror=_raise):
         visible = [Path(folder, name) for name in subfolders if not name.startswith(".")]
         skipped += [path for path in visible if path.is_symlink()]  # not followed: they may lead in a circle

@@ -1,6 +1,7 @@
 """Finding the special tokens that are written out in a text, such as <|im_start|>."""
 
 import re
+from typing import Any
 
 
 class SpecialTokens:
@@ -14,7 +15,8 @@ class SpecialTokens:
         """ids: dict of token texts to ids. eats_space_before: the ids of those that take the white space before them away."""
         self._ids = {text.encode(): i for text, i in ids.items()}
         self._eats_space_before = frozenset(eats_space_before)
-        self._lengths = {}  # by the two bytes that a token begins with, or its only one: the lengths there are
+        # by the two bytes that a token begins with, or its only one: the lengths there are
+        self._lengths: dict[bytes, set[int]] = {}
         for token in self._ids:
             self._lengths.setdefault(token[:2], set()).add(len(token))
         self.n_lengths = len({len(token) for token in self._ids})
@@ -42,7 +44,7 @@ class SpecialTokens:
 
     def _places(self, data):
         """list of (start, stop) of the tokens in these UTF-8 bytes, in order."""
-        candidates = {}  # where a token may begin, by what it begins with
+        candidates: dict[Any, Any] = {}  # where a token may begin, by what it begins with
         for match in self._beginning.finditer(data):
             start = match.start()
             for beginning in (data[start : start + 2], data[start : start + 1]):
@@ -64,7 +66,7 @@ def _beginning_of_any(beginnings):
     """A pattern that matches, with no width, where one of these (of one or two bytes) stands; None when there are none."""
     if not beginnings:
         return None
-    seconds = {}
+    seconds: dict[Any, Any] = {}
     for beginning in beginnings:
         seconds.setdefault(beginning[:1], set()).add(beginning[1:])
     ways = []

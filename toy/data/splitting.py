@@ -6,6 +6,7 @@ not depend on the tokenizer, so a vocabulary can be made of the training part al
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class Fingerprints:
 
     def __init__(self):
         self._sizes, self._hashes = bytearray(), bytearray()
-        self._hash = None  # of the document that is being read
+        self._hash: Any = None  # of the document that is being read
 
     def begin(self):
         """A document begins; the one before it ends."""

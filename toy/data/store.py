@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,8 @@ class _Job:
         self.columns, self.survey, self.blocks = columns, Survey(tokenizer), BlockEncoder(self.encoder)
         self.prints = Fingerprints()
         columns.open("ids", kind)
-        self._n, self._files, self._place, digest = 0, {}, None, source.new_digest()
+        self._n, self._place, digest = 0, None, source.new_digest()
+        self._files: dict[Any, Any] = {}
         for record in source.records(self.progress, digest):
             if isinstance(record, Document):
                 self._document(record)

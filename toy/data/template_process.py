@@ -31,7 +31,7 @@ def main():
     environment, mark = make_environment()
     if settings["memory"] is not None:
         bound_memory(settings["memory"])
-    compiled = {}
+    compiled: dict = {}
     for line in sys.stdin:
         request = json.loads(line)
         bound_time(request["seconds"])

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def read_tokenizer_json(path):
     data = _read_json(path)
     config = _read_json(path.with_name("tokenizer_config.json"), {})
     try:
-        notices = []
+        notices: list[str] = []
         metadata = _Description(data, notices).metadata()
         metadata |= _roles(data, config, metadata["tokenizer.ggml.tokens"])
         metadata |= _chat_templates(path, config)
@@ -109,7 +110,7 @@ class _Description:
         merges = self.model.get("merges")
         if not isinstance(merges, list):
             raise BrokenTokenizerError("has no list of merges")
-        pairs = {}
+        pairs: dict[Any, None] = {}
         for merge in merges:
             pair = (
                 tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) if isinstance(merge, list) else ()
@@ -248,7 +249,7 @@ class _Description:
         known = {token: i for i, token in enumerate(self.tokens) if self.types[i] in (NORMAL, USER_DEFINED, UNUSED)}
         if sum(len(token) ** 2 for token in known) > _MAX_SPLITS:
             raise BrokenTokenizerError("has tokens that are longer than any tokenizer's")
-        ranks = {}
+        ranks: dict[Any, Any] = {}
         last = None
         for left, right in self.merges:
             token = left + right

@@ -51,8 +51,8 @@ class TextData:
                 f"{repeated:,} of {len(encoded.hashes):,} documents or examples repeat an earlier one{sides}"
             )
         if valid is None:
-            sides = self._split_rows if self.family == "examples" else self._split_text
-            self.training, self.validation = sides(encoded, val_fraction)
+            divided = self._split_rows if self.family == "examples" else self._split_text
+            self.training, self.validation = divided(encoded, val_fraction)
             self.valid_digest = None
         else:
             other = encode_source(valid, self.encoder, train_on, split == "tail", progress)

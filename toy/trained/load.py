@@ -255,12 +255,12 @@ def _path_of_base(base: Any) -> Path:
     return path
 
 
-def first_prompt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
+def first_prompt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """What a sample begins with when nobody says: a new line, or the first token of the text when it has no lines."""
     try:
         return tokenizer.encode("\n")
     except ValueError:
-        return ids[:1]
+        return np.asarray(ids[:1])
 
 
 def text_ids(tokenizer: Tokenizer, text: str, what: str = "text") -> np.ndarray:

@@ -208,7 +208,7 @@ class TextStart(Start):
         )
         return self.tokenizer.decode(list(ids))
 
-    def sample_prompt(self) -> Sequence[int] | np.ndarray:
+    def sample_prompt(self) -> np.ndarray:
         """What a sample goes on from: of examples the first prompt to validate on, of a text a new line."""
         first = self._validation[0]
         if self.data.family == "examples":
