@@ -31,14 +31,16 @@ def toy_step(backend, arguments):
 
     gguf = toy.GGUF.open(find_model(arguments.model))
     options = toy.RecipeOptions(t_seq=arguments.context, t_batch=arguments.batch)
-    recipe = toy.recipes.LoRA(backend=backend).realize(gguf, None, arguments.rank, options, targets=arguments.targets)
+    recipe = toy.recipes.LoRA(backend=backend).realize(
+        gguf, gguf.config(), arguments.rank, options, targets=arguments.targets
+    )
     adamw = recipe.adamw(lr=1e-4)
     token_ids, labels = make_batch(recipe.engine.config.vocab_size, arguments.context, arguments.batch)
     steps = iter(range(10**9))
 
     def step():
         k = next(steps)
-        return recipe.step(token_ids, None, labels, adamw.hp_for_step(k), is_first=k == 0)
+        return recipe.step(token_ids, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0)
 
     return step
 

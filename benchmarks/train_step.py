@@ -51,7 +51,7 @@ def toy_step(backend, model, shape, threads):
 
     def step():
         k = next(steps)
-        return recipe.step(token_ids, None, labels, adamw.hp_for_step(k), is_first=k == 0)
+        return recipe.step(token_ids, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0)
 
     return step
 
