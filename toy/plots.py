@@ -1,13 +1,15 @@
 """Pictures of runs: one figure with the loss curves of one or several run directories."""
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from toy.files import BadFileError, Run, read_events
-from toy.files.atomic import FileInUseError, replacing
+from toy.files.atomic import FileInUseError, StrPath, replacing
 
 X_AXES = {"steps": "steps", "tokens": "training tokens", "seconds": "seconds in training steps"}
 # Okabe & Ito 2008: eight colours that people with any kind of colour vision can tell apart (without yellow: too light)
@@ -15,7 +17,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MOST_POINTS = 4000  # more are not to be seen, and make an SVG of megabytes
 
 
-def plot_runs(paths, out, x="steps"):
+def plot_runs(paths: Iterable[StrPath], out: StrPath, x: str = "steps") -> Path:
     """Draw the runs in the directories `paths` into the file `out` (.png, .svg or .pdf). Returns the path.
 
     Where a viewer has that picture open and the system does not let it be replaced, it is loss-new.png for loss.png: a run
@@ -25,31 +27,31 @@ def plot_runs(paths, out, x="steps"):
     dashed, the loss ln(V) of a uniform guess.
     Raises ValueError for a wrong `x` or suffix, BadFileError for a directory that is not a run or has no step yet.
     """
-    out = _checked(out)
-    return _save(draw_runs([load_curve(path) for path in paths], x), out)
+    picture = _checked(out)
+    return _save(draw_runs([load_curve(path) for path in paths], x), picture)
 
 
-def _checked(out):
+def _checked(out: StrPath) -> Path:
     """The path of a picture. Raises ValueError for a suffix that is none."""
     if Path(out).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"the picture must be named .png, .svg or .pdf, got {str(out)!r}")
     return Path(out)
 
 
-def _save(figure, out):
+def _save(figure: Any, out: Path) -> Path:
     try:
         return _write(figure, out)
     except FileInUseError:
         return _write(figure, out.with_stem(f"{out.stem}-new"))
 
 
-def _write(figure, out):
+def _write(figure: Any, out: Path) -> Path:
     with replacing(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=150)
     return out
 
 
-def draw_runs(curves, x="steps"):
+def draw_runs(curves: Sequence[dict[str, Any]], x: str = "steps") -> Any:
     """The matplotlib Figure of `plot_runs` for curves made by `load_curve`; a notebook shows it as it is."""
     if x not in X_AXES:
         raise ValueError(f"x must be one of {', '.join(X_AXES)}, got {x!r}")
@@ -81,17 +83,17 @@ def draw_runs(curves, x="steps"):
     return figure
 
 
-def plot_confusion(counts, classes, out):
+def plot_confusion(counts: npt.ArrayLike, classes: Sequence[str], out: StrPath) -> Path:
     """Draw which classes are taken for which into the file `out` (.png, .svg or .pdf). Returns the path, as `plot_runs`.
 
     counts: int (n, n), row = what it is, column = what it was taken for. classes: their names. Raises ValueError for counts
     of another shape and a wrong suffix.
     """
-    out = _checked(out)
-    return _save(draw_confusion(counts, classes), out)
+    picture = _checked(out)
+    return _save(draw_confusion(counts, classes), picture)
 
 
-def draw_confusion(counts, classes):
+def draw_confusion(counts: npt.ArrayLike, classes: Sequence[str]) -> Any:
     """The matplotlib Figure of `plot_confusion`; a notebook shows it as it is."""
     counts, n = np.asarray(counts), len(classes)
     if counts.shape != (n, n) or n == 0:
@@ -119,7 +121,7 @@ def draw_confusion(counts, classes):
     return figure
 
 
-def load_curve(path):
+def load_curve(path: StrPath) -> dict[str, Any]:
     """The numbers of a run directory as a dict: name, vocab_size, and arrays steps, tokens, seconds, loss (one element a
     training step), val_steps, val_tokens, val_seconds, val_loss (one an evaluation)."""
     run = Run.open(path)

@@ -1,12 +1,15 @@
 """A whole text at once: what `toy.data.sources` reads, in memory, for texts that fit there."""
 
 import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from toy.data.records import CorpusError, Document
 from toy.data.sources import open_source
+from toy.files.atomic import StrPath
 
 
 @dataclass(frozen=True)
@@ -15,22 +18,25 @@ class Corpus:
 
     text: str
     source: str
-    path: str | None
+    path: str | list[str] | None
     n_files: int
 
     @cached_property
-    def sha256(self):
+    def sha256(self) -> str:
         """Of the UTF-8 text: a resumed run must find the same one."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def load_corpus(path=None):
-    """The text at `path` (a file or a folder, as `open_source` reads them), or the default corpus when it is None.
+def load_corpus(path: StrPath | Sequence[StrPath] | None = None) -> Corpus:
+    """The text at `path` (a file or a folder, or several, as `open_source` reads them), or the default corpus: None.
 
     Documents that do not end their last line get a newline, so that two never share a line. Raises CorpusError as
     `open_source` does, and for prompts, conversations and token ids, which are no text.
     """
-    source = open_source(None if path is None else Path(path))
+    if path is None or isinstance(path, (str, os.PathLike)):
+        source = open_source(None if path is None else Path(path))
+    else:
+        source = open_source([Path(one) for one in path])
     parts = []
     for record in source.records():
         if not isinstance(record, Document):
@@ -41,6 +47,6 @@ def load_corpus(path=None):
     return Corpus("".join(parts), source.words, source.path, source.n_files)
 
 
-def python_documentation():
+def python_documentation() -> Corpus:
     """The default corpus: the topics of Python's own help(), about 465,000 characters. It differs a little by version."""
     return load_corpus(None)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from toy.files.atomic import StrPath
 from toy.optional import optional_package
 
 KNOWN = ("digits", "fashion-mnist")
@@ -40,13 +41,13 @@ class Images(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
-    classes: tuple
+    classes: tuple[str, ...]
     test: int
     source: str
     path: str | None
 
     @property
-    def sha256(self):
+    def sha256(self) -> str:
         """Of pixels, labels and classes: a resumed run must find the same ones."""
         digest = hashlib.sha256(repr((self.images.shape, self.classes, self.test)).encode())
         digest.update(np.ascontiguousarray(self.images, "<f4").data)
@@ -61,17 +62,17 @@ class Normalisation(NamedTuple):
     std: float
 
     @classmethod
-    def of(cls, images):
+    def of(cls, images: np.ndarray) -> "Normalisation":
         """Of float32 images from 0 to 1."""
         std = float(images.std(dtype=np.float64))
         return cls(float(images.mean(dtype=np.float64)), std if std > 1e-6 else 1.0)
 
-    def __call__(self, images):
+    def __call__(self, images: np.ndarray) -> np.ndarray:
         """Images of mean 0 and standard deviation 1, float32."""
         return (images - np.float32(self.mean)) / np.float32(self.std)
 
 
-def load_images(name="digits", image_size=None, channels=None):
+def load_images(name: StrPath = "digits", image_size: int | None = None, channels: int | None = None) -> Images:
     """The data set `name`: "digits", "fashion-mnist", or the path of a folder -> `Images`.
 
     A folder has one subfolder for each class, with the images in it; or it holds the four IDX files of an MNIST-like data
@@ -93,7 +94,7 @@ def load_images(name="digits", image_size=None, channels=None):
     return _image_folder(path, image_size, channels)
 
 
-def read_image(path, image_size, channels):
+def read_image(path: StrPath, image_size: int, channels: int) -> np.ndarray:
     """One image file as float32 (image_size, image_size, channels) from 0 to 1.
 
     channels: 1 (grey), 3 (colour) or 4. Raises ImageError for a file that is no image or has another size.
@@ -101,7 +102,7 @@ def read_image(path, image_size, channels):
     return _pixels(path, _open_image(Path(path), image_size), channels)
 
 
-def split_images(data, val_fraction, seed):
+def split_images(data: Images, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(training indices, test indices). The data set's own test part, otherwise a share `val_fraction` of every class,
     drawn from the seed; at least one image of a class goes to each side. Raises ImageError for a class of fewer than two
     images."""
@@ -122,18 +123,18 @@ def split_images(data, val_fraction, seed):
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
 
 
-def epoch_order(n, seed, epoch):
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The images of an epoch in a random order, a function of (seed, epoch): every one once."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(3, epoch)))).permutation(n)
 
 
-def deformed(images, seed, step):
+def deformed(images: np.ndarray, seed: int, step: int) -> np.ndarray:
     """The images (N, height, width, channels) a little turned, stretched, slanted and moved, each in its own way: what a
     model that has few of them must not learn by heart. A function of (seed, step)."""
     from scipy import ndimage  # takes a moment to import
 
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(4, step))))
-    n, height = images.shape[:2]
+    n, height = len(images), images.shape[1]
     angle, slant = np.deg2rad(rng.uniform(-12, 12, n)), rng.uniform(-0.15, 0.15, n)
     stretch, shift = np.exp(rng.uniform(-0.12, 0.12, (n, 2))), rng.uniform(-0.1, 0.1, (n, 2)) * height
     centre = (np.array(images.shape[1:3]) - 1) / 2

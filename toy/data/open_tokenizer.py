@@ -1,12 +1,15 @@
 """Which tokenizer is it: for a new run, in a run's config, in a file of somebody else's."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from toy.data.bpe_tokenizer import DEFAULT_VOCAB_SIZE, BPETokenizer
 from toy.data.gguf_tokenizer import BrokenTokenizerError, GGUFTokenizer, metadata_from_json
 from toy.data.tokenizer_json import read_tokenizer_json
-from toy.data.tokenizers import KINDS, ByteTokenizer, CharTokenizer
+from toy.data.tokenizers import KINDS, ByteTokenizer, CharTokenizer, Tokenizer
+from toy.files.atomic import StrPath
 from toy.files.errors import BadFileError
 from toy.files.fetch import FETCHABLE, find_model
 from toy.files.gguf import GGUF
@@ -14,7 +17,7 @@ from toy.files.gguf_vocabulary import bytes_of_characters
 from toy.files.runs import Run
 
 
-def make_tokenizer(kind, text, vocab_size=None):
+def make_tokenizer(kind: str, text: str | Iterable[str], vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer for training on `text`, a str or an iterable of texts, which is gone through at most once.
 
     kind: "char", "bytes", "bpe" (made from the text, with `vocab_size` tokens, None: DEFAULT_VOCAB_SIZE), or what
@@ -30,7 +33,7 @@ def make_tokenizer(kind, text, vocab_size=None):
     return ByteTokenizer() if kind == "bytes" else open_tokenizer(kind)
 
 
-def open_tokenizer(name):
+def open_tokenizer(name: StrPath) -> Tokenizer:
     """A tokenizer that exists: that of a run directory, of a GGUF file, of a fetched model (by its name), or a Hugging Face
     `tokenizer.json` (or the folder it is in).
 
@@ -56,7 +59,7 @@ def open_tokenizer(name):
     return tokenizer
 
 
-def tokenizer_from_json(data):
+def tokenizer_from_json(data: Any) -> Tokenizer:
     """The inverse of `to_json`. Raises ValueError for anything that `to_json` does not write; for the tokenizer of a GGUF
     file also FileNotFoundError when the file is gone, BadFileError when it has another tokenizer by now."""
     kind = data.get("kind") if isinstance(data, dict) else None
@@ -74,7 +77,7 @@ def tokenizer_from_json(data):
     raise ValueError(f"not a tokenizer: {str(data)[:80]}")
 
 
-def load_tokenizer(gguf):
+def load_tokenizer(gguf: GGUF) -> GGUFTokenizer:
     """The tokenizer of an open `toy.GGUF`: a `GGUFTokenizer`, or the Char- or ByteTokenizer it was exported from.
 
     Raises BadFileError when it contradicts itself, ValueError when there is none or its kind is not supported, and

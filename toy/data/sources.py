@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from toy.data.records import Completion, Conversation, CorpusError, Document, Pl
 TOKEN_TYPES = ("uint16", "uint32")
 
 
-def open_source(what=None, token_type=None):
+def open_source(what: Any = None, token_type: str | None = None) -> "Source":
     """A `Source` of what is named.
 
     what: None, the documentation inside Python, one document a topic; a path (str or Path) of a file or a folder; a str with
@@ -60,10 +60,10 @@ class Source:
                 part.alone = False
 
     @property
-    def n_files(self):
+    def n_files(self) -> int:
         return sum(part.n_files for part in self.parts)
 
-    def records(self, progress=None, on_bytes=None):
+    def records(self, progress: Callable[[int, int], None] | None = None, on_bytes: Any = None) -> Iterator[Any]:
         """Yield `Document`, or `Completion` and `Conversation`, or `Tokens`; empty documents are left out and counted.
 
         progress: called with (bytes done, bytes in all). on_bytes: called with the kind and the bytes that are read.
@@ -92,7 +92,7 @@ class Source:
         if first is None:
             raise CorpusError(self._nothing())
 
-    def texts(self):
+    def texts(self) -> Iterator[str]:
         """Yield everything a character vocabulary must know, as str: the texts, prompts, completions and contents."""
         for record in self.records():
             if isinstance(record, Document):
@@ -106,9 +106,9 @@ class Source:
             else:
                 raise CorpusError(f"{record.where} has token ids, and a vocabulary is made of text: name its tokenizer")
 
-    def characters(self):
+    def characters(self) -> str:
         """The distinct characters, sorted, as one str."""
-        found = set()
+        found: set[str] = set()
         for text in self.texts():
             found.update(text)
         return "".join(sorted(found))

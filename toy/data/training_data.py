@@ -4,13 +4,18 @@ data = TextData(open_source("books/"), tokenizer, context=64, batch=12, val_frac
 data.training_batch(step=0)   # Batch(token_ids (B, T), labels (B, T)), a function of (seed, step)
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import numpy as np
 
-from toy.data.batches import Rows, Windows, split
+from toy.data.batches import Batch, Rows, Windows, split
 from toy.data.encoding import Encoder
 from toy.data.records import Completion, Conversation, CorpusError, Document
+from toy.data.sources import Source
 from toy.data.splitting import Fingerprints, validation_documents, validation_pieces
 from toy.data.store import encode_source
+from toy.data.tokenizers import Tokenizer
 
 SPLITS = ("spread", "tail")
 _NAMED = 3  # places are named of so many examples
@@ -32,9 +37,19 @@ class TextData:
     """
 
     def __init__(
-        self, source, tokenizer, context, batch, val_fraction=0.1, seed=0, valid=None, train_on="answers", split="spread",
-        progress=None, n_widths=1,
-    ):  # fmt: skip
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        context: int,
+        batch: int,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        valid: Source | None = None,
+        train_on: str = "answers",
+        split: str = "spread",
+        progress: Callable[[int, int], None] | None = None,
+        n_widths: int = 1,
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if not 0.0 < val_fraction < 1.0:
@@ -66,24 +81,24 @@ class TextData:
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
-    def training_batch(self, step):
+    def training_batch(self, step: int) -> Batch:
         """The `Batch` of a step, counted from 0: a function of (seed, step)."""
         return self.training.training_batch(self.batch, self.seed, step)
 
-    def validation_batches(self, n):
+    def validation_batches(self, n: int) -> list[Batch]:
         """List of the same `n` batches at every evaluation."""
         return self.validation.validation_batches(self.batch, n, self.seed)
 
-    def all_validation(self):
+    def all_validation(self) -> Iterator[Batch]:
         """Yield batches that ask for everything there is to validate, once; rows that are left over have labels -1."""
         return self.validation.all_batches(self.batch)
 
     @property
-    def n_train_tokens(self):
+    def n_train_tokens(self) -> int:
         return _n_tokens(self.training)
 
     @property
-    def n_validation_tokens(self):
+    def n_validation_tokens(self) -> int:
         return _n_tokens(self.validation)
 
     @property
@@ -95,7 +110,7 @@ class TextData:
 
     # -- which text it is ---------------------------------------------------------------------------------------------
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What config.json says about it."""
         valid = None
         if self.valid is not None:
@@ -106,7 +121,7 @@ class TextData:
             "train_tokens": self.n_train_tokens, "validation_tokens": self.n_validation_tokens,
         }  # fmt: skip
 
-    def check_same(self, described):
+    def check_same(self, described: dict[str, Any]) -> None:
         """described: what `describe` gave when the run began, or what runs before it wrote (source, path, sha256).
 
         Raises ValueError when the text, or the validation text, is another one by now.
@@ -205,7 +220,7 @@ class TextData:
             self.notices.append(f"{n:,} of the {len(other.hashes):,} validation documents are trained on, too")
 
 
-def training_texts(source, context, val_fraction=0.1, seed=0):
+def training_texts(source: Source, context: int, val_fraction: float = 0.1, seed: int = 0) -> Iterator[str]:
     """Yield the texts (str) of the part that `TextData` with these arguments trains on: for making a vocabulary of them.
 
     For documents and examples it is exactly that part; in a document so long that it is cut, the validation pieces are

@@ -256,12 +256,12 @@ def _map(path: Path) -> mmap.mmap:
 class _Header:
     """A cursor over the part of the file before the tensor data. Every step is checked against `end`."""
 
-    def __init__(self, path, mapped):
+    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
         self.path, self.data, self.size = path, mapped, len(mapped)
         self.position, self.end = 0, min(self.size, MAX_HEADER)
         self.strings_left = MAX_STRINGS
 
-    def read(self):
+    def read(self) -> tuple[dict[str, Any], dict[str, TensorRecord]]:
         """-> metadata, tensors."""
         if self.take(4, "the magic") != b"GGUF":
             raise self.bad("is not a GGUF file (it does not begin with GGUF)")
@@ -286,7 +286,7 @@ class _Header:
             raise self.bad(f"has the alignment {alignment!r}, expected a power of two from 8 to {MAX_ALIGNMENT}")
         return metadata, self.tensors(n_tensors, alignment)
 
-    def tensors(self, n_tensors, alignment):
+    def tensors(self, n_tensors: int, alignment: int) -> dict[str, TensorRecord]:
         """The tensor descriptions. Like ggml, this asks for the data in the order of the descriptions, without holes: so
         nothing overlaps, and a changed size or offset does not go unnoticed."""
         described, offset = [], 0
@@ -327,7 +327,7 @@ class _Header:
             raise self.bad(f"goes on for {self.size - last} bytes after its last tensor")
         return records
 
-    def value(self, kind, key):
+    def value(self, kind: int, key: str) -> Any:
         if kind in SCALARS:
             return self.number(SCALARS[kind], key)
         if kind == BOOL:
@@ -338,7 +338,7 @@ class _Header:
             return self.array(self.number("<I", key), key)
         raise self.bad(f"metadata {key!r} has the unknown type {kind}")
 
-    def array(self, kind, key):
+    def array(self, kind: int, key: str) -> Any:
         if kind == STRING:
             n = self.count("<Q", f"strings in {key!r}", self.strings_left, 8)
             self.strings_left -= n
@@ -354,7 +354,7 @@ class _Header:
             raise self.bad(f"metadata {key!r} has a truth value that is neither 0 nor 1")
         return numbers.astype(bool)
 
-    def strings(self, n, key):
+    def strings(self, n: int, key: str) -> list[str]:
         """The tight loop of the reader: vocabularies have hundreds of thousands of tokens."""
         data, position, end = self.data, self.position, self.end
         unpack, strings = struct.Struct("<Q").unpack_from, []
@@ -373,44 +373,44 @@ class _Header:
         self.position = position
         return strings
 
-    def string(self, what, longest=MAX_STRING):
+    def string(self, what: str, longest: int = MAX_STRING) -> str:
         length = self.count("<Q", f"bytes in {what}", longest, 1)
         try:
             return self.take(length, what).decode()
         except UnicodeDecodeError as error:
             raise self.bad(f"{what} is not UTF-8 text ({error.reason})") from error
 
-    def boolean(self, what):
+    def boolean(self, what: str) -> bool:
         value = self.number("<B", what)
         if value > 1:
             raise self.bad(f"metadata {what} has the truth value {value}, expected 0 or 1")
         return bool(value)
 
-    def count(self, form, what, most, least_bytes):
+    def count(self, form: str, what: str, most: int, least_bytes: int) -> int:
         """A number of things that take at least `least_bytes` each: no more than `most`, and no more than still fit."""
         n = self.number(form, f"the number of {what}")
         if n > most or n * least_bytes > self.end - self.position:
             raise self.bad(f"claims {n} {what}: too many for a file of {self.size} bytes")
         return n
 
-    def number(self, form, what):
+    def number(self, form: str, what: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
 
-    def take(self, n_bytes, what):
+    def take(self, n_bytes: int, what: str) -> bytes:
         start, stop = self.position, self.position + n_bytes
         if stop > self.end:
             raise self.short(what)
         self.position = stop
         return self.data[start:stop]
 
-    def short(self, what):
+    def short(self, what: str) -> BadFileError:
         if self.end < self.size:
             return self.bad(f"its metadata do not end within {MAX_HEADER} bytes")
         return self.bad(f"is cut off: it ends within {what}")
 
-    def bad(self, problem):
+    def bad(self, problem: str) -> BadFileError:
         return BadFileError(self.path, problem if len(problem) <= 300 else f"{problem[:300]}...")
 
 
-def _some(sizes):
+def _some(sizes: Sequence[int]) -> str:
     return " x ".join(str(size) for size in sizes)

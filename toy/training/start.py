@@ -167,7 +167,7 @@ class TextStart(Start):
         self.data = TextData(
             self.source,
             self.tokenizer,
-            context=o.context,
+            context=cast(int, o.context),
             batch=o.batch,
             val_fraction=o.val_fraction,
             seed=o.seed,
