@@ -1,6 +1,6 @@
 """What a type checker gets: py.typed, stubs that hold what the compiled modules hold, annotations on what is public.
 
-The checker itself (mypy, settings in pyproject.toml) runs in the lint section of .ci/run.
+The checker itself (mypy, its settings are in pyproject.toml) runs in the lint section of .ci/run.
 """
 
 import ast
@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import ggml_bridge
 import toy
+from ggml_bridge.session import Session
+from toy.op_table import OpTable
+from toy.ops import reference
+from toy.training import Training
 
 ROOT = Path(toy.__file__).parent.parent
 STUBS = sorted(path for package in ("toy", "ggml_bridge") for path in (ROOT / package).rglob("*.pyi"))
@@ -106,3 +111,95 @@ def test_a_stale_stub_would_be_found():
         "former is in the stub alone",
         "upload takes [('self', False), ('values', False), ('name', True)], in the stub [('self', False), ('values', False)]",
     ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# annotations
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def public_objects():
+    """(name, object) of what the packages offer by name."""
+    for package in (toy, toy.recipes, toy.engines):
+        for name in package.__all__:
+            yield f"{package.__name__}.{name}", getattr(package, name)
+    yield from (
+        (f"ggml_bridge.{name}", getattr(ggml_bridge, name)) for name in ("available", "devices", "find_device", "load")
+    )
+    yield from (("ggml_bridge.Session", Session), ("toy.training.Training", Training))
+
+
+def functions_of(name, thing):
+    """(name, function) of a function, or of the public methods of a class of this library."""
+    if inspect.isfunction(thing):
+        yield name, inspect.unwrap(thing)
+    elif inspect.isclass(thing):
+        for base in thing.__mro__:
+            for attribute, member in (
+                vars(base).items() if base.__module__.split(".")[0] in ("toy", "ggml_bridge") else ()
+            ):
+                member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+                if inspect.isfunction(member) and (not attribute.startswith("_") or attribute == "__init__"):
+                    yield f"{name}.{attribute}", inspect.unwrap(member)
+
+
+def unannotated(function):
+    """The parameters (and "return") of a function that no annotation says anything about."""
+    parameters = list(inspect.signature(function).parameters)
+    named = [name for name in parameters if name not in ("self", "cls", "_cls")]
+    return [name for name in (*named, "return") if name not in function.__annotations__]
+
+
+def made_by_the_standard_library(function):
+    """The methods that NamedTuple and dataclass write: their fields are annotated, not they."""
+    return "<string>" in function.__code__.co_filename or "collections" in function.__code__.co_filename
+
+
+def test_what_is_public_is_annotated():
+    functions = {n: f for name, thing in public_objects() for n, f in functions_of(name, thing)}
+    functions = {name: function for name, function in functions.items() if not made_by_the_standard_library(function)}
+    assert len(functions) > 150
+    bare = {name: missing for name, function in functions.items() if (missing := unannotated(function))}
+    assert bare == {}
+
+
+def test_a_bare_function_would_be_found():
+    def step(self, token_ids: int, hp=None):
+        pass
+
+    assert unannotated(step) == ["hp", "return"]
+
+
+def own_parameters(function):
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.name != "self"]
+
+
+def test_the_type_of_an_op_table_has_every_op():
+    """A model may call what is in the type, and the reference has nothing else."""
+    typed = {name: own_parameters(f) for name, f in vars(OpTable).items() if inspect.isfunction(f) and name[0] != "_"}
+    ops = {
+        name: own_parameters(f)
+        for name, f in vars(reference).items()
+        if inspect.isfunction(f) and f.__module__ == reference.__name__ and name[0] != "_"
+    }
+    assert len(ops) > 20
+    assert typed == ops
+
+
+# strict for the checker, each one by name or with its package: what is imported from outside
+PUBLIC = {
+    "toy", "toy.adamw", "toy.config", "toy.switch", "toy.quantized", "toy.optional", "toy.engines.handle",
+    "toy.engines.named", "toy.recipes.*", "toy.models.*", "toy.training.*", "toy.trained.load",
+    "toy.trained.loaded", "toy.trained.classify", "toy.trained.evaluate", "toy.trained.export",
+    "toy.files.errors", "toy.files.runs", "toy.files.events", "toy.files.checkpoints", "ggml_bridge.*",
+}  # fmt: skip
+
+
+def test_the_public_modules_are_checked_strictly():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    (strict,) = (row["module"] for row in settings["tool"]["mypy"]["overrides"] if row.get("disallow_untyped_defs"))
+    assert PUBLIC - set(strict) == set()
+    for name in strict:
+        place = ROOT.joinpath(*name.removesuffix(".*").split("."))
+        assert place.with_suffix(".py").exists() or (place / "__init__.py").exists(), f"there is no module {name}"

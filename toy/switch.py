@@ -202,7 +202,7 @@ def eager_ops(backend: str = "auto") -> OpTable:
 
 def _ambient_choice() -> tuple[str, str]:
     local = _local_choice.get()
-    if local not in (None, "auto"):
+    if local is not None and local != "auto":
         return local, "chosen by use_backend()"
     if local is None and _global_choice != "auto":
         return _global_choice, "chosen by set_backend()"
