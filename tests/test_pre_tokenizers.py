@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_oracle import LlamaCppVocabulary, differing, every_character, hard_texts
 
@@ -58,7 +58,9 @@ def bytes_alone(pre):
 def test_llama_cpp_cuts_at_the_same_places(tmp_path, pre):
     metadata = every_pair(pre)
     tokenizer = GGUFTokenizer(metadata)
-    texts = hard_texts(1500) + every_character(step=5 if pre in FIRST else 200)
+    thorough = settings.default.max_examples > 100  # --hypothesis-profile=thorough: every character there is
+    step = (1 if thorough else 25) if pre in FIRST else 400
+    texts = hard_texts(600 if pre in FIRST else 100) + every_character(step)
     with LlamaCppVocabulary(tmp_path, metadata) as llama_cpp:
         for k in range(0, len(texts), 500):
             wrong = differing(texts[k : k + 500], lambda text: tokenizer.encode(text).tolist(), llama_cpp.encode)

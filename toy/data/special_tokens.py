@@ -56,7 +56,8 @@ class SpecialTokens:
             begins = [starts for beginning, starts in candidates.items() if length in self._lengths[beginning]]
             for start in sorted(set().union(*begins)):
                 stop = start + length
-                if not taken[start] and data[start:stop] in self._ids and taken.find(1, start, stop) < 0:
+                free = stop <= len(data) and not taken[start]
+                if free and data[start:stop] in self._ids and taken.find(1, start, stop) < 0:
                     taken[start:stop] = b"\1" * length
                     places.append((start, stop))
         return sorted(places)

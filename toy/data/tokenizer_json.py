@@ -166,7 +166,7 @@ class _Description:
         whole = bool(self.model.get("ignore_merges"))
         pre = _PATTERNS.get(_NUL.join(self._patterns()), {}).get(whole)
         if pre is None:
-            shown = " then ".join(short(pattern) for pattern in self._patterns())
+            shown = " then ".join(repr(pattern[:200]) for pattern in self._patterns())
             raise ValueError(
                 f"it cuts words by {shown}{' with ignore_merges' * whole}, which llama.cpp has no name for: "
                 "take the tokenizer of a GGUF file"
@@ -253,8 +253,10 @@ class _Description:
         last = None
         for left, right in self.merges:
             token = left + right
-            if token not in known:
-                raise BrokenTokenizerError(f"has a merge to {short(token)}, which is no token")
+            if not {left, right, token} <= known.keys():
+                raise BrokenTokenizerError(
+                    f"has the merge {short(f'{left} {right}')}, of which not all is in its vocabulary"
+                )
             if token != last and token in ranks:
                 raise ValueError(
                     f"it makes {short(token)} at two places among its merges, which cannot be done the same way"
