@@ -265,7 +265,7 @@ def test_the_longest_stretch_is_cut(pre):
 
 
 def test_a_long_text_takes_the_memory_of_a_block():
-    """16 MB, most of whose ids would be kept twice if it were encoded at once."""
+    """16 MB: 64 MB of ids, and some 2 GB more if it were encoded at once."""
     told = bounded(
         "sys.path.insert(0, sys.argv[1])\n"
         "import test_gguf_tokenizer as t\n"
@@ -273,11 +273,10 @@ def test_a_long_text_takes_the_memory_of_a_block():
         "line = 'some words of a line, and 12 numbers\\n'\n"
         "for metadata in (t.bpe_metadata(), t.sentencepiece_metadata()):\n"
         "    tokenizer = GGUFTokenizer(metadata)\n"
-        "    parts = (line * 1000 for _ in range(16_000_000 // len(line) // 1000))\n"
-        "    print(sum(len(ids) for ids in tokenizer.encode_parts(parts)) > 10_000_000)",
+        "    print(len(tokenizer.encode(line * (16_000_000 // len(line)))) > 10_000_000)",
         Path(__file__).parent,
         seconds=120,
-        megabytes=250,
+        megabytes=400,
     )
     assert told.split() == ["True"] * 2
 

@@ -5,10 +5,9 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizer_oracle import LlamaCppVocabulary, hard_texts
 
+from toy.data import gguf_tokenizer
 from toy.data.gguf_tokenizer import GGUFTokenizer
 from toy.data.tokenizers import UnknownCharacterError
 from toy.files.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -111,29 +110,20 @@ def test_special_tokens_and_defaults_are_llama_cpp_s(tmp_path):
                 assert tokenizer.encode(text, **options).tolist() == llama_cpp.encode(text, **options), (text, options)
 
 
-@given(st.text(st.sampled_from("ab \n") | st.characters(exclude_categories=["Cs"]), max_size=40), st.integers(0, 5))
-def test_parts_give_the_ids_of_the_whole(text, size):
-    tokenizer = GGUFTokenizer(random_vocabulary(3))
-    parts = [text[k : k + size + 1] for k in range(0, len(text), size + 1)]
-    assert np.array_equal(np.concatenate([np.zeros(0, int), *tokenizer.encode_parts(parts)]), tokenizer.encode(text))
-
-
-def test_long_texts_in_parts(monkeypatch):
-    from toy.data import gguf_tokenizer
-
-    text = "".join(random.Random(1).choices(["ab ba", " a", "b", "\n", "\nab", "<x>"], k=5000))
-    for letters, blocks in ((LETTERS, False), ("ab▁", True)):
-        metadata = random_vocabulary(2, n=20, letters=letters)
-        metadata["tokenizer.ggml.tokens"][1:3] = ["<x>", "b\nabab"] if not blocks else ["<x>", "<y>"]
-        metadata["tokenizer.ggml.token_type"][1:3] = USER_DEFINED
+def test_blocks_give_the_ids_of_the_whole(monkeypatch):
+    """With tokens that reach over words, over lines, and over neither."""
+    text = "".join(random.Random(1).choices(["ab ba", " a", "b", "\n", "\nab", "<x>", "cd", "dc \n"], k=5000))
+    for letters, n_blocks in (("ab▁\n", 1), ("abcd▁", 50), ("b▁", 100)):
+        metadata = random_vocabulary(2, n=40, letters=letters)
+        metadata["tokenizer.ggml.tokens"][1] = "<x>"
+        metadata["tokenizer.ggml.token_type"][1] = USER_DEFINED
         tokenizer = GGUFTokenizer(metadata)
         whole = tokenizer.encode(text)
         with monkeypatch.context() as patch:
             patch.setattr(gguf_tokenizer, "_BLOCK", 50)
             assert np.array_equal(tokenizer.encode(text), whole)
-            ids = list(tokenizer.encode_parts([text[k : k + 11] for k in range(0, len(text), 11)]))
-        assert np.array_equal(np.concatenate(ids), whole)
-        assert (len(ids) > 20) is blocks
+            blocks = list(gguf_tokenizer.blocks_of(text.replace("<x>", ""), tokenizer._starts, tokenizer._stretch))
+        assert len(blocks) >= n_blocks and (len(blocks) == 1) is (n_blocks == 1)
 
 
 def test_characters_without_a_token():

@@ -21,8 +21,6 @@ class SpecialTokens:
             self._lengths.setdefault(token[:2], set()).add(len(token))
         self.n_lengths = len({len(token) for token in self._ids})
         self._beginning = _beginning_of_any(self._lengths)
-        # whether one may stand across a place that `toy.data.pre_tokenizers.WORD_STARTS` finds
-        self.reach_over_starts = any(re.search(rb"\n[A-Za-z]|[A-Za-z] ", token) for token in self._ids)
 
     def split(self, text):
         """Yield (part of the text, None) and (token, its id), in the order of the text."""
