@@ -135,9 +135,21 @@ def test_characters_without_a_token():
     tokens[3:259] = [f"[{k}]" for k in range(256)]
     unknown = GGUFTokenizer(metadata)
     assert [unknown.tokens[i] for i in unknown.encode("aéé日a")] == ["▁", "a", "<unk>", "a"]  # one for those in a row
+    assert [unknown.tokens[i] for i in unknown.encode("aé\né")] == ["▁", "a", "<unk>"]  # in several pieces, too
     tokens[0], metadata["tokenizer.ggml.unknown_token_id"] = "[x]", 5
     metadata["tokenizer.ggml.token_type"][0] = NORMAL
     assert GGUFTokenizer(metadata).encode("é").tolist()[-1] == 5
+
+
+def test_no_special_token_is_joined_from_characters():
+    """Written out in a plain text it stays text, even where all its parts are tokens; in real vocabularies they are not."""
+    metadata = vocabulary(["<s", "s>", "</s", "<0", "<0x", "<0x4", "<0x41", "x"], [-1.0] * 8, add_space_prefix=False)
+    tokenizer = GGUFTokenizer(metadata)
+    for text in ("<s>", "</s>", "x<s>x", "<0x41>", "<unk>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not {0, 1, 2} & set(ids.tolist()) and len(ids) > 1
+    assert tokenizer.encode("<s>", parse_special=True).tolist() == [1]
 
 
 def test_a_vocabulary_with_neither_bytes_nor_an_unknown_token():
