@@ -268,8 +268,53 @@ def test_templates_that_take_too_much_are_stopped(name, monkeypatch):
     reasons = ("processor time", "too much memory", "it writes more than", "nested too deeply", "too large", "too many")
     assert any(reason in told for reason in reasons), told
     template.source = "{{ messages[0].content }}"
-    assert template.render(HELLO) == "hello"  # and the next one is rendered
+    assert template.render(HELLO) == "hello"  # another one is rendered
     template.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (TOO_MUCH["loops"], "takes more than 1 seconds of processor time: it was stopped"),
+        ("{{ ('x' * 300000000) | length }}", "failed: it takes too much memory"),
+        ("{% for i in range(1000) %}0123456789{% endfor %}", r"failed: it writes more than \d,\d\d\d characters"),
+        (TOO_MUCH["recursion"], "failed: it is nested too deeply"),
+    ],
+)  # fmt: skip
+def test_each_bound_holds_by_itself(source, reason, monkeypatch):
+    """What would end well, or never, without that one."""
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1.0)
+    assert render("{{ ('x' * 1000000) | length }}") == "1000000"
+    monkeypatch.setattr(chat_template, "OUTPUT", 100)
+    assert render("{% for i in range(100) %}0123456789{% endfor %}") == "0123456789" * 100
+    with pytest.raises(ChatTemplateError, match=reason):
+        render(source)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_after_a_fork_each_has_a_process_of_its_own(tmp_path):
+    template = ChatTemplate("{{ messages[0].content }}")
+    assert template.render(HELLO) == "hello"
+    child = os.fork()
+    if child == 0:
+        try:
+            (tmp_path / "told").write_text(template.render(HELLO))
+            template.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / "told").read_text() == "hello"
+    pid = template._process._process.pid
+    assert (
+        template.render(HELLO) == "hello" and template._process._process.pid == pid
+    )  # it was not stopped by the other
+    template.close()
+
+
+def test_a_process_that_cannot_be_started(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(OSError, match="cannot start the process for the chat template: No such file"):
+        render("x")
 
 
 def test_the_clock_bounds_where_processor_time_does_not(monkeypatch):
@@ -360,8 +405,8 @@ def test_nothing_that_a_terminal_acts_on_is_shown(text, shown):
 
 def test_the_request_is_json_alone():
     """What goes through the pipes is one JSON object a line."""
-    request = {"source": "x", "variables": "{}", "now": None, "spans": False, "seconds": 5, "output": 10}
-    settings = {"path": chat_template._where_jinja_is(), "memory": None}
+    request = {"variables": "{}", "now": None, "spans": False, "seconds": 5, "output": 10}
+    settings = {"path": chat_template._where_jinja_is(), "memory": None, "source": "x"}
     lines = json.dumps(settings) + "\n" + json.dumps(request) + "\n"
     told = subprocess.run(
         [sys.executable, "-I", "-S", str(chat_template._PROGRAM)],

@@ -290,6 +290,10 @@ def test_files_that_are_none(tmp_path):
         path.write_bytes(data)
         with pytest.raises(BadFileError, match="is not JSON"):
             read_tokenizer_json(path)
+    for data in (b"[" + b"[]," * 2**21 + b"0]", b"[" + b"0," * (2**23 + 1) + b"0]"):
+        path.write_bytes(data)
+        with pytest.raises(BadFileError, match="has more in it than any tokenizer"):
+            read_tokenizer_json(path)
     with open(path, "wb") as file:
         file.truncate(49 * 2**20)
     with pytest.raises(BadFileError, match="more than any tokenizer"):

@@ -23,6 +23,10 @@ from toy.files.gguf_models import short
 from toy.files.gguf_vocabulary import BYTE, CHARACTER_OF_BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 _MAX_FILE = 48 * 2**20  # bytes: Gemma's, the largest in use, takes two thirds of it
+_MAX_CONTAINERS, _MAX_ITEMS = (
+    2**21,
+    2**23,
+)  # lists and objects in it, and what is in them: some hundred bytes of memory each
 _MAX_TOKENS = 2**20
 _MAX_SPLITS = 2**28  # of all tokens in two, counted with the characters that each looks at
 
@@ -338,8 +342,11 @@ def _read_json(path, missing=None):
     """The JSON object in a file; `missing` when there is no file, if it is not None."""
     if missing is not None and not path.exists():
         return missing
+    text = _read(path)
+    if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS or text.count(b",") > _MAX_ITEMS:
+        raise BadFileError(path, "has more in it than any tokenizer")
     try:
-        data = json.loads(_read(path))
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, BadFileError):
             raise
