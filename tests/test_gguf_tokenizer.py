@@ -350,8 +350,8 @@ def test_vocabularies_that_gguf_has_no_form_for():
 
 # the vocabularies of the kinds that are read, each with 46 texts and the ids they must give (qwen35: 50)
 VOCABULARIES = (
-    "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact",
-    "starcoder",
+    "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2",
+    "qwen35", "refact", "starcoder",
 )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ class GGUFTokenizer:
         has no token for; `what` names the text in it.
         """
         check_unicode(text, what)
-        ids = [[self.bos_id]] if add_special and self.add_bos else []
+        ids: list = [[self.bos_id]] if add_special and self.add_bos else []  # of lists and arrays
         at_start = True  # of the text, or behind a special token: where SentencePiece puts a space
         for part, special_id in (self._special if parse_special else self._user_defined).split(text):
             if special_id is None:
