@@ -5,6 +5,7 @@ import pytest
 from fetch_test_data import COMMAND, vocabularies
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_oracle import LlamaCppVocabulary
 
 from toy.data.gguf_tokenizer import GGUFTokenizer
 from toy.data.open_tokenizer import load_tokenizer, tokenizer_from_json
@@ -159,6 +160,61 @@ def test_what_cannot_be_encoded_or_decoded():
             BPE.decode([wrong])
 
 
+@pytest.mark.parametrize(
+    ("special", "stops"),
+    [
+        (["<|end|>"], {"<|end|>"}),
+        (["<|end|>", "<|return|>", "<|call|>"], {"<|return|>", "<|call|>"}),  # there <|end|> ends a message alone
+        (["<|end|>", "<|calls|>", "<|flush|>"], {"<|calls|>", "<|flush|>"}),
+        (["<|end|>", "<|return|>"], {"<|end|>", "<|return|>"}),
+        (["</s>", "<|tool_response>"], {"<|tool_response>"}),
+        (["</s>", "<eos>"], {"</s>", "<eos>"}),
+        (["<|fim_pad|>", "<|fim_prefix|>", "<|file_sep|>"], {"<|fim_pad|>", "<|file_sep|>"}),
+        (["[PAD]", "<PRE>", "plain"], {"[PAD]"}),
+    ],
+)
+@pytest.mark.parametrize("kind", [CONTROL, NORMAL], ids=["marked", "not marked"])
+def test_what_ends_an_answer_by_its_text(special, stops, kind):
+    """As in llama.cpp, whether the file marks it or not."""
+    metadata = bpe_metadata()
+    types = np.concatenate([metadata[key("token_type")], np.full(len(special), kind, np.int32)])
+    tokenizer = GGUFTokenizer(
+        bpe_metadata(**{key("tokens"): metadata[key("tokens")] + special, key("token_type"): types})
+    )
+    known = {"<|endoftext|>", "<|im_end|>"}
+    assert {tokenizer.tokens[i] for i in tokenizer.stop_ids} == stops | known
+    for token in stops:
+        assert tokenizer.token_bytes(tokenizer.tokens.index(token)) == b""
+    assert metadata[key("token_type")] is not tokenizer.types
+
+
+@pytest.mark.llama_cpp
+def test_special_tokens_are_llama_cpp_s(tmp_path):
+    """Which tokens are cut out of a text, parsed or plain, and what is left of them when they are decoded."""
+    special = ["<|end|>", "<|return|>", "<|call|>", "<|channel|>", "</s>", "<|fim_prefix|>", "[PAD]", "<x>", "<EOT>"]
+    for kind in (CONTROL, NORMAL, USER_DEFINED):
+        metadata = bpe_metadata()
+        types = np.concatenate([metadata[key("token_type")], np.full(len(special), kind, np.int32)])
+        metadata = bpe_metadata(**{key("tokens"): metadata[key("tokens")] + special, key("token_type"): types})
+        tokenizer = GGUFTokenizer(metadata)
+        text = "a" + "b".join([*special, "<|im_end|>", "<tool>"]) + "c"
+        with LlamaCppVocabulary(tmp_path, metadata) as llama_cpp:
+            for parse_special in (False, True):
+                ids = tokenizer.encode(text, parse_special=parse_special).tolist()
+                assert ids == llama_cpp.encode(text, parse_special=parse_special), kind
+            for i in range(261, tokenizer.vocab_size):  # the server writes special tokens out
+                assert tokenizer.decode([i], special=True) == llama_cpp.decode([i])
+
+
+def test_of_a_merge_that_is_there_twice_the_first_counts():
+    metadata = bpe_metadata()
+    types = np.append(metadata[key("token_type")], [NORMAL, NORMAL]).astype(np.int32)
+    changes = {key("tokens"): [*metadata[key("tokens")], "ab", "bc"], key("token_type"): types}
+    for merges, expected in ((["a b", "b c", "a b"], ["ab", "c"]), (["b c", "a b", "b c"], ["a", "bc"])):
+        tokenizer = GGUFTokenizer(bpe_metadata(**changes, **{key("merges"): merges}))
+        assert words(tokenizer, tokenizer.encode("abc")) == expected
+
+
 # -- chat --------------------------------------------------------------------------------------------------------------
 
 
@@ -294,8 +350,8 @@ def test_vocabularies_that_gguf_has_no_form_for():
 
 # the vocabularies of the kinds that are read, each with 46 texts and the ids they must give (qwen35: 50)
 VOCABULARIES = (
-    "command-r", "deepseek-coder", "falcon", "gpt-2", "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact",
-    "starcoder",
+    "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2",
+    "qwen35", "refact", "starcoder",
 )  # fmt: skip
 
 

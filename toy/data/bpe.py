@@ -38,13 +38,12 @@ def train(text, vocab_size):
     for w in range(len(words)):
         count(w, +1)
     while 256 + len(merges) < vocab_size:
-        best = max(
-            pairs, key=lambda pair: (pairs[pair], -pair[0], -pair[1]), default=None
-        )  # of equal ones the lowest ids
+        # the most frequent pair; of equal ones that of the lowest ids
+        best = max(pairs, key=lambda pair: (pairs[pair], -pair[0], -pair[1]), default=None)
         if best is None or pairs[best] < 2:
             break
         lengths.append(lengths[best[0]] + lengths[best[1]])
-        for w in sorted(where[best]):
+        for w in list(where[best]):
             count(w, -1)
             words[w] = merge(words[w][0], best, 256 + len(merges)), words[w][1]
             count(w, +1)

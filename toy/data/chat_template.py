@@ -85,7 +85,6 @@ class ChatTemplate:
         except (TypeError, ValueError, RecursionError) as error:
             raise ChatTemplateError(f"the messages cannot be given to the chat template: {error}") from error
         request = {
-            "source": self.source,
             "variables": given,
             "now": None if now is None else now.isoformat(),
             "spans": spans,
@@ -93,7 +92,7 @@ class ChatTemplate:
             "output": OUTPUT + 16 * len(given),
         }
         with self._lock:
-            if self._process is None or not self._process.alive(len(given)):
+            if self._process is None or not self._process.serves(self.source, len(given)):
                 self._stop()
                 self._process = _Process(self, len(given))
             try:
@@ -121,26 +120,37 @@ class _Process:
     """The process that renders, and a thread that talks with it."""
 
     def __init__(self, owner, n_characters):
-        """n_characters: of the conversation; more memory than it needs is not given."""
+        """owner: the `ChatTemplate`. n_characters: of the conversation; more memory than it needs is not given."""
+        self._source, self._parent = owner.source, os.getpid()
         self._characters = 2 * n_characters  # so that a longer conversation need not start another one at once
         memory = MEMORY + 64 * self._characters
         self._ceiling = None if _SYSTEM_BOUNDS_MEMORY or os.name == "nt" else memory
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="ascii",
-        )
+        settings = {
+            "path": _where_jinja_is(),
+            "memory": memory if _SYSTEM_BOUNDS_MEMORY else None,
+            "source": owner.source,
+        }
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="ascii",
+            )
+        except OSError as error:
+            raise OSError(f"cannot start the process for the chat template: {error.strerror or error}") from error
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=_talk, args=(self._process, self._requests, self._answers), daemon=True).start()
-        self._stopper = weakref.finalize(owner, _kill, self._process, self._requests)
-        self._requests.put(json.dumps({"path": _where_jinja_is(), "memory": memory if _SYSTEM_BOUNDS_MEMORY else None}))
+        self._stopper = weakref.finalize(owner, _kill, self._process, self._requests, os.getpid())
+        self._requests.put(json.dumps(settings))
 
-    def alive(self, n_characters):
-        return self._process.poll() is None and n_characters <= self._characters
+    def serves(self, source, n_characters):
+        """Whether it is alive, was started by this process and not before a fork, and for this."""
+        alive = self._parent == os.getpid() and self._process.poll() is None
+        return alive and source == self._source and n_characters <= self._characters
 
     def ask(self, request):
         """The answer as a dict, or, when there is none, what the process was stopped for, as a str."""
@@ -190,7 +200,9 @@ def _talk(process, requests, answers):
     process.stdout.close()
 
 
-def _kill(process, requests):
+def _kill(process, requests, parent):
+    if os.getpid() != parent:  # a fork of the process that started it
+        return
     process.kill()
     process.wait()
     requests.put(None)

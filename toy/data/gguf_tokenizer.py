@@ -134,34 +134,17 @@ class GGUFTokenizer:
         has no token for; `what` names the text in it.
         """
         check_unicode(text, what)
-        specials = self._special if parse_special else self._user_defined
-        ids = [[self.bos_id]] if add_special and self.add_bos else []
-        ids += [part for part, _ in self._encode_between(specials, text, what, at_start=True)]
+        ids: list = [[self.bos_id]] if add_special and self.add_bos else []  # of lists and arrays
+        at_start = True  # of the text, or behind a special token: where SentencePiece puts a space
+        for part, special_id in (self._special if parse_special else self._user_defined).split(text):
+            if special_id is None:
+                ids += (np.array(block, np.int32) for block in self._encode_plain(part, what, at_start))
+            else:
+                ids.append([special_id])
+            at_start = special_id is not None
         if add_special and self.add_eos:
             ids.append([self.eos_id])
-        return _joined(ids)
-
-    def encode_parts(self, parts, what="text"):
-        """Yield the ids of a text that comes in parts (an iterable of str), some at a time: together `encode` of the whole.
-
-        It is plain text, and no beginning or end is added. The memory is that of a few parts and of the longest stretch in
-        which no line begins with a letter. Errors as `encode`.
-        """
-        rest, searched, at_start = "", 0, True
-        for part in itertools.chain(parts, [None]):
-            if part is not None:
-                rest += part
-                if len(rest) < _BLOCK or self._starts is None or self._user_defined.reach_over_starts:
-                    continue
-                cut = max((match.start() for match in self._starts.finditer(rest, searched)), default=0)
-                searched = max(0, len(rest) - 2)
-            else:
-                cut = len(rest)
-            if cut:
-                check_unicode(rest[:cut], what)
-                ids = list(self._encode_between(self._user_defined, rest[:cut], what, at_start))
-                yield _joined([part for part, _ in ids])
-                rest, searched, at_start = rest[cut:], 0, ids[-1][1]
+        return np.concatenate([np.zeros(0, np.int32), *ids], dtype=np.int32)
 
     def decode(self, ids, *, special=False):
         """ids -> str; bytes that are not UTF-8 become U+FFFD. special: write special tokens out instead of dropping them.
@@ -240,19 +223,6 @@ class GGUFTokenizer:
             digest.update(repr((key, value.tolist() if isinstance(value, np.ndarray) else value)).encode())
         return digest.hexdigest()
 
-    def _encode_between(self, specials, text, what, at_start):
-        """Yield (ids, whether a text that goes on after them is at a start), special tokens cut out.
-
-        At a start: of the text, or behind a special token, where SentencePiece puts a space.
-        """
-        for part, special_id in specials.split(text):
-            if special_id is not None:
-                yield [special_id], (at_start := True)
-                continue
-            for ids in self._encode_plain(part, what, at_start):
-                yield ids, False
-            at_start = False
-
     def _encode_plain(self, text, what, at_start):
         """Yield lists of ids, some blocks at a time."""
         blocks = blocks_of(text, self._starts, self._stretch, what)
@@ -283,10 +253,6 @@ class GGUFTokenizer:
             return token.replace(sentencepiece.SPACE, " ").encode()
         data = bytes_of_characters(token)
         return token.encode() if data is None else data  # None: a token that was added without being byte-encoded
-
-
-def _joined(parts):
-    return np.concatenate([np.zeros(0, np.int32), *(np.array(part, np.int32) for part in parts)])
 
 
 def metadata_to_json(metadata):

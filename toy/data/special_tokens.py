@@ -21,8 +21,6 @@ class SpecialTokens:
             self._lengths.setdefault(token[:2], set()).add(len(token))
         self.n_lengths = len({len(token) for token in self._ids})
         self._beginning = _beginning_of_any(self._lengths)
-        # whether one may stand across a place that `toy.data.pre_tokenizers.WORD_STARTS` finds
-        self.reach_over_starts = any(re.search(rb"\n[A-Za-z]|[A-Za-z] ", token) for token in self._ids)
 
     def split(self, text):
         """Yield (part of the text, None) and (token, its id), in the order of the text."""
@@ -56,7 +54,8 @@ class SpecialTokens:
             begins = [starts for beginning, starts in candidates.items() if length in self._lengths[beginning]]
             for start in sorted(set().union(*begins)):
                 stop = start + length
-                if not taken[start] and data[start:stop] in self._ids and taken.find(1, start, stop) < 0:
+                free = stop <= len(data) and not taken[start]
+                if free and data[start:stop] in self._ids and taken.find(1, start, stop) < 0:
                     taken[start:stop] = b"\1" * length
                     places.append((start, stop))
         return sorted(places)

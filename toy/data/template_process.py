@@ -1,8 +1,8 @@
 """The process that runs chat templates for `toy.data.chat_template`: it knows nothing of the rest of this library.
 
-It is started as a script, reads one JSON object a line and answers each with one. The first says where Jinja is and how much
-memory there is to be. After that each has the template and its variables; the answer has "text" and "spans", or "refused" or
-"failed" with a reason. Processor time is counted by a timer whose signal ends the process wherever it is.
+It is started as a script, reads one JSON object a line and answers each with one. The first has the template, and says where
+Jinja is and how much memory there is to be; it has no answer. After that each has variables; the answer has "text" and
+"spans", or "refused" or "failed" with a reason. Processor time is counted by a timer whose signal ends the process.
 """
 
 import datetime
@@ -31,26 +31,26 @@ def main():
     environment, mark = make_environment()
     if settings["memory"] is not None:
         bound_memory(settings["memory"])
-    compiled: dict = {}
+    compiled: list = []
     for line in sys.stdin:
         request = json.loads(line)
         bound_time(request["seconds"])
-        answer = answer_to(request, environment, mark, compiled)
+        answer = answer_to(request, settings["source"], environment, mark, compiled)
         bound_time(0)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 
-def answer_to(request, environment, mark, compiled):
+def answer_to(request, source, environment, mark, compiled):
+    """compiled: a list that holds the compiled template from the first time on."""
     try:
-        source = request["source"]
-        if source not in compiled:
-            compiled[source] = environment.from_string(source)
+        if not compiled:
+            compiled.append(environment.from_string(source))
         mark.value = f"\x00{secrets.token_hex(8)}\x00" if request["spans"] else ""
         now = request["now"]
         mark.now = datetime.datetime.fromisoformat(now) if now else None
         text, length = [], 0
-        for part in compiled[source].generate(**json.loads(request["variables"])):
+        for part in compiled[0].generate(**json.loads(request["variables"])):
             text.append(part)
             length += len(part)
             if length > request["output"]:

@@ -23,6 +23,10 @@ from toy.files.gguf_models import short
 from toy.files.gguf_vocabulary import BYTE, CHARACTER_OF_BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 _MAX_FILE = 48 * 2**20  # bytes: Gemma's, the largest in use, takes two thirds of it
+_MAX_CONTAINERS, _MAX_ITEMS = (
+    2**21,
+    2**23,
+)  # lists and objects in it, and what is in them: some hundred bytes of memory each
 _MAX_TOKENS = 2**20
 _MAX_SPLITS = 2**28  # of all tokens in two, counted with the characters that each looks at
 
@@ -166,7 +170,7 @@ class _Description:
         whole = bool(self.model.get("ignore_merges"))
         pre = _PATTERNS.get(_NUL.join(self._patterns()), {}).get(whole)
         if pre is None:
-            shown = " then ".join(short(pattern) for pattern in self._patterns())
+            shown = " then ".join(repr(pattern[:200]) for pattern in self._patterns())
             raise ValueError(
                 f"it cuts words by {shown}{' with ignore_merges' * whole}, which llama.cpp has no name for: "
                 "take the tokenizer of a GGUF file"
@@ -253,8 +257,10 @@ class _Description:
         last = None
         for left, right in self.merges:
             token = left + right
-            if token not in known:
-                raise BrokenTokenizerError(f"has a merge to {short(token)}, which is no token")
+            if not {left, right, token} <= known.keys():
+                raise BrokenTokenizerError(
+                    f"has the merge {short(f'{left} {right}')}, of which not all is in its vocabulary"
+                )
             if token != last and token in ranks:
                 raise ValueError(
                     f"it makes {short(token)} at two places among its merges, which cannot be done the same way"
@@ -336,8 +342,11 @@ def _read_json(path, missing=None):
     """The JSON object in a file; `missing` when there is no file, if it is not None."""
     if missing is not None and not path.exists():
         return missing
+    text = _read(path)
+    if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS or text.count(b",") > _MAX_ITEMS:
+        raise BadFileError(path, "has more in it than any tokenizer")
     try:
-        data = json.loads(_read(path))
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, BadFileError):
             raise

@@ -43,7 +43,6 @@ class Tokenizer(Protocol):
     def encode(
         self, text: str, what: str = "text", *, add_special: bool = False, parse_special: bool = False
     ) -> np.ndarray: ...
-    def encode_parts(self, parts: Iterable[str], what: str = "text") -> Iterator[np.ndarray]: ...
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str: ...
     def stream(self, ids: Iterable[int], *, special: bool = False) -> Iterator[str]: ...
     def token_bytes(self, token_id: int, *, special: bool = False) -> bytes: ...
@@ -59,11 +58,6 @@ class _WithoutSpecialTokens:
     notices: tuple[str, ...] = ()
     encode: Callable[..., np.ndarray]
     token_bytes: Callable[..., bytes]
-
-    def encode_parts(self, parts: Iterable[str], what: str = "text") -> Iterator[np.ndarray]:
-        """Yield the ids of a text that comes in parts (an iterable of str): together `encode` of the whole."""
-        for part in parts:
-            yield self.encode(part, what)
 
     def stream(self, ids: Iterable[int], *, special: bool = False) -> Iterator[str]:
         """Yield text as soon as the bytes of a character are complete."""
