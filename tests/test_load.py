@@ -28,6 +28,7 @@ from toy.trained import Loaded, LoadedClassifier
 from toy.training import FromScratchOptions, LoRAOptions, Training
 from toy.training.vit_tiny import ViTTinyOptions
 
+pytest.importorskip("scipy.ndimage")  # brings a BLAS of its own: loaded before thread counts are compared
 pytest.importorskip("gguf", reason="quantised files need the gguf package")
 pytest.importorskip("tokenizers", reason="the tokenizers library is not installed (pip install tokenizers)")
 pytest.importorskip("jinja2", reason="jinja2 is not installed (pip install jinja2)")
