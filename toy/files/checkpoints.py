@@ -7,6 +7,7 @@ notice a changed bit. A reader believes nothing before it has checked it.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ import numpy as np
 
 from toy.files.atomic import StrPath, replacing
 from toy.files.errors import BadFileError
+from toy.files.regular import open_regular
 
 FORMAT = "toy-checkpoint-1"
 _SLOTS = ("m", "v")
+_NAME = re.compile(r"step_(\d{1,15})\.safetensors")
 _MAX_HEADER = 32 * 2**20  # bytes: some 100,000 tensors
 
 
@@ -57,7 +60,8 @@ def write_checkpoint(path: StrPath, checkpoint: Checkpoint) -> None:
 def read_checkpoint(path: StrPath) -> Checkpoint:
     """-> `Checkpoint`, checked: size and header, names, shapes, dtypes, checksum, finite numbers, moments that match.
 
-    Raises BadFileError otherwise, and FileNotFoundError for a path where nothing is.
+    Raises BadFileError otherwise, and FileNotFoundError for a path where nothing is. A file that is named step_<N> must be
+    of that step.
     """
     path = Path(path)
     _check_outside(path)
@@ -68,6 +72,8 @@ def read_checkpoint(path: StrPath) -> Checkpoint:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             step, config = _check_metadata(path, metadata)
+            if (named := _NAME.fullmatch(path.name)) and int(named[1]) != step:
+                raise BadFileError(path, f"holds step {step}, its name says {int(named[1])}: it is another checkpoint")
             shapes = {}
             for name in file.keys():  # noqa: SIM118 (a safe_open is no dict)
                 view = file.get_slice(name)
@@ -83,6 +89,8 @@ def read_checkpoint(path: StrPath) -> Checkpoint:
 
             if _checksum(metadata, shapes, load) != metadata["sha256"]:
                 raise BadFileError(path, "the checksum does not match: the file was damaged after it was written")
+    except FileNotFoundError:  # it was deleted in between
+        raise
     except (SafetensorError, OSError) as error:
         raise BadFileError(path, f"is not a whole safetensors file ({error})") from error
     for name, array in tensors.items():
@@ -98,15 +106,13 @@ def read_checkpoint(path: StrPath) -> Checkpoint:
 
 def _check_outside(path: Path) -> None:
     """What can be said before a parser sees the file: there is one, and its header fits into it and into bounds."""
-    try:
-        with open(path, "rb") as file:
+    with open_regular(path) as file:
+        try:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise BadFileError(path, f"cannot be read: {error.strerror or error}") from error
+        except OSError as error:
+            raise BadFileError(path, f"cannot be read: {error.strerror or error}") from error
     if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
         raise BadFileError(path, f"is not a whole safetensors file (header of {length} bytes in a file of {size})")
 

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,26 @@ from typing import Any
 from toy.files import checkpoints, events
 from toy.files.atomic import StrPath, remove_leftovers, unless_in_use, write_text
 from toy.files.errors import BadFileError
-from toy.files.lock import only_process
+from toy.files.lock import is_held, only_process
+from toy.files.regular import open_regular, read_regular
 
 FORMAT = "toy-run-1"
+_LARGEST_CONFIG = 2**28  # bytes: vocabularies of some million tokens
+_TRIES = 100  # to read a run that is saving
 _CHECKPOINT_NAME = re.compile(r"step_(\d{1,15})\.safetensors")
 _GGUF_NAME = re.compile(r"step_(\d{1,15})\.gguf")
+
+
+class DamagedCheckpointError(BadFileError):
+    """The newest checkpoint of a run cannot be read. before: the step of the newest one before it that can, None: of none."""
+
+    def __init__(self, path: StrPath, problem: object, before: int | None) -> None:
+        super().__init__(path, problem)
+        self.before = before
+
+
+class RunWarning(UserWarning):
+    """Something about a run directory that is not as it should be, and that a reader can live with."""
 
 
 class Run:
@@ -27,23 +43,39 @@ class Run:
     def __init__(self, folder: StrPath, config: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.config = config
+        self._latest: str | None = None  # what weights/latest said last; None: not looked at yet, "" without one
 
     @classmethod
     def create(cls, folder: StrPath, config: dict[str, Any]) -> "Run":
-        """Make the directory and write its config.json. Raises ValueError as `check_new_folder` does, and OSError."""
+        """Make the directory and write its config.json. Raises as `begin`."""
+        with cls.begin(folder, config) as run:
+            return run
+
+    @classmethod
+    @contextlib.contextmanager
+    def begin(cls, folder: StrPath, config: dict[str, Any]) -> Iterator["Run"]:
+        """`create`, and inside the block the lock of the run: of two processes that begin in one directory one does.
+
+        Raises ValueError as `check_new_folder` does, BlockingIOError when another process begins there, and OSError.
+        """
         check_new_folder(folder)
         run = cls(folder, {"format": FORMAT, **config})
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot make directory {run.folder}: {error.strerror or error}") from error
-        try:
-            run.write_config()  # the first file: from here on the run can be resumed
-        except OSError:
-            run.folder.rmdir()
-            raise
-        run.weights.mkdir()
-        return run
+        with run.lock():
+            check_new_folder(folder)  # nobody was quicker
+            remove_leftovers(run.folder)
+            try:
+                run.write_config()  # the first file: from here on the run can be resumed
+            except OSError:
+                with contextlib.suppress(OSError):
+                    run.folder.rmdir()
+                raise
+            run.weights.mkdir()
+            run._latest = ""
+            yield run
 
     @classmethod
     def open(cls, folder: StrPath) -> "Run":
@@ -53,11 +85,12 @@ class Run:
             raise BadFileError(folder, "there is no such run directory")
         path = folder / "config.json"
         try:
-            config = json.loads(path.read_bytes())
+            data = read_regular(path, _LARGEST_CONFIG)
         except FileNotFoundError:
-            raise BadFileError(folder, "is not a run directory: it has no config.json") from None
-        except OSError as error:
-            raise BadFileError(path, f"cannot be read: {error.strerror or error}") from error
+            begin = f"; nothing is in it yet: --out {folder} begins one there" if not _has_anything(folder) else ""
+            raise BadFileError(folder, f"is not a run directory: it has no config.json{begin}") from None
+        try:
+            config = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise BadFileError(path, f"is not JSON ({error})") from error
         if not isinstance(config, dict) or config.get("format") != FORMAT:
@@ -96,33 +129,81 @@ class Run:
         """
         latest = self.weights / "latest"
         try:
-            name = latest.read_bytes()[:100].decode("ascii", errors="replace").strip()
+            with open_regular(latest) as file:
+                name = file.read(100).decode("ascii", errors="replace").strip()
         except FileNotFoundError:
+            self._latest = ""
             return max(self._checkpoints(), default=(0, None))[1]
         except OSError as error:
             raise BadFileError(latest, f"cannot be read: {error.strerror or error}") from error
+        self._latest = name
         if not _CHECKPOINT_NAME.fullmatch(name):
             raise BadFileError(latest, f"names {name!r}, expected step_<N>.safetensors{self._others(None)}")
         return self.weights / name
 
     def read_checkpoint(self) -> checkpoints.Checkpoint | None:
-        """The newest `Checkpoint`, or None before the first one.
+        """The newest `Checkpoint`, or None before the first one. Raises as `read_latest`."""
+        found = self.read_latest()
+        return None if found is None else found[1]
 
-        Raises BadFileError when it is damaged or gone (the message names the others there are), or is not of this run.
+    def read_latest(self) -> tuple[Path, checkpoints.Checkpoint] | None:
+        """The newest `Checkpoint` and its path, or None before the first one. The run may be saving at the moment.
+
+        Raises DamagedCheckpointError when it is damaged or gone (the message names the others there are), BadFileError when
+        it is not of this run. A RunWarning when weights/latest names an older one than there is.
         """
-        path = self.latest_checkpoint()
-        if path is None:
-            return None
-        try:
-            checkpoint = checkpoints.read_checkpoint(path)
-        except FileNotFoundError:
-            raise BadFileError(path, f"is missing, but weights/latest names it{self._others(path)}") from None
-        except BadFileError as error:
-            raise BadFileError(path, f"{error.problem}{self._others(path)}") from error
+        for _ in range(_TRIES):
+            path = self.latest_checkpoint()
+            if path is None:
+                return None
+            try:
+                return path, self._checked(path, checkpoints.read_checkpoint(path))
+            except (BadFileError, FileNotFoundError) as error:
+                problem = error.problem if isinstance(error, BadFileError) else "is missing, but weights/latest names it"
+                if self.latest_checkpoint() == path:  # else it was saved meanwhile, and the older one deleted
+                    raise DamagedCheckpointError(
+                        path, f"{problem}{self._others(path)}", self._whole_before(_step_of(path))
+                    ) from error
+        raise BadFileError(self.weights, f"was saved to {_TRIES} times while it was read: try again")
+
+    def read_step(self, step: int) -> tuple[Path, checkpoints.Checkpoint, str]:
+        """The `Checkpoint` of a step, its path, and why the newer ones are left out, in words ("" without any).
+
+        Raises BadFileError when it is damaged, ValueError when there is none of that step and when a newer one is whole.
+        """
+        there = dict(sorted(self._checkpoints()))
+        if step not in there:
+            steps = ", ".join(map(str, there)) or "none"
+            raise ValueError(f"the run in {self.folder} has no checkpoint of step {step}: there are {steps}")
+        self.latest_checkpoint()
+        left_out = []
+        for path in (path for other, path in there.items() if other > step):
+            try:
+                checkpoints.read_checkpoint(path)
+            except BadFileError as error:
+                left_out.append(f"{path.name} is left out: {error.problem}")
+            else:
+                raise ValueError(f"{path} is newer and whole, going on from step {step} would lose it: go on from that")
+        return there[step], self._checked(there[step], checkpoints.read_checkpoint(there[step])), "; ".join(left_out)
+
+    def _checked(self, path: Path, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
         for name in ("arch", "model", "tokenizer"):
             if checkpoint.config.get(name) != self.config.get(name):
                 raise BadFileError(path, f"is not of this run: its {name} is not the one in config.json")
+        newer = [other for step, other in sorted(self._checkpoints()) if step > checkpoint.step]
+        if newer and _step_of(path) == checkpoint.step and not is_held(self.folder):
+            latest = self.weights / "latest"
+            message = f"{latest} names {path.name}, and {newer[-1].name} is newer: the older one is taken"
+            warnings.warn(message, RunWarning, stacklevel=2)
         return checkpoint
+
+    def _whole_before(self, step: int) -> int | None:
+        """The step of the newest checkpoint before `step` that can be read."""
+        for other, path in sorted(self._checkpoints(), reverse=True):
+            with contextlib.suppress(BadFileError, FileNotFoundError):
+                if other < step and checkpoints.read_checkpoint(path):
+                    return other
+        return None
 
     def write_checkpoint(
         self, checkpoint: checkpoints.Checkpoint, keep: int, write_gguf: Callable[[Path], None] | None = None
@@ -136,12 +217,16 @@ class Run:
         if write_gguf is not None:
             write_gguf(path.with_suffix(".gguf"))
         checkpoints.write_checkpoint(path, checkpoint)
-        write_text(self.weights / "latest", path.name + "\n")
+        self._write_latest(path)
         for step, old in sorted(self._checkpoints(), reverse=True)[keep:]:
             if step < checkpoint.step:
                 with unless_in_use():
                     _remove(old)
         return path
+
+    def _write_latest(self, path: Path) -> None:
+        write_text(self.weights / "latest", path.name + "\n")
+        self._latest = path.name
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
         found = ((_CHECKPOINT_NAME.fullmatch(path.name), path) for path in self.weights.glob("step_*.safetensors"))
@@ -156,11 +241,18 @@ class Run:
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Make the directory what it was when the checkpoint of `step` was written (0: before the first step).
 
-        Later events, samples and checkpoints go, and so do leftovers of a killed process. Returns the events kept.
+        Later events, samples and checkpoints go, and so do leftovers of a killed process. Returns the events kept. Raises
+        RuntimeError when another process has gone on with the run since its checkpoint was read.
         """
+        before = self._latest
+        path = self.latest_checkpoint()
+        if before is not None and self._latest != before:
+            raise RuntimeError(f"another process went on with the run in {self.folder} meanwhile: resume it again")
         for folder in (self.folder, self.weights):
             remove_leftovers(folder)
         self.weights.mkdir(exist_ok=True)
+        if path is not None and _step_of(path) > step and (own := self.weights / f"step_{step}.safetensors").exists():
+            self._write_latest(own)
         for later, path in self._checkpoints():
             if later > step:
                 _remove(path)
@@ -190,18 +282,31 @@ class Run:
             yield
 
 
+def _step_of(path: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint and, first, the GGUF file beside it: one alone would never be found again."""
     checkpoint.with_suffix(".gguf").unlink(missing_ok=True)
     checkpoint.unlink(missing_ok=True)
 
 
+def _has_anything(folder: Path) -> bool:
+    """Whether a folder holds more than what a process leaves that was killed before it had written config.json."""
+    return any(path.name != ".lock" and not re.fullmatch(r"\.config\.json\..*\.tmp", path.name) for path in folder.iterdir())
+
+
 def check_new_folder(folder: StrPath) -> None:
-    """Raise ValueError unless a run can be started in `folder`: it is not there yet or empty, and can be made."""
+    """Raise ValueError unless a run can be started in `folder`: it is not there yet or empty, and can be made.
+
+    What a process left that was killed while it began a run there counts as nothing.
+    """
     folder = Path(folder)
     try:
         if folder.is_dir():
-            if any(folder.iterdir()):
+            if _has_anything(folder):
                 raise ValueError(f"output directory {str(folder)!r} exists and is not empty: choose another one")
         elif folder.exists() or folder.is_symlink():
             raise ValueError(f"output directory {str(folder)!r} exists and is not a directory: choose another one")

@@ -144,10 +144,10 @@ def _from_gguf(path: Path) -> Stored:
 def _from_run(path: Path) -> Stored:
     if path.is_dir():
         run = Run.open(path)
-        checkpoint, latest, base = run.read_checkpoint(), run.latest_checkpoint(), run.config.get("base")
-        if checkpoint is None or latest is None:
+        found, base = run.read_latest(), run.config.get("base")
+        if found is None:
             raise BadFileError(run.folder, "has no checkpoint yet")
-        path = latest
+        path, checkpoint = found
     else:
         checkpoint = read_checkpoint(path)
         base = checkpoint.config.get("base")
