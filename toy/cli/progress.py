@@ -79,6 +79,8 @@ class Progress:
         elif event.kind == "eval":
             self.validation, self.accuracy = event.loss, event.accuracy
             self._print(self.line())
+        elif event.kind == "notice":
+            self._print(f"note: {event.text} (step {event.step})")
         elif event.kind == "sample":
             self._print(indented(printable(event.text), self.console.width if self.bar is not None else None))
         if self.bar is not None and now - self.last_line > 0.1:

@@ -1,6 +1,7 @@
 """The commands toy train RECIPE: one run each, with the same loop and display. The flags are the fields of the recipe's
 options."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -12,9 +13,10 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from toy import switch
 from toy.cli.base import Phase, command, program, quoted
 from toy.cli.progress import EncodingBar, Progress, show_choices
-from toy.files.runs import new_folder
+from toy.files.runs import DamagedCheckpointError, new_folder
 from toy.training import RECIPES, Training
 from toy.training.options import DATA, MACHINE, MODEL, REPORTS, STEPS
 
@@ -86,13 +88,16 @@ def recipe_command(start):
     """The `toy train` command of a recipe, a `toy.training.start.Start`; its docstring is the help."""
     fields = dataclasses.fields(start.options_class)
 
-    def body(out, resume, debug, **values):
-        return _train(start.options_class, out, resume, debug, values)
+    def body(out, resume, from_step, debug, **values):
+        return _train(start.options_class, out, resume, from_step, debug, values)
 
     body.__doc__ = inspect.getdoc(start)
     folder = click.Path(path_type=Path)
     for field in reversed(fields):
         body = flag_of(field)(body)
+    body = click.option(
+        "--from-step", type=int, metavar="N", help="With --resume: from this checkpoint, the newer ones being damaged."
+    )(body)
     body = click.option("--resume", metavar="RUN", type=folder, help="Go on with the run in this directory.")(body)
     body = click.option("--out", type=folder, help="Directory of the run. [default: runs/<time>-<name>-<id>]")(body)
     made = command(train, start.options_class.recipe, RecipeCommand)(body)
@@ -109,13 +114,23 @@ for _start in RECIPES.values():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _train(kind, out, resume, debug, options):
+def _train(kind, out, resume, from_step, debug, options):
     given = {name: value for name, value in options.items() if _is_given(name)}
     with Phase(2, debug):
         if resume is not None:
             if out is not None:
                 raise ValueError("--out cannot be given with --resume: the run goes on in its own directory")
-            job = Training.resume(resume, recipe=kind.recipe, progress=EncodingBar(), **given)
+            try:
+                job = Training.resume(
+                    resume, recipe=kind.recipe, progress=EncodingBar(), from_step=from_step, **given
+                )
+            except DamagedCheckpointError as error:
+                if error.before is None:
+                    raise
+                command = f"{resume_command(kind, resume)} --from-step {error.before}"
+                raise ValueError(f"{error}. To go on from step {error.before}, which is whole: {command}") from error
+        elif from_step is not None:
+            raise ValueError("--from-step belongs to --resume, which names the run to go on with")
         else:
             if out is None:
                 out = new_folder(options.get("arch") or kind.recipe)
@@ -123,16 +138,20 @@ def _train(kind, out, resume, debug, options):
     go_on = resume_command(kind, job.out)
 
     def hint():
-        return f". To go on from the last checkpoint: {go_on}" if job.has_checkpoint() else ""
+        more = job.step < job.options.steps and job.has_checkpoint()
+        return f". To go on from the last checkpoint: {go_on}" if more else ""
 
     with Phase(1, debug, hint):
         show_choices(job.choices())
-        for notice in job.notices():
+        r = job.recipe
+        kernels = switch.missing_kernels_notice(switch.Resolved(r.backend, r.device, r.backend_reason))
+        for notice in (*([kernels] if kernels else []), *job.notices()):
             click.echo(f"note: {notice}")
         progress = Progress(job.options.steps, job.step, job.start.unit)
         try:
-            with progress:
-                for event in job.run(on_stop=_say_stopping):
+            # closed whatever happens, a standard output that is full or gone too: that saves
+            with contextlib.closing(job.run(on_stop=_say_stopping)) as events, progress:
+                for event in events:
                     progress.show(event)
         except KeyboardInterrupt:
             click.echo(f"toy: stopped at once, without saving{hint()}", err=True)
@@ -157,7 +176,8 @@ def _is_given(name):
 
 def _say_stopping():
     # called from a signal handler: print() could be in the middle of a line
-    os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
+    with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+        os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
 
 
 def resume_command(kind, folder):

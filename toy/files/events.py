@@ -218,8 +218,8 @@ _LARGEST = {int: 2**40, float: 3.5e38}  # more no step has taken, and float32 do
 def _read_line(line: bytes) -> tuple[dict[str, Any], bool]:
     """-> the event, and whether its line has a CRC. Raises ValueError (OverflowError, RecursionError) for what is none."""
     crc = None
-    if len(line) > 25 and (found := _CRC.fullmatch(line[-21:])):
-        line, crc = line[:-21] + b"}", int(found[1], 16)
+    if found := _CRC.fullmatch(line, max(len(line) - 20, 0)):
+        line, crc = line[: found.start()] + b"}", int(found[1], 16)
         if crc != zlib.crc32(line):
             raise ValueError("it was changed after it was written: the crc does not match")
     event = _checked(json.loads(line))

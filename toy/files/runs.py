@@ -157,13 +157,17 @@ class Run:
             if path is None:
                 return None
             try:
-                return path, self._checked(path, checkpoints.read_checkpoint(path))
+                checkpoint = checkpoints.read_checkpoint(path)
             except (BadFileError, FileNotFoundError) as error:
                 problem = error.problem if isinstance(error, BadFileError) else "is missing, but weights/latest names it"
                 if self.latest_checkpoint() == path:  # else it was saved meanwhile, and the older one deleted
                     raise DamagedCheckpointError(
                         path, f"{problem}{self._others(path)}", self._whole_before(_step_of(path))
                     ) from error
+            else:
+                self._check_own(path, checkpoint)
+                self._warn_of_newer(path)
+                return path, checkpoint
         raise BadFileError(self.weights, f"was saved to {_TRIES} times while it was read: try again")
 
     def read_step(self, step: int) -> tuple[Path, checkpoints.Checkpoint, str]:
@@ -184,18 +188,30 @@ class Run:
                 left_out.append(f"{path.name} is left out: {error.problem}")
             else:
                 raise ValueError(f"{path} is newer and whole, going on from step {step} would lose it: go on from that")
-        return there[step], self._checked(there[step], checkpoints.read_checkpoint(there[step])), "; ".join(left_out)
+        checkpoint = checkpoints.read_checkpoint(there[step])
+        self._check_own(there[step], checkpoint)
+        return there[step], checkpoint, "; ".join(left_out)
 
-    def _checked(self, path: Path, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-        for name in ("arch", "model", "tokenizer"):
-            if checkpoint.config.get(name) != self.config.get(name):
-                raise BadFileError(path, f"is not of this run: its {name} is not the one in config.json")
-        newer = [other for step, other in sorted(self._checkpoints()) if step > checkpoint.step]
-        if newer and _step_of(path) == checkpoint.step and not is_held(self.folder):
+    def _check_own(self, path: Path, checkpoint: checkpoints.Checkpoint) -> None:
+        """Raise BadFileError unless config.json says of the run what the checkpoint, which is protected, says.
+
+        The options and what may change when a run goes on are not compared: who goes on looks at those.
+        """
+        for name, then in checkpoint.config.items():
+            now = self.config.get(name)
+            if name not in _MAY_CHANGE and not (_agree(then, now) and (name in _PLACES or _keys(then) == _keys(now))):
+                raise BadFileError(
+                    path,
+                    f"is not of this run: its {name} is not the one in config.json. If that was changed by hand, or "
+                    "damaged, put it back",
+                )
+
+    def _warn_of_newer(self, path: Path) -> None:
+        newer = [other for step, other in sorted(self._checkpoints()) if step > _step_of(path)]
+        if newer and not is_held(self.folder):  # a run that is saving writes the checkpoint first
             latest = self.weights / "latest"
             message = f"{latest} names {path.name}, and {newer[-1].name} is newer: the older one is taken"
-            warnings.warn(message, RunWarning, stacklevel=2)
-        return checkpoint
+            warnings.warn(message, RunWarning, stacklevel=3)
 
     def _whole_before(self, step: int) -> int | None:
         """The step of the newest checkpoint before `step` that can be read."""
@@ -280,6 +296,21 @@ class Run:
             except BlockingIOError:
                 raise BlockingIOError(f"another process is training in {self.folder}: wait for it or stop it") from None
             yield
+
+
+_MAY_CHANGE = {"training", "backend", "versions"}  # of config.json's entries, when a run goes on
+_PLACES = {"corpus", "data", "base"}  # what they name may have moved; newer versions say more about them
+
+
+def _agree(then: Any, now: Any) -> bool:
+    """Whether two entries of a config.json say the same, but for where files are."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return all(_agree(then[key], now[key]) for key in then.keys() & now.keys() - {"path", "source"})
+    return bool(then == now)
+
+
+def _keys(entry: Any) -> Any:
+    return entry.keys() if isinstance(entry, dict) else None
 
 
 def _step_of(path: Path) -> int:

@@ -16,7 +16,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -29,11 +29,12 @@ from toy.data import Corpus, Split, load_corpus
 from toy.data.tokenizers import Tokenizer
 from toy.files import BadFileError, Checkpoint, Run, read_events
 from toy.files.atomic import StrPath
-from toy.files.events import Evaluation, Event, EventLog, RunEnd, RunStart, Sample, Step
+from toy.files.events import Evaluation, Event, EventLog, Notice, RunEnd, RunStart, Sample, Step
 from toy.files.runs import check_new_folder
 from toy.models.base import Model
+from toy.training.high_loss import HighLoss
 from toy.training.options import RunOptions, TextOptions
-from toy.training.start import Decision, TextStart
+from toy.training.start import Decision, Start, TextStart
 from toy.training.table import RECIPES
 
 
@@ -42,11 +43,14 @@ class DivergedError(RuntimeError):
 
 
 class _Resumed(NamedTuple):
-    """What `Training.resume` found. unchanged: names of the options that the run takes from before."""
+    """What `Training.resume` found. unchanged: names of the options that the run takes from before. notices: sentences about
+    the run directory. left_out: why newer checkpoints than this one are not gone on from, ""."""
 
     run: Run
     checkpoint: Checkpoint | None
     unchanged: Set[str]
+    notices: Sequence[str]
+    left_out: str
 
 
 class Training:
@@ -96,6 +100,9 @@ class Training:
         self._saved: int | None = None  # the step of the newest checkpoint
         self._run: Run | None = None
         self._unchanged: Set[str] = frozenset()
+        self._notices: Sequence[str] = ()
+        self._left_out = ""
+        self._high = HighLoss(self.recipe.n_classes)
         if resumed is not None:
             self._go_on(resumed)
 
@@ -106,10 +113,12 @@ class Training:
         recipe: str | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
+        from_step: int | None = None,
         **changes: Any,
     ) -> "Training":
         """The run in `folder` (a path), ready to go on from its newest checkpoint: weights, moments and step.
 
+        from_step: of the checkpoint to go on from when the newer ones are damaged; they are deleted when the run begins.
         recipe: the name of the one it must be of, None: any.
         changes: options by name. Those that are marked as resumable may differ: steps (the total, more than are done), corpus
         and model (a new place of the same text, of the same file), what does not change the numbers, and backend, device and
@@ -130,23 +139,28 @@ class Training:
                     f"the run in {folder} was begun with {name} {getattr(options, name)} and cannot go on with {value}: "
                     "leave the option out, or start a new run"
                 )
-        if run.events_path.exists():
-            read_events(run.events_path)  # damage is told now, not when the log is gone on with
-        checkpoint = run.read_checkpoint()
+        checkpoint, left_out = run.read_checkpoint(), ""
+        if from_step is not None:
+            _, checkpoint, left_out = run.read_step(from_step)
+        notices = [] if checkpoint is None else _compare_config(run, checkpoint, options, changes)
         done, steps = checkpoint.step if checkpoint else 0, changes.get("steps", options.steps)
+        if run.events_path.exists():
+            read_events(run.events_path, reach=done)  # damage is told now, not when the log is gone on with
+        elif done:
+            notices.append(f"{run.events_path} is gone: the curve begins at step {done}")
         if steps < options.steps:
             raise ValueError(
                 f"the run in {folder} was begun with {options.steps} steps, it cannot go on to only {steps}"
             )
+        resumed = _Resumed(run, checkpoint, as_it_ran.keys() - changes.keys(), notices, left_out)
+        options = dataclasses.replace(options, **{**as_it_ran, **changes})
         if done >= steps:
-            raise ValueError(f"the run in {folder} has done its {done} steps: give it more steps to go on")
-        resumed = _Resumed(run, checkpoint, as_it_ran.keys() - changes.keys())
-        return cls(
-            dataclasses.replace(options, **{**as_it_ran, **changes}), run.folder, progress=progress, resumed=resumed
-        )
+            drawn = _draw_again(cls, options, resumed)
+            raise ValueError(f"the run in {folder} has done its {done} steps: give it more steps to go on{drawn}")
+        return cls(options, run.folder, progress=progress, resumed=resumed)
 
     def _go_on(self, resumed: _Resumed) -> None:
-        run, checkpoint, self._unchanged = resumed
+        run, checkpoint, self._unchanged, self._notices, self._left_out = resumed
         self.start.check_same(run)
         if run.config.get("model") != _json_of(self.config):
             raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
@@ -182,8 +196,8 @@ class Training:
         return Split(self.data.training.tokens(), self.data.validation.tokens())
 
     def notices(self) -> Sequence[str]:
-        """Sentences about the data that a user should know."""
-        return self.start.notices()
+        """Sentences about the data, and about the directory of a run that goes on, that a user should know."""
+        return [*self._notices, *self.start.notices()]
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint on the disk to go on from."""
@@ -210,7 +224,7 @@ class Training:
         decay = "" if o.schedule == "constant" else f" down to {o.lr * o.lr_floor:g} at step {o.steps}"
         rounds, classes = o.steps * s.per_step / s.n_train, r.n_classes
         return [
-            *([Decision("resumed", f"after step {self.step}")] if self._run is not None else []),
+            *([Decision("resumed", f"after step {self.step}", self._left_out)] if self._run is not None else []),
             Decision("backend", r.backend, before.get("backend", r.backend_reason)),
             Decision("device", r.device),
             Decision("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
@@ -231,11 +245,11 @@ class Training:
     def run(self, on_stop: Callable[[], None] | None = None) -> Iterator[Event]:
         """Train, as a generator of events; the same events go to events.jsonl.
 
-        Ctrl-C (or SIGTERM) ends it after the step that is being computed, with a checkpoint and RunEnd("interrupted"); so
+        Ctrl-C (or SIGTERM, or SIGHUP: the terminal is closed) ends it after the step that is being computed, with a checkpoint and RunEnd("interrupted"); so
         does leaving the loop. on_stop() is then called from the signal handler, at once. A second Ctrl-C raises
         KeyboardInterrupt without a checkpoint. Call `run` again to go on.
-        Raises DivergedError when a number is no longer finite (the last checkpoint stays), OSError when a file cannot be
-        written.
+        Raises DivergedError when a number is no longer finite (the last checkpoint stays), and when at the end the loss is far
+        above that of a uniform guess (see `toy.training.high_loss`); OSError when a file cannot be written.
         """
         resumed = self._run is not None
         with contextlib.ExitStack() as stack:
@@ -246,6 +260,8 @@ class Training:
                 yield self._emit(self._run_start(resumed))
                 yield from self._steps(stop)
                 self._save()
+                if self.step == self.options.steps and self._high.lasts:
+                    raise self._diverged(self._high.words())
             except GeneratorExit:
                 self._save()
                 self._emit(self._run_end("interrupted"))
@@ -272,7 +288,10 @@ class Training:
             if o.save_every is not None and self.step % o.save_every == 0 and self.step > 0:
                 self._save()
             if not stop.requested:
-                yield self._emit(self._train_step())
+                step = self._train_step()
+                yield self._emit(step)
+                if self._high.see(step.loss):
+                    yield self._emit(Notice(step=self.step, text=self._high.words()))
 
     def _train_step(self) -> Step:
         k, lr = self.step, self.schedule(self.step)
@@ -312,7 +331,8 @@ class Training:
         return self.step % every == 0 or self.step == self.options.steps
 
     def _diverged(self, what: str) -> DivergedError:
-        return DivergedError(f"{what}: the training diverged; try an lr below {self.options.lr:g} or a smaller clip")
+        clip = f"a clip below {self.options.clip:g}" if self.options.clip else "a clip, of 1 say"
+        return DivergedError(f"{what}: the training diverged; try an lr below {self.options.lr:g} or {clip}")
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -321,13 +341,13 @@ class Training:
         if self.out is None:
             return None
         if self._run is None:
-            self._run = Run.create(self.out, self._describe())
-            stack.enter_context(self._run.lock())
+            self._run = stack.enter_context(Run.begin(self.out, self._describe()))
         else:
             stack.enter_context(self._run.lock())
             kept = self._run.rewind(self.step)
             self._evaluated = {event["step"] for event in kept if event["kind"] == "eval"}
             self._sampled = {event["step"] for event in kept if event["kind"] == "sample"}
+            self._high = HighLoss(self.recipe.n_classes, (event["loss"] for event in kept if event["kind"] == "step"))
             self._run.config.update(self._describe())
             self._run.write_config()
         log = EventLog(self._run.events_path)
@@ -417,14 +437,50 @@ def _read_config(run: Run) -> tuple[RunOptions, dict[str, Any]]:
         raise BadFileError(run.config_path, f"its training options are wrong ({error})") from error
 
 
+def _compare_config(run: Run, checkpoint: Checkpoint, options: RunOptions, changes: Mapping[str, Any]) -> list[str]:
+    """Raise BadFileError when config.json has other options than the checkpoint, which is protected, was trained with.
+
+    Those that a run may go on with may differ (it may have been killed before its next checkpoint): sentences about them.
+    """
+    then, _ = _read_config(Run(run.folder, checkpoint.config))
+    notices = []
+    for field in dataclasses.fields(options):
+        name, now, was = field.name, getattr(options, field.name), getattr(then, field.name, None)
+        if now == was or name in changes:
+            continue
+        if not field.metadata.get("resumable"):
+            raise BadFileError(
+                run.config_path,
+                f"its {name} is {now}, and the checkpoint of step {checkpoint.step} was trained with {was}: put it back, or "
+                "start a new run",
+            )
+        notices.append(f"config.json says {name} {now}, when step {checkpoint.step} was saved it was {was}")
+    return notices
+
+
+def _draw_again(kind: type[Training], options: RunOptions, resumed: _Resumed) -> str:
+    """Draw the pictures of a run that is done, which was perhaps killed while it drew. Returns a piece of a sentence."""
+    start = RECIPES[options.recipe]
+    if start.draw is Start.draw:  # no data are needed
+        from toy.plots import plot_runs
+
+        return f"; its picture was drawn again: {plot_runs([resumed.run.folder], resumed.run.picture_path)}"
+    kind(options, resumed.run.folder, resumed=resumed)._draw()
+    return "; its pictures were drawn again"
+
+
 def _json_of(record: RunOptions | ModelConfig) -> dict[str, Any]:
     """A dataclass as JSON would give it back: lists for tuples."""
     items = dataclasses.asdict(record).items()
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
+# of them Windows has no SIGHUP
+_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class _StopSignals:
-    """While open, Ctrl-C and SIGTERM ask for a stop (`requested`) instead of breaking into a half-done update.
+    """While open, Ctrl-C, SIGTERM and SIGHUP ask for a stop (`requested`) instead of breaking into a half-done update.
 
     A second Ctrl-C raises KeyboardInterrupt. Only the main thread gets signals, elsewhere this does nothing.
     """
@@ -436,7 +492,7 @@ class _StopSignals:
 
     def __enter__(self) -> "_StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _STOPPING:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup and the like are to be respected
                     self._previous[number] = signal.signal(number, self._on_signal)
         return self
