@@ -198,11 +198,15 @@ class Server:
         self._server.server_close()
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """The part of the hub that its client uses for one file."""
 
     requests = []  # noqa: RUF012 (shared on purpose: the handler is made anew for every request)
     cut_off = False
+    headers_sent = {}  # noqa: RUF012 (other headers of the file than its own)
 
     def do_HEAD(self):
         self._answer(body=False)
@@ -223,8 +227,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200)
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
-        self.send_header("ETag", f'"{hashlib.sha256(CONTENT).hexdigest()}"')
+        names = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(CONTENT).hexdigest()}"'}
+        for name, value in (names | self.headers_sent).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
         if body:
@@ -239,6 +244,7 @@ def hub(monkeypatch):
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (pip install huggingface_hub)")
     monkeypatch.setattr(Hub, "requests", [])
     monkeypatch.setattr(Hub, "cut_off", False)
+    monkeypatch.setattr(Hub, "headers_sent", {})
     with Server(Hub) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -298,6 +304,23 @@ def test_a_connection_that_breaks_leaves_nothing(hub, cache, monkeypatch):
     with pytest.raises(FetchError, match="cannot fetch"):
         fetch("owner/name", "folder/tiny.gguf")
     assert not list(cache.rglob("*.gguf")) and not list(cache.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit", "X-Xet-Hash"])
+@pytest.mark.parametrize(
+    "name", ["../../../../x/evil.pth", '"../evil"', 'W/"../evil"', "/etc/evil", "..", "a\\b", "C:evil", "a/b", "a\tb", '""', "a" * 999]
+)
+def test_a_server_cannot_choose_where_a_file_goes(hub, cache, tmp_path, header, name):
+    """The client makes paths of these headers. Other names are taken (`W/` and quotes are HTTP's)."""
+    for sound in (COMMIT, "5e8f-2" if header == "X-Repo-Commit" else 'W/"5e8f-2"'):
+        Hub.headers_sent = {"ETag": '"5e8f"', header: sound} if header != "X-Xet-Hash" else {}
+        assert fetch("owner/name", "folder/tiny.gguf").read_bytes() == CONTENT
+    before = sorted(tmp_path.rglob("*"))
+    Hub.headers_sent, Hub.requests = {header: name}, []
+    with pytest.raises(FetchError, match=f"answers with the {header} .*, which is no name of a file"):
+        fetch("owner/name", "folder/tiny.gguf")
+    assert {method for method, _ in Hub.requests} == {"HEAD"}
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_without_the_hub_client(monkeypatch):

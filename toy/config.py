@@ -10,6 +10,15 @@ from typing import SupportsIndex
 VERSION = "0.1.0"  # of the package: pyproject.toml reads it here
 
 
+MOST_LAYERS = 10_000  # of a model: more are a mistake, and even their names would take minutes
+
+
+def check_layers(n_layers: int) -> None:
+    """Raise ValueError for more layers than any model has."""
+    if n_layers > MOST_LAYERS:
+        raise ValueError(f"n_layers must be at most {MOST_LAYERS:,}, got a number of {len(str(n_layers))} digits")
+
+
 def check_positive_int(name: str, value: SupportsIndex) -> int:
     """`value` as a Python int. Raises ValueError (naming `name`) unless it is an integer of at least 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -24,7 +33,7 @@ class TransformerConfig:
     """The readable TransformerLM: RMSNorm, causal attention, GELU MLP, no biases, learned positions, tied embedding.
 
     d_model: width of the residual stream; d_ff: hidden width of the MLP; context_length: longest sequence, in tokens.
-    Raises ValueError for a value below 1 and for heads that do not divide the width.
+    Raises ValueError for a value below 1, more than `MOST_LAYERS`, and for heads that do not divide the width.
     """
 
     vocab_size: int
@@ -37,6 +46,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_heads", "d_ff", "n_layers", "context_length"):
             object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        check_layers(self.n_layers)
         _check_heads(self.d_model, self.n_heads)
 
     @property
@@ -79,6 +89,7 @@ class LlamaConfig:
         names = ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_layers", "context_length")
         for name in names:
             object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        check_layers(self.n_layers)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads must divide n_heads: {self.n_heads} / {self.n_kv_heads} is not whole")
         if self.head_dim is None:
@@ -119,6 +130,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, check_positive_int(field.name, getattr(self, field.name)))
+        check_layers(self.n_layers)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"patch_size must divide image_size: {self.image_size} / {self.patch_size} leaves "
@@ -200,5 +212,6 @@ def _check_heads(d_model: int, n_heads: int) -> None:
 
 
 def _divisors_near(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0] if number < 2**40 else [1]
+    divisors = sorted({*small, *(number // d for d in small)})
     return ", ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:4]))

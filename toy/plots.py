@@ -1,6 +1,7 @@
 """Pictures of runs: one figure with the loss curves of one or several run directories."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from toy.files import BadFileError, Run, read_events
 from toy.files.atomic import FileInUseError, StrPath, replacing
+from toy.files.errors import printable
 
 X_AXES = {"steps": "steps", "tokens": "training tokens", "seconds": "seconds in training steps"}
 # Okabe & Ito 2008: eight colours that people with any kind of colour vision can tell apart (without yellow: too light)
@@ -132,13 +134,14 @@ def load_curve(path: StrPath) -> dict[str, Any]:
             raise ValueError(vocab_size)
     except (KeyError, TypeError, ValueError):
         raise BadFileError(run.config_path, "does not say the size of the vocabulary") from None
-    events = read_events(run.events_path)
+    latest = run.latest_checkpoint()  # before the log, which a run that goes on writes first
+    events = read_events(run.events_path, reach=0 if latest is None else int(latest.stem.removeprefix("step_")))
     steps = [event for event in events if event["kind"] == "step"]
     evals = [event for event in events if event["kind"] == "eval"]
     if not steps:
         raise BadFileError(run.events_path, "has no training step yet: there is nothing to draw")
     curve: dict[str, Any] = {
-        "name": run.folder.resolve().name,
+        "name": printable(os.fsencode(run.folder.resolve().name).decode(errors="replace")),
         "vocab_size": vocab_size,
         "unit": "token" if "vocab_size" in model else "image",
         "steps": np.array([event["step"] for event in steps]),

@@ -41,7 +41,7 @@ class Phase:
         if not isinstance(error, Exception) or isinstance(error, BrokenPipeError):
             return
         if isinstance(error, OSError):
-            message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            message = in_words(error)
         elif isinstance(error, (ValueError, RuntimeError)):
             message = str(error)
         elif isinstance(error, MemoryError):
@@ -50,6 +50,27 @@ class Phase:
             message = f"unexpected {type(error).__name__}: {error} (please report it, with the output of --debug)"
             raise Failure(message, 1, self.debug) from error
         raise Failure(message + self.hint(), self.exit_code, self.debug) from error
+
+
+def in_words(error):
+    """An OSError as a sentence that names the file, or the standard output when that is what cannot be written."""
+    if error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if error.filename is None and error.errno is not None and not written():
+        return f"cannot write to the standard output: {error.strerror or error}"
+    return str(error)
+
+
+def written():
+    """Write out what the standard output holds -> whether that worked. What cannot be written is thrown away."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nothing = os.open(os.devnull, os.O_WRONLY)  # or the last flush would fail again
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+        return False
+    return True
 
 
 def command(group, name, kind=click.Command):
@@ -62,7 +83,7 @@ def command(group, name, kind=click.Command):
             try:
                 return function(*args, **kwargs)
             except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail again
+                written()
                 return 1
 
         # click reads the parameters backwards: the first one is shown last

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import click
@@ -18,8 +19,9 @@ from toy.cli import data as cli_data
 from toy.cli import images as cli_images
 from toy.cli import models as cli_models
 from toy.cli import train as cli_train
-from toy.cli.base import Failure, Phase, command
+from toy.cli.base import Failure, Phase, command, in_words, written
 from toy.config import VERSION
+from toy.files import RunWarning
 
 
 def main(arguments=None):
@@ -27,18 +29,46 @@ def main(arguments=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a ? instead of a crash
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RunWarning)
+        warnings.showwarning = _showing(warnings.showwarning)
+        sys.exit(_run(arguments))
+
+
+def _run(arguments):
+    """The exit code of a command line; what went wrong is said on stderr."""
     try:
-        sys.exit(cli.main(arguments, prog_name="toy", standalone_mode=False) or 0)
+        code = cli.main(arguments, prog_name="toy", standalone_mode=False) or 0
+        sys.stdout.flush()  # here a full disk can still be told
+        return code
     except Failure as failure:
         if failure.debug and failure.__cause__ is not None:
             traceback.print_exception(failure.__cause__)
         click.echo(f"toy: {failure.message}", err=True)
-        sys.exit(failure.exit_code)
+        return failure.exit_code
     except click.ClickException as error:
         click.echo(f"toy: {error.format_message()}", err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except click.Abort:
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        written()
+        return 1
+    except OSError as error:  # of printing, and of a process that may not open a file any more
+        click.echo(f"toy: {in_words(error)}", err=True)
+        return 1
+
+
+def _showing(show_other):
+    """What shows a warning: one about a run directory as a note, another as before."""
+
+    def show(message, category, *more, **named):
+        if issubclass(category, RunWarning):
+            click.echo(f"note: {message}", err=True)
+        else:
+            show_other(message, category, *more, **named)
+
+    return show
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,7 +120,8 @@ def backends(debug):
     from rich.table import Table
 
     with Phase(1, debug):
-        table = Table("backend", "available", "threads", "GFLOP/s", "version, or why it is not there")
+        table = Table("backend", "available", "threads", "GFLOP/s")
+        table.add_column("version, or why it is not there", overflow="fold")
         for row in switch.backends():
             speed = f"{matmul_gflops(row.name):.0f}" if row.available else ""
             available, threads = "yes" if row.available else "no", str(row.threads or "")

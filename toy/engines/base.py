@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from toy.adamw import AdamW, check_row
 from toy.config import ModelConfig, RecipeOptions
+from toy.engines.memory import check_fits
 from toy.engines.weights import Weights, random_weights
 from toy.models import model_for
 from toy.models.base import Model
@@ -70,6 +71,10 @@ class Engine:
         self.batch = self.model_class.batch_type(config, options.t_batch, options.t_seq)
         self.arch = self.model_class.arch
         self.hp_mode = self.model_class.hp_mode if weights.hp_mode is None else weights.hp_mode
+        if self.device.startswith("cpu"):
+            # float32: a weight that is trained has a gradient and two moments; the logits have a gradient
+            n_bytes = 4 * (4 * self.n_trained + 2 * self.batch.n_rows * self.batch.n_classes)
+            check_fits(n_bytes, f"training {self.n_trained:,} parameters on {self.batch.n_rows:,} rows")
         self.grad_norm = float("nan")  # L2 norm of the last step's whole gradient, before clipping
 
     def __enter__(self) -> "Self":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, NamedTuple, cast
 
 from toy.files.atomic import replacing
+from toy.files.errors import printable
 from toy.optional import optional_package
 
 
@@ -205,13 +206,14 @@ def _fetch_from_hub(repository, file, progress):
         raise ValueError(f"{file!r} is no path in a repository")
     hub = optional_package("huggingface_hub", "fetching from the Hugging Face hub")
     errors = optional_package("huggingface_hub.errors", "fetching from the Hugging Face hub", "huggingface_hub")
+    utils = optional_package("huggingface_hub.utils", "fetching from the Hugging Face hub", "huggingface_hub")
     constants = optional_package("huggingface_hub.constants", "fetching from the Hugging Face hub", "huggingface_hub")
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT  # the library itself looks only when it is imported
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     folder = cache_dir() / "hub"
     try:
-        return Path(
-            hub.hf_hub_download(
+        with _checked_names(utils.get_session()):
+            path = hub.hf_hub_download(
                 repository,
                 file,
                 cache_dir=folder,
@@ -219,7 +221,11 @@ def _fetch_from_hub(repository, file, progress):
                 local_files_only=offline,
                 tqdm_class=_silent(progress),
             )
-        )
+        if not Path(path).resolve().is_relative_to(folder.resolve()):
+            raise FetchError(f"{endpoint} gave {file} a place outside of the cache: {path}")
+        return Path(path)
+    except FetchError:
+        raise
     except errors.GatedRepoError as error:
         reason = "its owner asks users to accept terms first: do that on its page and set HF_TOKEN"
         raise FetchError(f"cannot fetch {file} from {repository}: {reason}") from error
@@ -242,6 +248,33 @@ def _fetch_from_hub(repository, file, progress):
         for partial in folder.glob(f"models--{repository.replace('/', '--')}/**/*.incomplete"):
             with contextlib.suppress(OSError):
                 partial.unlink()
+
+
+# What the hub's client makes file names of. A real one is a digest, git's or the storage's.
+_NAMES = ("ETag", "X-Linked-Etag", "X-Repo-Commit", "X-Xet-Hash")
+
+
+@contextlib.contextmanager
+def _checked_names(session):
+    """While the block runs, an answer in which the server chose a name that could be a path elsewhere ends the download.
+
+    session: the hub's HTTP client, whose hooks see every answer before anything is made of it. Raises FetchError.
+    """
+
+    def check(response):
+        for header in _NAMES if response.request.method == "HEAD" else ():
+            value = response.headers.get(header)
+            name = re.fullmatch(r'(?:W/)?"?([^"]*)"?', value or "x")
+            if name is None or not re.fullmatch(r"[0-9A-Za-z-]{1,200}", name[1]):
+                url = printable(response.request.url)
+                raise FetchError(f"{url} answers with the {header} {printable(value)[:80]!r}, which is no name of a file")
+
+    hooks = session.event_hooks
+    session.event_hooks = hooks | {"response": [*hooks.get("response", []), check]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
 
 
 def _silent(progress):

@@ -179,7 +179,10 @@ class LanguageModel(Model):
 
 
 class KeyValueCache:
-    """The keys and values of the tokens seen so far, per layer, for one sequence. `length`: tokens seen."""
+    """The keys and values of the tokens seen so far, per layer, for one sequence. `length`: tokens seen.
+
+    Its arrays grow with the sequence, doubling, up to the context: a file may claim any context, and most texts are short.
+    """
 
     def __init__(self, n_layers: int, context_length: int) -> None:
         self.length = 0
@@ -188,13 +191,19 @@ class KeyValueCache:
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, ...]:
         """Append k, v (T, width) after the first `length` rows -> all keys and values so far (length + T, width)."""
-        stores = self.layers[layer]
-        if stores is None:
-            stores = self.layers[layer] = tuple(np.empty((self.context_length, a.shape[1]), a.dtype) for a in (k, v))
-        end = self.length + len(k)
+        end, stores = self.length + len(k), self.layers[layer]
+        if stores is None or len(stores[0]) < end:
+            rows = min(max(2 * end, _LEAST_ROWS), max(self.context_length, end))
+            larger = tuple(np.empty((rows, a.shape[1]), a.dtype) for a in (k, v))
+            for store, new in zip(stores or (), larger):
+                new[: self.length] = store[: self.length]
+            stores = self.layers[layer] = larger
         for store, new in zip(stores, (k, v)):
             store[self.length : end] = new
         return tuple(store[:end] for store in stores)
+
+
+_LEAST_ROWS = 64  # of a cache: fewer are not worth growing
 
 
 def backward_order(

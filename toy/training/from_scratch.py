@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from toy import recipes
-from toy.config import LanguageModelConfig
+from toy.config import MOST_LAYERS, LanguageModelConfig
 from toy.data.bpe_tokenizer import DEFAULT_VOCAB_SIZE
 from toy.data.open_tokenizer import make_tokenizer
 from toy.data.sources import Source as TextSource
@@ -37,7 +37,7 @@ class FromScratchOptions(TextOptions):
     )
     arch: str = option("transformer", "The model.", MODEL, choices=LANGUAGE_MODELS)
     d_model: int = option(128, "Width of the residual stream.", MODEL, at_least=1)
-    layers: int = option(4, "Blocks.", MODEL, at_least=1)
+    layers: int = option(4, "Blocks.", MODEL, at_least=1, at_most=MOST_LAYERS)
     heads: int = option(4, "Attention heads in a block; they divide the width.", MODEL, at_least=1)
     kv_heads: int | None = option(
         None, "Key/value heads of a llama; they divide the heads.", MODEL, shown="as --heads", at_least=1

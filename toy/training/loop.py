@@ -81,13 +81,13 @@ class Training:
         self.start = start = RECIPES[options.recipe](options)
         self.recipe = start.recipe
         start.progress = progress
-        start.read()
-        self.options, self.config = start.options, start.config
         try:
+            start.read()
+            self.options, self.config = start.options, start.config
             with switch.use_num_threads(options.threads):
                 start.realize()
         except MemoryError as error:
-            raise ValueError(f"there is not enough memory for a model of this size ({error})") from error
+            raise ValueError(f"there is not enough memory for a run of this size ({error})") from error
         numbers = {name: getattr(options, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")}
         self._adamw = self.recipe.adamw(**{name: value for name, value in numbers.items() if value is not None})
         self._adamw.hp_for_step(0)  # numbers out of range are told now

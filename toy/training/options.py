@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 from toy.config import WEIGHT_DTYPES, check_positive_int
 from toy.data.encoding import TRAIN_ON
 from toy.data.training_data import SPLITS
-from toy.switch import BACKEND_NAMES
+from toy.switch import BACKEND_NAMES, MOST_THREADS
 from toy.training import schedules
 
 if TYPE_CHECKING:
@@ -33,17 +33,18 @@ def option(
     choices: tuple[str, ...] | None = None,
     resumable: bool = False,
     at_least: int | None = None,
+    at_most: int = LARGEST,
     several: bool = False,
 ) -> Any:
     """A field of an options dataclass.
 
     shown: the default in words, where the value does not say it. choices: the values there are. resumable: whether a run
     may go on with another value. at_least: the smallest value of a whole number; None there means "not said", not a
-    bound. several: whether the flag may be given more than once.
+    bound. at_most: the largest. several: whether the flag may be given more than once.
     """
     metadata = {
         "help": help, "group": group, "shown": shown, "choices": choices, "resumable": resumable, "at_least": at_least,
-        "several": several,
+        "at_most": at_most, "several": several,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -92,14 +93,15 @@ class RunOptions:
     backend: str = option("auto", f"One of {', '.join(BACKEND_NAMES)}.", MACHINE, resumable=True)
     device: str = option("auto", "Device of the backend.", MACHINE, resumable=True)
     threads: int | None = option(
-        None, "Threads of BLAS and the kernels.", MACHINE, shown="the backend's own choice", resumable=True, at_least=1
-    )
+        None, "Threads of BLAS and the kernels.", MACHINE, shown="the backend's own choice", resumable=True, at_least=1,
+        at_most=MOST_THREADS,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, at_least = getattr(self, field.name), field.metadata.get("at_least")
             if at_least is not None and not (value is None and field.default is None):
-                object.__setattr__(self, field.name, check_whole(field.name, value, at_least))
+                object.__setattr__(self, field.name, check_whole(field.name, value, at_least, field.metadata["at_most"]))
             choices = field.metadata.get("choices")
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
@@ -156,7 +158,7 @@ class TextOptions(RunOptions):
         resumable=True,
         at_least=1,
     )
-    sample_tokens: int = option(200, "Tokens in a sample.", REPORTS, at_least=1)
+    sample_tokens: int = option(200, "Tokens in a sample.", REPORTS, at_least=1, at_most=1_000_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,15 +196,15 @@ class FromModelOptions(TextOptions):
         super().__post_init__()
 
 
-def check_whole(name: str, value: SupportsIndex, at_least: int) -> int:
-    """`value` as a Python int of at least `at_least`. Raises ValueError, naming the option, otherwise."""
+def check_whole(name: str, value: SupportsIndex, at_least: int, at_most: int = LARGEST) -> int:
+    """`value` as a Python int from `at_least` to `at_most`. Raises ValueError, naming the option, otherwise."""
     if at_least == 1:
         value = check_positive_int(name, value)
     elif isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < at_least:
         raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
     value = value.__index__()
-    if value > LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST:,}, got a number of {len(str(value))} digits")
+    if value > at_most:
+        raise ValueError(f"{name} must be at most {at_most:,}, got a number of {len(str(value))} digits")
     return value
 
 

@@ -14,6 +14,7 @@ from toy.data.tokenizers import Tokenizer
 from toy.data.training_data import TextData
 from toy.engines import EngineHandle
 from toy.engines.base import Arrays
+from toy.engines.memory import check_fits
 from toy.files import BadFileError, Run
 from toy.files.atomic import StrPath
 from toy.files.fetch import find_model
@@ -161,6 +162,8 @@ class TextStart(Start):
 
     def read(self) -> None:
         o = self.options
+        n_validation = o.eval_batches * o.batch * (o.context or 1)
+        check_fits(16 * n_validation, f"a validation of {n_validation:,} tokens")  # ids and labels, int64
         self.source = open_source(o.corpora)
         valid = None if o.valid is None else open_source(Path(o.valid))
         self.tokenizer = self.make_tokenizer()

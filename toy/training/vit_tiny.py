@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 
 from toy import recipes
-from toy.config import ViTConfig
+from toy.config import MOST_LAYERS, ViTConfig
 from toy.data.images import Images, Normalisation, deformed, epoch_order, load_images, split_images
 from toy.files import BadFileError, Run
 from toy.trained.classify import confusion, score
@@ -41,7 +41,7 @@ class ViTTinyOptions(RunOptions):
         "affine", "Turn, stretch, slant and move the training images a little.", DATA, choices=("affine", "none")
     )
     d_model: int = option(64, "Width of the residual stream.", MODEL, at_least=1)
-    layers: int = option(3, "Blocks.", MODEL, at_least=1)
+    layers: int = option(3, "Blocks.", MODEL, at_least=1, at_most=MOST_LAYERS)
     heads: int = option(4, "Attention heads in a block; they divide the width.", MODEL, at_least=1)
     d_ff: int | None = option(None, "Hidden width of the MLP.", MODEL, shown="4 x d-model", at_least=1)
     init_scale: float = option(1.0, "Multiplies the standard deviations of the first weights.", MODEL)
