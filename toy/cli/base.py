@@ -1,6 +1,9 @@
 """What every command needs: errors that end it with one sentence and an exit code, and the `command` decorator."""
 
+import contextlib
+import errno
 import functools
+import io
 import json
 import os
 import re
@@ -53,24 +56,48 @@ class Phase:
 
 
 def in_words(error):
-    """An OSError as a sentence that names the file, or the standard output when that is what cannot be written."""
-    if error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if error.filename is None and error.errno is not None and not written():
-        return f"cannot write to the standard output: {error.strerror or error}"
-    return str(error)
+    """An OSError as a sentence that names the file."""
+    more = " (ulimit -n says how many)" if error.errno == errno.EMFILE else ""
+    return (f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)) + more
 
 
-def written():
-    """Write out what the standard output holds -> whether that worked. What cannot be written is thrown away."""
+class _Output(io.FileIO):
+    """A file descriptor to write to whose errors name it: "No space left on device" alone would be of any file."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "the standard output cannot be written") from error
+
+
+@contextlib.contextmanager
+def named_stdout():
+    """Inside the block the errors of writing to stdout say that it is stdout, and without one (it was closed) what is printed
+    is thrown away. Where it is no file (a console of Windows), nothing changes."""
+    before = out = sys.stdout
+    if out is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    elif isinstance(out, io.TextIOWrapper):
+        unbuffered = isinstance(out.buffer, io.FileIO)  # PYTHONUNBUFFERED, python -u
+        if unbuffered or isinstance(getattr(out.buffer, "raw", None), io.FileIO):
+            out.flush()
+            raw = _Output(out.fileno(), "w", closefd=False)
+            buffer = raw if unbuffered else io.BufferedWriter(raw)
+            sys.stdout = io.TextIOWrapper(
+                buffer, out.encoding, out.errors, line_buffering=out.line_buffering, write_through=unbuffered
+            )
     try:
-        sys.stdout.flush()
-    except OSError:
-        nothing = os.open(os.devnull, os.O_WRONLY)  # or the last flush would fail again
-        os.dup2(nothing, sys.stdout.fileno())
-        os.close(nothing)
-        return False
-    return True
+        yield
+    finally:
+        sys.stdout = before
+
+
+def drop_stdout():
+    """Nobody reads stdout any more, or it is full: what is written from now on is thrown away, the last flush too."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
 
 
 def command(group, name, kind=click.Command):
@@ -83,7 +110,7 @@ def command(group, name, kind=click.Command):
             try:
                 return function(*args, **kwargs)
             except BrokenPipeError:
-                written()
+                drop_stdout()
                 return 1
 
         # click reads the parameters backwards: the first one is shown last

@@ -19,7 +19,7 @@ from toy.cli import data as cli_data
 from toy.cli import images as cli_images
 from toy.cli import models as cli_models
 from toy.cli import train as cli_train
-from toy.cli.base import Failure, Phase, command, in_words, written
+from toy.cli.base import Failure, Phase, command, drop_stdout, in_words, named_stdout
 from toy.config import VERSION
 from toy.files import RunWarning
 
@@ -29,10 +29,15 @@ def main(arguments=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a ? instead of a crash
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), named_stdout():
         warnings.simplefilter("always", RunWarning)
         warnings.showwarning = _showing(warnings.showwarning)
-        sys.exit(_run(arguments))
+        code = _run(arguments)
+        try:
+            sys.stdout.flush()
+        except OSError:  # said already
+            drop_stdout()
+        sys.exit(code)
 
 
 def _run(arguments):
@@ -52,7 +57,7 @@ def _run(arguments):
     except click.Abort:
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        written()
+        drop_stdout()
         return 1
     except OSError as error:  # of printing, and of a process that may not open a file any more
         click.echo(f"toy: {in_words(error)}", err=True)
