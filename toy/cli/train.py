@@ -121,9 +121,7 @@ def _train(kind, out, resume, from_step, debug, options):
             if out is not None:
                 raise ValueError("--out cannot be given with --resume: the run goes on in its own directory")
             try:
-                job = Training.resume(
-                    resume, recipe=kind.recipe, progress=EncodingBar(), from_step=from_step, **given
-                )
+                job = Training.resume(resume, recipe=kind.recipe, progress=EncodingBar(), from_step=from_step, **given)
             except DamagedCheckpointError as error:
                 if error.before is None:
                     raise

@@ -267,7 +267,9 @@ def _checked_names(session):
             name = re.fullmatch(r'(?:W/)?"?([^"]*)"?', value or "x")
             if name is None or not re.fullmatch(r"[0-9A-Za-z-]{1,200}", name[1]):
                 url = printable(response.request.url)
-                raise FetchError(f"{url} answers with the {header} {printable(value)[:80]!r}, which is no name of a file")
+                raise FetchError(
+                    f"{url} answers with the {header} {printable(value)[:80]!r}, which is no name of a file"
+                )
 
     hooks = session.event_hooks
     session.event_hooks = hooks | {"response": [*hooks.get("response", []), check]}

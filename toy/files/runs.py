@@ -159,7 +159,9 @@ class Run:
             try:
                 checkpoint = checkpoints.read_checkpoint(path)
             except (BadFileError, FileNotFoundError) as error:
-                problem = error.problem if isinstance(error, BadFileError) else "is missing, but weights/latest names it"
+                problem = (
+                    error.problem if isinstance(error, BadFileError) else "is missing, but weights/latest names it"
+                )
                 if self.latest_checkpoint() == path:  # else it was saved meanwhile, and the older one deleted
                     raise DamagedCheckpointError(
                         path, f"{problem}{self._others(path)}", self._whole_before(_step_of(path))
@@ -326,7 +328,9 @@ def _remove(checkpoint: Path) -> None:
 
 def _has_anything(folder: Path) -> bool:
     """Whether a folder holds more than what a process leaves that was killed before it had written config.json."""
-    return any(path.name != ".lock" and not re.fullmatch(r"\.config\.json\..*\.tmp", path.name) for path in folder.iterdir())
+    return any(
+        path.name != ".lock" and not re.fullmatch(r"\.config\.json\..*\.tmp", path.name) for path in folder.iterdir()
+    )
 
 
 def check_new_folder(folder: StrPath) -> None:

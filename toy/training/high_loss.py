@@ -36,4 +36,6 @@ class HighLoss:
 
     def words(self) -> str:
         """What is to be told."""
-        return f"the loss was above {self.limit:.4g}, {FACTOR} times that of a uniform guess, for {self._in_a_row} steps"
+        return (
+            f"the loss was above {self.limit:.4g}, {FACTOR} times that of a uniform guess, for {self._in_a_row} steps"
+        )

@@ -101,7 +101,9 @@ class RunOptions:
         for field in dataclasses.fields(self):
             value, at_least = getattr(self, field.name), field.metadata.get("at_least")
             if at_least is not None and not (value is None and field.default is None):
-                object.__setattr__(self, field.name, check_whole(field.name, value, at_least, field.metadata["at_most"]))
+                object.__setattr__(
+                    self, field.name, check_whole(field.name, value, at_least, field.metadata["at_most"])
+                )
             choices = field.metadata.get("choices")
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
