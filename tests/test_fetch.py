@@ -308,7 +308,20 @@ def test_a_connection_that_breaks_leaves_nothing(hub, cache, monkeypatch):
 
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit", "X-Xet-Hash"])
 @pytest.mark.parametrize(
-    "name", ["../../../../x/evil.pth", '"../evil"', 'W/"../evil"', "/etc/evil", "..", "a\\b", "C:evil", "a/b", "a\tb", '""', "a" * 999]
+    "name",
+    [
+        "../../../../x/evil.pth",
+        '"../evil"',
+        'W/"../evil"',
+        "/etc/evil",
+        "..",
+        "a\\b",
+        "C:evil",
+        "a/b",
+        "a\tb",
+        '""',
+        "a" * 999,
+    ],
 )
 def test_a_server_cannot_choose_where_a_file_goes(hub, cache, tmp_path, header, name):
     """The client makes paths of these headers. Other names are taken (`W/` and quotes are HTTP's)."""

@@ -110,7 +110,9 @@ class WindowsLocks:
     def locking(self, handle, mode, size):
         assert mode == self.LK_NBLCK and size == 1
         file = os.fstat(handle).st_ino
-        if self.held.get(file, handle) != handle and os.fstat(self.held[file]).st_ino == file:  # the same number: closed
+        if (
+            self.held.get(file, handle) != handle and os.fstat(self.held[file]).st_ino == file
+        ):  # the same number: closed
             raise PermissionError(13, "Permission denied")
         self.held[file] = handle
 

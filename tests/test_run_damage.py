@@ -223,9 +223,10 @@ def test_a_kill_right_after_going_on_from_an_older_one_leaves_a_run_that_goes_on
 def save_for_ever(folder, step):
     run = Run.open(folder)
     checkpoint = run.read_checkpoint()
-    while True:
-        step += 1
-        run.write_checkpoint(checkpoint._replace(step=step), keep=1)
+    with run.lock():
+        while True:
+            step += 1
+            run.write_checkpoint(checkpoint._replace(step=step), keep=1)
 
 
 @posix
@@ -331,7 +332,8 @@ def test_huge_and_strange_numbers_in_a_log_are_refused(run, toy_command, name, n
     assert toy_command("plot", "run")[0] == 0
     write(fields | {name: number})
     code, _, err = toy_command("plot", "run")
-    if (name, number) == ("loss", "-1"):
+    if name == "loss" and number in ("-1", "9" * 30):
+        assert code == 0
         return  # a loss may be anything that float32 holds
     assert (code, one_sentence(err)) == (2, True), err
     assert "events.jsonl: line 2 is" in err and len(err) < 400
@@ -627,7 +629,7 @@ def test_a_terminal_that_is_closed_leaves_a_saved_run(run):
         ]
         os.execv(command[0], command)
     seen = b""
-    while b"/1000000" not in seen:
+    while b"tok/s" not in seen:
         seen = seen[-1000:] + os.read(master, 1000)
     os.close(master)
     os.waitpid(pid, 0)

@@ -343,7 +343,7 @@ def check_new_folder(folder: StrPath) -> None:
         if folder.is_dir():
             if _has_anything(folder):
                 raise ValueError(f"output directory {str(folder)!r} exists and is not empty: choose another one")
-        elif folder.exists() or folder.is_symlink():
+        elif (folder.exists() or folder.is_symlink()) and not folder.is_dir():  # another process may just have made it
             raise ValueError(f"output directory {str(folder)!r} exists and is not a directory: choose another one")
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     except OSError as error:

@@ -139,8 +139,10 @@ class Training:
                     f"the run in {folder} was begun with {name} {getattr(options, name)} and cannot go on with {value}: "
                     "leave the option out, or start a new run"
                 )
-        checkpoint, left_out = run.read_checkpoint(), ""
-        if from_step is not None:
+        checkpoint: Checkpoint | None
+        if from_step is None:
+            checkpoint, left_out = run.read_checkpoint(), ""
+        else:
             _, checkpoint, left_out = run.read_step(from_step)
         notices = [] if checkpoint is None else _compare_config(run, checkpoint, options, changes)
         done, steps = checkpoint.step if checkpoint else 0, changes.get("steps", options.steps)
