@@ -3,6 +3,7 @@ number. Kinds, not cases: every option, every digit, every file."""
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -279,7 +280,7 @@ def test_lines_in_another_order_twice_or_missing_are_refused(run, crc):
     assert len(read_events(path)) == len(lines)
     kinds = [json.loads(line)["kind"] for line in lines]
     steps = [i for i, kind in enumerate(kinds) if kind == "step"]
-    for a, b in zip(steps, steps[1:]):
+    for a, b in itertools.pairwise(steps):
         for wrong in (
             [*lines[:a], lines[b], *lines[a + 1 : b], lines[a], *lines[b + 1 :]],
             [*lines[:a], *lines[a + 1 :]],
@@ -292,6 +293,13 @@ def test_lines_in_another_order_twice_or_missing_are_refused(run, crc):
     path.write_bytes(b"".join([*lines[: first + 1], *lines[first:]]))
     with pytest.raises(BadFileError, match="is a second validation of step"):
         read_events(path)
+
+
+def test_a_plot_of_another_vocabulary_than_the_logs_is_refused(run, toy_command):
+    assert toy_command("plot", "run")[0] == 0
+    change_config(run, lambda config: config["model"].update(vocab_size=config["model"]["vocab_size"] + 1))
+    code, _, err = toy_command("plot", "run")
+    assert (code, one_sentence(err)) == (2, True) and "for the size of the vocabulary, events.jsonl says" in err
 
 
 def test_a_log_that_lost_its_end_is_not_the_curve_of_the_run(run, toy_command):
@@ -363,7 +371,8 @@ for name in ("config.json", "events.jsonl", "weights/latest", "weights/step_8.sa
     for kind in (fifo, device, folder):
         os.replace(path, "aside")
         kind(path)
-        for command in (["train", "from-scratch", "--resume=run", "--steps=9"], ["generate", "run", "--tokens=1"], ["plot", "run"]):
+        train = ["train", "from-scratch", "--resume=run", "--steps=9"]
+        for command in (train, ["generate", "run", "--tokens=1"], ["plot", "run"]):
             print(name, kind.__name__, command[0], file=sys.stderr)
             print(name, kind.__name__, command[0], exit_code(*command))
         path.rmdir() if kind is folder else path.unlink()
@@ -386,14 +395,12 @@ def test_pipes_devices_and_folders_in_the_place_of_files_never_hang(run):
     ]
     assert lines[-1] == ["end", "0"], (out, err)
     assert len(lines) == 4 * 3 * 3 + 1 and "Traceback" not in err and "report" not in err
+    read_by = {
+        "config.json": ("train", "generate", "plot"), "weights/latest": ("train", "generate", "plot"),
+        "events.jsonl": ("train", "plot"), "weights/step_8.safetensors": ("train", "generate"),
+    }  # fmt: skip
     for name, kind, command, code in lines[:-1]:
-        reads_it = (
-            command == "train"
-            or (command == "plot") == (name == "events.jsonl")
-            or name in ("config.json", "weights/latest")
-        )
-        reads_it = reads_it and not (command == "plot" and name.endswith("safetensors"))
-        assert code == ("2" if reads_it else "0"), (name, kind, command, err)
+        assert code == ("2" if command in read_by[name] else "0"), (name, kind, command, err)
 
 
 def test_only_files_are_read_and_only_so_much_of_them(tmp_path):

@@ -136,6 +136,11 @@ def load_curve(path: StrPath) -> dict[str, Any]:
         raise BadFileError(run.config_path, "does not say the size of the vocabulary") from None
     latest = run.latest_checkpoint()  # before the log, which a run that goes on writes first
     events = read_events(run.events_path, reach=0 if latest is None else int(latest.stem.removeprefix("step_")))
+    logged = [event["vocab_size"] for event in events if event["kind"] == "run_start" and "vocab_size" in event]
+    if logged and vocab_size != logged[-1]:
+        raise BadFileError(
+            run.config_path, f"says {vocab_size} for the size of the vocabulary, events.jsonl says {logged[-1]!r}"
+        )
     steps = [event for event in events if event["kind"] == "step"]
     evals = [event for event in events if event["kind"] == "eval"]
     if not steps:

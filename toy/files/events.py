@@ -237,7 +237,7 @@ def _checked(event: Any) -> dict[str, Any]:
             value = event[name] = float(value)
         if not isinstance(value, kind) or isinstance(value, bool) or (kind is float and not math.isfinite(value)):
             raise ValueError(f"{event['kind']} event with {name} = {value!r:.60}")
-        if kind is not str and abs(value) > _LARGEST[kind] or kind is int and value < 0:
+        if (kind is not str and abs(value) > _LARGEST[kind]) or (kind is int and value < 0):
             raise ValueError(f"{event['kind']} event with {name} = {value!r:.60}")
     return event
 
@@ -254,12 +254,13 @@ class _Order:
 
     def problem(self, event: dict[str, Any]) -> str | None:
         """What is wrong with the next event's place, None when nothing is."""
-        kind, step = event["kind"], event.get("final_step", event.get("step"))
+        kind = event["kind"]
         if kind not in _FIELDS:
             return None
+        step: int = event["final_step" if kind == "run_end" else "step"]
         if kind == "step":
             before, self.step = self.step, step
-            if before is not None and step != before + 1 or step < 1:
+            if (before is not None and step != before + 1) or step < 1:
                 return f"is step {step} after step {before or 0}: lines are missing, twice there, or in another order"
             return None
         before, self.step = self.step, step

@@ -1,9 +1,10 @@
 """A loss that is finite and says that nothing is learned.
 
 A uniform guess has the loss ln(V). A training whose loss is ten times that for 50 steps in a row is far worse than no
-training at all: it has diverged, although no number overflowed. It is told once, and the run goes on, because a learning rate
-that still falls can bring a loss back, and because whoever asked for so many steps is to get them. A run whose *last* 50 steps
-are so high does not end well: it ends as diverged, with its weights saved, so that a script does not take them for a model.
+training at all: it has diverged, although no number overflowed. It is told once, and the run goes on, because a learning
+rate that still falls can bring a loss back, and because whoever asked for so many steps is to get them. A run whose last 50
+steps are so high does not end well: it ends as diverged, with its weights saved, so that a script does not take them for a
+model.
 """
 
 import math

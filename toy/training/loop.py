@@ -16,7 +16,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -43,8 +43,11 @@ class DivergedError(RuntimeError):
 
 
 class _Resumed(NamedTuple):
-    """What `Training.resume` found. unchanged: names of the options that the run takes from before. notices: sentences about
-    the run directory. left_out: why newer checkpoints than this one are not gone on from, ""."""
+    """What `Training.resume` found.
+
+    unchanged: names of the options that the run takes from before. notices: sentences about the run directory. left_out: why
+    newer checkpoints than this one are not gone on from, "" without any.
+    """
 
     run: Run
     checkpoint: Checkpoint | None
@@ -244,14 +247,14 @@ class Training:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def run(self, on_stop: Callable[[], None] | None = None) -> Iterator[Event]:
+    def run(self, on_stop: Callable[[], None] | None = None) -> Generator[Event, None, None]:
         """Train, as a generator of events; the same events go to events.jsonl.
 
-        Ctrl-C (or SIGTERM, or SIGHUP: the terminal is closed) ends it after the step that is being computed, with a checkpoint and RunEnd("interrupted"); so
-        does leaving the loop. on_stop() is then called from the signal handler, at once. A second Ctrl-C raises
-        KeyboardInterrupt without a checkpoint. Call `run` again to go on.
-        Raises DivergedError when a number is no longer finite (the last checkpoint stays), and when at the end the loss is far
-        above that of a uniform guess (see `toy.training.high_loss`); OSError when a file cannot be written.
+        Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) ends it after the step that is being computed, with a checkpoint
+        and RunEnd("interrupted"); so does leaving the loop. on_stop() is then called from the signal handler, at once. A
+        second Ctrl-C raises KeyboardInterrupt without a checkpoint. Call `run` again to go on.
+        Raises DivergedError when a number is no longer finite (the last checkpoint stays), and when the loss at the end is
+        far above that of a uniform guess (see `toy.training.high_loss`); OSError when a file cannot be written.
         """
         resumed = self._run is not None
         with contextlib.ExitStack() as stack:
