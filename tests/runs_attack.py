@@ -178,7 +178,7 @@ def attack_by_corruptions(folder, n, rng):
             except Exception as error:
                 outcome = f"WRONG: try {number}, {kind} of {name}, {use.__name__}: {type(error).__name__}: {error}"
             else:
-                right = numbers == (curve if use is _use_curve else want[step])
+                right = _same_curve(numbers, curve) if use is _use_curve else numbers == want[step]
                 outcome = (
                     "the right numbers"
                     if right
@@ -205,6 +205,13 @@ def _use_curve(run):
 
 def _numbers(curve):
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in curve.items()}
+
+
+def _same_curve(found, want):
+    """Whether every number is right. A log that was cut behind its last step is that of a run killed before it was validated."""
+    if len(found["val_steps"]) == len(want["val_steps"]) - 1 and want["val_steps"][-1] == want["steps"][-1]:
+        want = want | {name: want[name][:-1] for name in want if name.startswith("val_")}
+    return found == want
 
 
 def main(arguments=None):

@@ -422,6 +422,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         run.read_checkpoint()
 
 
+@pytest.mark.filterwarnings("ignore::toy.files.RunWarning")
 def test_a_damaged_checkpoint_is_named_together_with_the_way_out(tmp_path):
     run = Run.create(tmp_path / "run", CONFIG)
     run.write_checkpoint(make_checkpoint(1), keep=2)
@@ -496,6 +497,7 @@ def test_two_processes_cannot_train_in_one_directory(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+@pytest.mark.filterwarnings("ignore::toy.files.RunWarning")
 def test_sigkill_while_saving_leaves_the_old_or_the_new_checkpoint(tmp_path):
     """A process saves as fast as it can and is killed at random moments: what `latest` names is always whole."""
     run = Run.create(tmp_path / "run", CONFIG)
