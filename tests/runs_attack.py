@@ -208,7 +208,7 @@ def _numbers(curve):
 
 
 def _same_curve(found, want):
-    """Whether every number is right. A log that was cut behind its last step is that of a run killed before it was validated."""
+    """Whether every number is right. A log cut behind its last step is that of a run killed before it was validated."""
     if len(found["val_steps"]) == len(want["val_steps"]) - 1 and want["val_steps"][-1] == want["steps"][-1]:
         want = want | {name: want[name][:-1] for name in want if name.startswith("val_")}
     return found == want

@@ -230,6 +230,25 @@ def save_for_ever(folder, step):
             run.write_checkpoint(checkpoint._replace(step=step), keep=1)
 
 
+def test_latest_is_read_again_when_the_run_saved_in_between(run, monkeypatch):
+    """Between the reading of `latest` and of the checkpoint, and that twice; a checkpoint that is only gone is an error."""
+    from toy.files import checkpoints
+
+    real, saver, saves = checkpoints.read_checkpoint, Run.open(run), [10, 9]
+    newest = saver.read_checkpoint()
+
+    def read(path):
+        if saves:
+            saver.write_checkpoint(newest._replace(step=saves.pop()), keep=1)
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "read_checkpoint", read)
+    assert Run.open(run).read_checkpoint().step == 10 and not saves
+    Path("run/weights/step_10.safetensors").unlink()
+    with pytest.raises(BadFileError, match="step_10.safetensors: is missing, but weights/latest names it"):
+        Run.open(run).read_checkpoint()
+
+
 @posix
 def test_a_run_that_saves_at_the_moment_can_be_read(run):
     """With --keep 1 the checkpoint that `latest` named is gone a moment later."""
@@ -810,7 +829,7 @@ def test_training_says_that_the_kernels_are_missing(run, toy_command, monkeypatc
 def test_the_table_of_backends_cuts_nothing(toy_command, monkeypatch):
     from toy import switch
 
-    reason = "because " + "of a very long story " * 30 + "the end"
+    reason = "because of " + "/a/very/long/path" * 30 + " it is not there"
     rows = [row._replace(available=False, version="", reason=reason) for row in switch.backends() if row.name == "ggml"]
     monkeypatch.setattr(switch, "backends", lambda: rows)
     monkeypatch.setattr(switch, "resolve", lambda: switch.Resolved("numpy", "cpu", "as asked for"))
