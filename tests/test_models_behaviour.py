@@ -329,7 +329,8 @@ def test_training_follows_pytorch(backend, arch, torch_models):
         lr, beta1, beta2, eps, weight_decay, s5, s6 = row[0].astype(np.float64)
         for name, g in gradients.items():
             m[name], v[name] = beta1 * m[name] + (1 - beta1) * g, beta2 * v[name] + (1 - beta2) * g * g
-            weights[name] = weights[name] * (1 - lr * weight_decay) - lr * m[name] * s5 / (np.sqrt(v[name] * s6) + eps)
+            decay = weight_decay if name in recipe.decayed else 0.0
+            weights[name] = weights[name] * (1 - lr * decay) - lr * m[name] * s5 / (np.sqrt(v[name] * s6) + eps)
 
 
 def test_the_same_seed_gives_the_same_bits(backend, arch):
