@@ -252,7 +252,8 @@ def test_every_step_is_the_formula_of_its_convention(backend, arch):
             g = g.astype(np.float64)
             m[name] = beta1 * m[name] + (1 - beta1) * g
             v[name] = beta2 * v[name] + (1 - beta2) * g * g
-            weights[name] = weights[name] * (1 - 0.01 * 0.1) - 0.01 * (m[name] * s5) / (np.sqrt(v[name] * s6) + 1e-4)
+            decay = 0.1 if name in recipe.decayed else 0.0
+            weights[name] = weights[name] * (1 - 0.01 * decay) - 0.01 * (m[name] * s5) / (np.sqrt(v[name] * s6) + 1e-4)
         state = recipe.optimizer_state()
         for name, array in recipe.parameters().items():
             np.testing.assert_allclose(array, weights[name], rtol=0, atol=2e-6, err_msg=f"{name} after step {k}")

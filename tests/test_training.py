@@ -233,6 +233,7 @@ def test_a_run_trains_and_writes_what_it_promises(options, tmp_path, pictures):
     assert files == {"config.json", "events.jsonl", "loss.png", "samples.txt", "weights"}
     assert {path.name for path in (out / "weights").iterdir()} == {
         "latest",
+        "best",
         "step_40.safetensors",
         "step_60.safetensors",
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, MODEL, PATH, Phase, as_json, command, quoted
+from toy.cli.base import BACKEND, CHECKPOINT, MODEL, PATH, Phase, as_json, command, quoted, tell_checkpoint
 from toy.cli.progress import clock, compact, printable
 from toy.trained import load as trained
 
@@ -37,8 +37,9 @@ _ADAPTER = click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put
 @click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
 @click.option("--top-p", type=float, help="Draw from the fewest tokens whose probability reaches p.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
+@CHECKPOINT
 @BACKEND
-def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, seed, backend, debug):
+def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, seed, checkpoint, backend, debug):
     """Let a model write.
 
     MODEL is a run directory, a checkpoint, a GGUF file, or the name of a fetched model (toy fetch). It stops early at a
@@ -49,7 +50,8 @@ def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, se
     with Phase(2, debug):
         if chat and prompt is None:
             raise ValueError('--chat needs a message to answer: give one with --prompt "..."')
-        model, tokenizer, _ = trained.load_trained(model, adapter, backend)
+        loaded = trained.load_trained(model, adapter, backend, checkpoint)
+        named, model, tokenizer = model, loaded.model, loaded.tokenizer
         if chat:
             ids = trained.chat_prompt(tokenizer, prompt, model.config.context_length)
         elif prompt is not None:
@@ -60,6 +62,7 @@ def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, se
         speed = Speed(len(ids), generate_ids(model, ids, tokens, temperature, top_k, top_p, seed, stops))
         stream = tokenizer.stream(speed)
     with Phase(1, debug):
+        tell_checkpoint(named, loaded.path, loaded.step, checkpoint)
         clean = printable if sys.stdout.isatty() else str
         if not chat:
             click.echo(clean(prompt or ""), nl=False)
@@ -116,8 +119,9 @@ class Speed:
 @click.option("--limit", type=int, metavar="TOKENS", help="Read only the beginning of the text.")
 @click.option("--tokens-out", type=PATH, metavar="FILE", help="Write every token's log-probability (.csv or .jsonl).")
 @click.option("--json", "json_wanted", is_flag=True, help="One JSON object, on stdout.")
+@CHECKPOINT
 @BACKEND
-def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, json_wanted, backend, debug):
+def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, json_wanted, checkpoint, backend, debug):
     """Measure how well a model predicts a text, or how often an image model is right.
 
     MODEL is as in toy generate. The text is read in windows that overlap; every token but the first is predicted once, after
@@ -131,23 +135,25 @@ def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, j
             if tokens_out.suffix not in (".csv", ".jsonl"):
                 raise ValueError(f"--tokens-out must end with .csv or .jsonl, got {str(tokens_out)!r}")
             _check_folder(tokens_out)
-        stored = trained.read_trained(model, adapter)
+        stored, named = trained.read_trained(model, adapter, checkpoint), model
         if not stored.reads_text:
             texts = {"--corpus": corpus, "--context": context, "--stride": stride, "--limit": limit}
             if given := [name for name, value in {**texts, "--tokens-out": tokens_out}.items() if value is not None]:
                 raise ValueError(
                     f"{given[0]} is for models that read text, {model} reads images: --data names a data set"
                 )
-            return _evaluate_images(model, data, json_wanted, backend)
+            return _evaluate_images(model, data, json_wanted, backend, checkpoint)
         if data is not None:
             raise ValueError(f"--data is for image models, {model} reads text: --corpus names one")
         own = corpus is None and "corpus" in stored.about and tokens_out is context is stride is limit is None
-        model, tokenizer, step = trained.load_trained(model, adapter, backend)
+        model, tokenizer, step, _ = trained.load_trained(model, adapter, backend, checkpoint)
         if own:
+            tell_checkpoint(named, stored.path, step, checkpoint)
             return _evaluate_own(model, tokenizer, stored.about, step, json_wanted)
         text = load_corpus(corpus).text
         job = TextEvaluator(model, tokenizer, text, context, stride, limit)
     with Phase(1, debug):
+        tell_checkpoint(named, stored.path, step, checkpoint)
         result = _with_bar(job)
         if json_wanted:
             numbers = {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "n_tokens")}
@@ -178,10 +184,10 @@ def _evaluate_own(model, tokenizer, config, step, json_wanted):
     click.echo(f"{'tokens':<15}{result.n_tokens} ({result.n_bytes} bytes), all of the run's validation part")
 
 
-def _evaluate_images(model, data, json_wanted, backend):
+def _evaluate_images(model, data, json_wanted, backend, checkpoint):
     from toy.trained.classify import Classifier
 
-    classifier = Classifier(model, backend)
+    classifier = Classifier(model, backend, checkpoint)
     result = classifier.evaluate(data)
     if json_wanted:
         return as_json(result._asdict() | {"checkpoint": classifier.step})
@@ -231,7 +237,8 @@ def _write_tokens(path, rows):
 @click.option("--type", "kind", type=click.Choice(WEIGHT_TYPES), default="f32", show_default=True, help="Of matrices.")
 @click.option("--out", type=PATH, metavar="FILE.gguf", help="The file to write. [default: named after MODEL, here]")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
-def export(model, adapter, merge, lora, kind, out, force, debug):
+@CHECKPOINT
+def export(model, adapter, merge, lora, kind, out, force, checkpoint, debug):
     """Write a model as a GGUF file for llama.cpp.
 
     MODEL is as in toy generate. A LoRA run gives its adapter alone, for llama.cpp's --lora, or with --merge a whole model. A
@@ -242,7 +249,7 @@ def export(model, adapter, merge, lora, kind, out, force, debug):
     with Phase(2, debug):
         if adapter and (merge or lora is not None):
             raise ValueError("--adapter writes the adapter alone and --merge or --lora a whole model: choose one")
-        stored = trained.read_trained(model, lora)
+        stored = trained.read_trained(model, lora, checkpoint)
         exports.check_exportable(stored)
         if (merge or adapter) and not stored.adapters:
             raise ValueError(f"{model} has no adapter of its own: leave out --{'merge' if merge else 'adapter'}")
@@ -254,6 +261,7 @@ def export(model, adapter, merge, lora, kind, out, force, debug):
             raise ValueError(f"{out} is there already: choose another --out, or overwrite it with --force")
         _check_folder(out)
     with Phase(1, debug):
+        tell_checkpoint(model, stored.path, stored.step, checkpoint)
         if whole:
             exports.export_model(stored, out, kind)
         else:

@@ -107,6 +107,11 @@ class Engine:
         return sum(math.prod(shape) for shape in self.weights.shapes.values())
 
     @property
+    def n_own(self) -> int:
+        """Parameters that the engine holds itself, in float32: all but those of a frozen base."""
+        return sum(math.prod(shape) for shape in self.weights.own.values())
+
+    @property
     def n_trained(self) -> int:
         """Parameters that are trained."""
         return sum(math.prod(shape) for shape in self.weights.trained_shapes.values())

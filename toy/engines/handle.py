@@ -240,6 +240,11 @@ class EngineHandle:
         return self._ready("n_parameters").n_parameters
 
     @property
+    def n_own(self) -> int:
+        """Parameters that the engine holds itself, in float32: all but those of a frozen base."""
+        return self._ready("n_own").n_own
+
+    @property
     def n_trained(self) -> int:
         """Parameters that are trained."""
         return self._ready("n_trained").n_trained

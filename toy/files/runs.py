@@ -1,5 +1,5 @@
-"""The directory of a run: config.json, events.jsonl, samples.txt, loss.png, weights/step_<N>.safetensors, weights/latest, and
-weights/step_<N>.gguf where llama.cpp has the architecture."""
+"""The directory of a run: config.json, events.jsonl, samples.txt, loss.png, weights/step_<N>.safetensors, weights/latest and
+weights/best, which name one of them, and weights/step_<N>.gguf where llama.cpp has the architecture."""
 
 import contextlib
 import json
@@ -94,29 +94,68 @@ class Run:
 
         Without weights/latest (killed before it was first written) it is the newest one there is.
         """
-        latest = self.weights / "latest"
+        return self._named("latest") or max(self._checkpoints(), default=(0, None))[1]
+
+    def best_checkpoint(self) -> Path | None:
+        """The path that weights/best names, the one with the lowest validation loss; None where there is none. Raises as
+        `latest_checkpoint`."""
+        return self._named("best")
+
+    def find_checkpoint(self, which: str | int = "last") -> Path | None:
+        """The path of a checkpoint. which: "last", "best", or a step (a number, or its digits).
+
+        None before the first checkpoint. Raises ValueError for one that is not there, naming those there are.
+        """
+        if which == "last":
+            return self.latest_checkpoint()
+        there = {step: path for step, path in self._checkpoints()}
+        if not there:
+            return None
+        steps = ", ".join(map(str, sorted(there)))
+        if which == "best":
+            if (path := self.best_checkpoint()) is None:
+                raise ValueError(
+                    f"the run in {self.folder} has no best checkpoint, because nothing was validated after a step: "
+                    f"choose last or one of the steps {steps}"
+                )
+            return path
+        if not str(which).isascii() or not str(which).isdigit():
+            raise ValueError(f"checkpoint must be best, last or a step, got {which!r}; there are the steps {steps}")
+        if int(which) not in there:
+            raise ValueError(f"the run in {self.folder} has no checkpoint of step {which}, there are {steps}")
+        return there[int(which)]
+
+    def _named(self, pointer: str) -> Path | None:
+        """The checkpoint that the file weights/<pointer> names, None where there is no such file."""
+        file = self.weights / pointer
         try:
-            name = latest.read_bytes()[:100].decode("ascii", errors="replace").strip()
+            name = file.read_bytes()[:100].decode("ascii", errors="replace").strip()
         except FileNotFoundError:
-            return max(self._checkpoints(), default=(0, None))[1]
+            return None
         except OSError as error:
-            raise BadFileError(latest, f"cannot be read: {error.strerror or error}") from error
+            raise BadFileError(file, f"cannot be read: {error.strerror or error}") from error
         if not _CHECKPOINT_NAME.fullmatch(name):
-            raise BadFileError(latest, f"names {name!r}, expected step_<N>.safetensors{self._others(None)}")
+            raise BadFileError(file, f"names {name!r}, expected step_<N>.safetensors{self._others(None)}")
         return self.weights / name
 
-    def read_checkpoint(self) -> checkpoints.Checkpoint | None:
-        """The newest `Checkpoint`, or None before the first one.
+    def mark_best(self, step: int, keep: int) -> None:
+        """Let weights/best name the checkpoint of this step, which is there, then delete all but it and the newest `keep`."""
+        write_text(self.weights / "best", f"step_{step}.safetensors\n")
+        self._delete_old(keep)
+
+    def read_checkpoint(self, which: str | int = "last") -> checkpoints.Checkpoint | None:
+        """A `Checkpoint`, see `find_checkpoint`; or None before the first one.
 
         Raises BadFileError when it is damaged or gone (the message names the others there are), or is not of this run.
         """
-        path = self.latest_checkpoint()
+        path = self.find_checkpoint(which)
         if path is None:
             return None
         try:
             checkpoint = checkpoints.read_checkpoint(path)
         except FileNotFoundError:
-            raise BadFileError(path, f"is missing, but weights/latest names it{self._others(path)}") from None
+            pointer = "best" if which == "best" else "latest"
+            raise BadFileError(path, f"is missing, but weights/{pointer} names it{self._others(path)}") from None
         except BadFileError as error:
             raise BadFileError(path, f"{error.problem}{self._others(path)}") from error
         for name in ("arch", "model", "tokenizer"):
@@ -127,7 +166,7 @@ class Run:
     def write_checkpoint(
         self, checkpoint: checkpoints.Checkpoint, keep: int, write_gguf: Callable[[Path], None] | None = None
     ) -> Path:
-        """Write the checkpoint, then let weights/latest name it, then delete all but the newest `keep`.
+        """Write the checkpoint, then let weights/latest name it, then delete all but the newest `keep` and the best one.
 
         In this order a kill at any moment leaves `latest` naming a whole file. write_gguf: function of a path that writes the
         same weights as a GGUF file; it gets the checkpoint's name with .gguf, and goes when the checkpoint does.
@@ -137,11 +176,19 @@ class Run:
             write_gguf(path.with_suffix(".gguf"))
         checkpoints.write_checkpoint(path, checkpoint)
         write_text(self.weights / "latest", path.name + "\n")
-        for step, old in sorted(self._checkpoints(), reverse=True)[keep:]:
-            if step < checkpoint.step:
+        self._delete_old(keep)
+        return path
+
+    def _delete_old(self, keep: int) -> None:
+        wanted = {self.latest_checkpoint(), self.best_checkpoint()}
+        for _, old in sorted(self._checkpoints(), reverse=True)[keep:]:
+            if old not in wanted:
                 with unless_in_use():
                     _remove(old)
-        return path
+
+    def has_checkpoint(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step."""
+        return (self.weights / f"step_{step}.safetensors").exists()
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
         found = ((_CHECKPOINT_NAME.fullmatch(path.name), path) for path in self.weights.glob("step_*.safetensors"))
@@ -161,8 +208,11 @@ class Run:
         for folder in (self.folder, self.weights):
             remove_leftovers(folder)
         self.weights.mkdir(exist_ok=True)
+        best = self.best_checkpoint()
         for later, path in self._checkpoints():
             if later > step:
+                if path == best:
+                    (self.weights / "best").unlink()  # the loop finds another one among the events that are kept
                 _remove(path)
         for path in self.weights.glob("step_*.gguf"):  # killed, or the disk full, before its checkpoint was written
             match = _GGUF_NAME.fullmatch(path.name)

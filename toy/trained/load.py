@@ -76,33 +76,36 @@ class Stored(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A model to use, its tokenizer, and the step of its checkpoint (None for a GGUF file)."""
+    """A model to use, its tokenizer, the step of its checkpoint (None for a GGUF file), and the file it is in."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     step: int | None
+    path: Path
 
 
-def load_trained(path: StrPath, adapter: StrPath | None = None, backend: str = "auto") -> Trained:
+def load_trained(
+    path: StrPath, adapter: StrPath | None = None, backend: str = "auto", checkpoint: str | int = "last"
+) -> Trained:
     """A model that exists, ready to generate from or to be evaluated -> `Trained`.
 
-    path, adapter: as in `read_trained`.
+    path, adapter, checkpoint: as in `read_trained`.
     Raises the errors of `read_trained`; ValueError for a file without a tokenizer.
     """
     eager_ops(backend)  # a backend that is not there is told before anything is read
-    stored = read_trained(path, adapter)
+    stored = read_trained(path, adapter, checkpoint)
     if not stored.reads_text:
         raise ValueError(f"{stored.path} is a {stored.arch}, which reads images: toy predict is for it")
     if stored.tokenizer is None:
         raise ValueError(f"{stored.path} has no tokenizer, so it can neither read a text nor write one")
-    return Trained(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored.step)
+    return Trained(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored.step, stored.path)
 
 
-def read_trained(path: StrPath, adapter: StrPath | None = None) -> Stored:
+def read_trained(path: StrPath, adapter: StrPath | None = None, checkpoint: str | int = "last") -> Stored:
     """The weights, the config and the tokenizer of a model -> `Stored`.
 
-    path: a run directory (its newest checkpoint), a checkpoint file, a GGUF file, or the name of a fetched model
-    (`toy fetch`). adapter: the path of an adapter GGUF made for this model.
+    path: a run directory, a checkpoint file, a GGUF file, or the name of a fetched model (`toy fetch`). adapter: the path of
+    an adapter GGUF made for this model. checkpoint: of a run, "last", "best" (the lowest validation loss) or a step.
     Raises FileNotFoundError for a path where nothing is and for a base that is gone, BadFileError for a damaged file,
     ValueError for a sound one that does not serve: another architecture, an adapter for another base.
     """
@@ -112,7 +115,10 @@ def read_trained(path: StrPath, adapter: StrPath | None = None) -> Stored:
             f"(there are: {', '.join(FETCHABLE)})"
         )
     path = find_model(path)
-    stored = _from_gguf(path) if path.suffix == ".gguf" or _begins_like_gguf(path) else _from_run(path)
+    in_gguf = path.suffix == ".gguf" or _begins_like_gguf(path)
+    if checkpoint != "last" and not path.is_dir():
+        raise ValueError(f"{path} is one file, and checkpoint {checkpoint} chooses among those of a run: leave it out")
+    stored = _from_gguf(path) if in_gguf else _from_run(path, checkpoint)
     if adapter is None:
         return stored
     if stored.adapters:
@@ -141,13 +147,13 @@ def _from_gguf(path: Path) -> Stored:
     return Stored(path, config, parameters, tokenizer, name=name, in_gguf=gguf.architecture)
 
 
-def _from_run(path: Path) -> Stored:
+def _from_run(path: Path, which: str | int) -> Stored:
     if path.is_dir():
         run = Run.open(path)
-        checkpoint, latest, base = run.read_checkpoint(), run.latest_checkpoint(), run.config.get("base")
-        if checkpoint is None or latest is None:
+        checkpoint, found, base = run.read_checkpoint(which), run.find_checkpoint(which), run.config.get("base")
+        if checkpoint is None or found is None:
             raise BadFileError(run.folder, "has no checkpoint yet")
-        path = latest
+        path = found
     else:
         checkpoint = read_checkpoint(path)
         base = checkpoint.config.get("base")

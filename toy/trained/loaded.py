@@ -22,18 +22,20 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=Model)
 
 
-def load(path: StrPath, adapter: StrPath | None = None, backend: str = "auto") -> "Loaded | LoadedClassifier":
+def load(
+    path: StrPath, adapter: StrPath | None = None, backend: str = "auto", checkpoint: str | int = "last"
+) -> "Loaded | LoadedClassifier":
     """A model that exists, to use -> `Loaded`, or `LoadedClassifier` for an image model.
 
     path: a run directory, a checkpoint, a GGUF file, the name of a fetched model, or what `recipe.save` wrote. adapter: a
     LoRA adapter (GGUF) to put on it. backend: "auto", "numpy", "cython" or "ggml" (which generates on the compiled
-    kernels). Raises FileNotFoundError for a path where nothing is, BadFileError for a damaged file, ValueError for one that
-    does not serve.
+    kernels). checkpoint: of a run, "last", "best" (the lowest validation loss) or a step. Raises FileNotFoundError for a path
+    where nothing is, BadFileError for a damaged file, ValueError for one that does not serve.
     """
     eager_ops(backend)  # a backend that is not there is told before anything is read
-    stored = read_trained(path, adapter)
+    stored = read_trained(path, adapter, checkpoint)
     if not stored.reads_text:
-        return LoadedClassifier(Classifier(path, backend))
+        return LoadedClassifier(Classifier(stored.path, backend))
     return Loaded(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored)
 
 

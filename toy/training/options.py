@@ -61,12 +61,24 @@ class RunOptions:
     recipe: ClassVar[str]  # the name on the command line and in config.json
 
     steps: int = option(1000, "Training steps in all.", STEPS, resumable=True, at_least=1)
+    epochs: float | None = option(
+        None, "In place of --steps: passes over the training part.", STEPS, shown="by steps", resumable=True
+    )
+    minutes: float | None = option(
+        None,
+        "In place of --steps: as many as take this long, by the time of a step measured at the start.",
+        STEPS,
+        shown="by steps",
+        resumable=True,
+    )
     batch: int = option(12, "Sequences in a step.", STEPS, at_least=1)
+    accumulate: int = option(1, "Batches of that size that make one step, in the memory of one.", STEPS, at_least=1)
     lr: float = option(1e-3, "Learning rate.", STEPS)
     schedule: str = option("constant", "Learning rate after the warm-up.", STEPS, choices=schedules.NAMES)
     warmup: int | None = option(None, "Steps of linear warm-up.", STEPS, shown="20", at_least=0)
-    lr_floor: float = option(0.1, "Where the cosine ends, as a fraction of --lr.", STEPS)
-    weight_decay: float = option(0.0, "AdamW's weight decay.", STEPS)
+    lr_floor: float = option(0.1, "Where cosine and wsd end, as a fraction of --lr.", STEPS)
+    cooldown: float = option(0.2, "Share of the steps in which wsd goes down.", STEPS)
+    weight_decay: float = option(0.0, "AdamW's weight decay, of matrices and embeddings.", STEPS)
     beta1: float = option(0.9, "AdamW's decay of the mean gradient.", STEPS)
     beta2: float | None = option(
         None, "AdamW's decay of the mean square.", STEPS, shown="0.999 bias-corrected, else 0.95"
@@ -85,7 +97,17 @@ class RunOptions:
     save_every: int | None = option(
         None, "Steps between checkpoints.", REPORTS, shown="as --eval-every", resumable=True, at_least=1
     )
-    keep: int = option(2, "Checkpoints to keep.", REPORTS, resumable=True, at_least=1)
+    keep: int = option(
+        2, "Newest checkpoints to keep; the best one is kept besides.", REPORTS, resumable=True, at_least=1
+    )
+    patience: int | None = option(
+        None,
+        "Stop after so many validations without a lower loss.",
+        REPORTS,
+        shown="never",
+        resumable=True,
+        at_least=1,
+    )
     weight_dtype: str = option(
         "f32", "Type of the weights a step computes with; float32 masters stay.", MACHINE, choices=WEIGHT_DTYPES
     )
@@ -103,6 +125,12 @@ class RunOptions:
             choices = field.metadata.get("choices")
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        budgets = [name for name in self.budgets if getattr(self, name) is not None]
+        for name in budgets:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}")
+        if len(budgets) > 1:
+            raise ValueError(f"{' and '.join(budgets)} each say how long to train: give one of them")
         for name in ("weight_decay", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
@@ -117,7 +145,27 @@ class RunOptions:
 
     def make_schedule(self) -> schedules.Schedule:
         """The learning rate as a function of the step, counted from 0."""
-        return schedules.make_schedule(self.schedule, self.lr, self.steps, self._default_warmup(), self.lr_floor)
+        warmup = self._default_warmup()
+        return schedules.make_schedule(self.schedule, self.lr, self.steps, warmup, self.lr_floor, self.cooldown)
+
+    @property
+    def rows(self) -> int:
+        """Sequences (images) in a step, of all its batches."""
+        return self.batch * self.accumulate
+
+    budgets: ClassVar[tuple[str, ...]] = ("epochs", "minutes")  # what may be said in place of steps
+
+    @property
+    def budget(self) -> str | None:
+        """Which of `budgets` is given."""
+        return next((name for name in self.budgets if getattr(self, name) is not None), None)
+
+    def with_steps(self, steps: int, asked: "RunOptions") -> "Self":
+        """These many steps in place of a budget. asked: the options as they were given: what they do not say and what depends
+        on the steps is filled in anew."""
+        names = [name for name in ("warmup", "eval_every", "save_every", "sample_every") if hasattr(self, name)]
+        none: dict[str, Any] = dict.fromkeys([*self.budgets, *(name for name in names if getattr(asked, name) is None)])
+        return dataclasses.replace(self, steps=check_whole("steps", steps, 1), **none).resolved()
 
     def _default_warmup(self) -> int:
         if self.warmup is not None:
@@ -146,6 +194,9 @@ class TextOptions(RunOptions):
         "spread", "Where that share lies: spread over the corpus, or its tail joined to one text.", DATA, choices=SPLITS
     )
     train_on: str = option("answers", "Of prompts and conversations: what is learned.", DATA, choices=TRAIN_ON)
+    tokens: float | None = option(
+        None, "In place of --steps: tokens to train on, 1e6 for a million.", STEPS, shown="by steps", resumable=True
+    )
     context: int | None = option(64, "Tokens in a sequence.", STEPS, at_least=1)
     eval_batches: int = option(16, "Batches in a validation.", REPORTS, at_least=1)
     sample_every: int | None = option(
@@ -157,6 +208,8 @@ class TextOptions(RunOptions):
         at_least=1,
     )
     sample_tokens: int = option(200, "Tokens in a sample.", REPORTS, at_least=1)
+
+    budgets: ClassVar[tuple[str, ...]] = ("epochs", "tokens", "minutes")
 
     def __post_init__(self) -> None:
         super().__post_init__()

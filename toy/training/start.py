@@ -1,6 +1,7 @@
 """How a run begins, whatever its recipe: what the training loop asks of a recipe, and what all runs on text share."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -26,6 +27,7 @@ from toy.trained.load import first_prompt
 from toy.training.options import FromModelOptions, RunOptions, TextOptions
 
 SAMPLE_TEMPERATURE = 0.8
+_SAMPLED_TOKENS = 8  # of which the time of a sample is estimated
 
 
 class Decision(NamedTuple):
@@ -77,7 +79,13 @@ class Start:
         """The `RecipeOptions` that follow from the run's options."""
         o = self.options
         return RecipeOptions(
-            t_seq=t_seq, t_batch=o.batch, seed=o.seed, grad_clip=o.clip or None, weight_dtype=o.weight_dtype, **more
+            t_seq=t_seq,
+            t_batch=o.batch,
+            accumulate=o.accumulate,
+            seed=o.seed,
+            grad_clip=o.clip or None,
+            weight_dtype=o.weight_dtype,
+            **more,
         )
 
     # -- while it trains ----------------------------------------------------------------------------------------------
@@ -92,6 +100,11 @@ class Start:
         """How many tokens (images) there are to train on."""
         raise NotImplementedError
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """How many steps see as much as there is to train on."""
+        return self.n_train / self.per_step
+
     def training_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, labels) of a step, a function of (seed, step) alone."""
         raise NotImplementedError
@@ -100,9 +113,20 @@ class Start:
         """dict of the fields of an `Evaluation` besides its step: the mean loss over the validation part, and more."""
         raise NotImplementedError
 
-    def sample(self, step: int) -> str | None:
-        """What the model makes at this step, as text; None for recipes that show nothing."""
+    def sample(self, step: int, n_tokens: int | None = None) -> str | None:
+        """What the model makes at this step, as text; None for recipes that show nothing. n_tokens: None = as the options
+        say."""
         return None
+
+    def validation_seconds(self) -> float:
+        """How long a validation takes, measured."""
+        started = time.perf_counter()
+        self.validate()
+        return time.perf_counter() - started
+
+    def sample_seconds(self) -> float:
+        """How long a sample takes, measured on part of one; 0 for recipes that show nothing."""
+        return 0.0
 
     def draw(self, folder: Path) -> None:
         """Pictures of the trained model, into the run directory."""
@@ -168,7 +192,8 @@ class TextStart(Start):
             self.source,
             self.tokenizer,
             context=cast(int, o.context),
-            batch=o.batch,
+            batch=o.rows,
+            validation_batch=o.batch,
             val_fraction=o.val_fraction,
             seed=o.seed,
             valid=valid,
@@ -182,11 +207,15 @@ class TextStart(Start):
 
     @property
     def per_step(self) -> int:
-        return self.options.batch * cast(int, self.options.context)
+        return self.options.rows * cast(int, self.options.context)
 
     @property
     def n_train(self) -> int:
         return self.data.n_train_tokens
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.data.steps_per_epoch
 
     def training_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         return self.data.training_batch(step)
@@ -196,17 +225,28 @@ class TextStart(Start):
         losses = [self.recipe.evaluate(batch.token_ids, labels=batch.labels) for batch in self._validation]
         return {"loss": sum(loss * count for loss, count in zip(losses, counts)) / sum(counts)}
 
-    def sample(self, step: int) -> str:
+    def sample(self, step: int, n_tokens: int | None = None) -> str:
         o = self.options
         ids = generate(
             cast(LanguageModel, self.recipe.model_copy()),
             self.sample_prompt(),
-            o.sample_tokens,
+            n_tokens or o.sample_tokens,
             temperature=SAMPLE_TEMPERATURE,
             seed=[o.seed, step],
             stop_ids=getattr(self.tokenizer, "stop_ids", ()),
         )
         return self.tokenizer.decode(list(ids))
+
+    def validation_seconds(self) -> float:
+        batch, started = self._validation[0], time.perf_counter()
+        self.recipe.evaluate(batch.token_ids, labels=batch.labels)
+        return (time.perf_counter() - started) * len(self._validation)
+
+    def sample_seconds(self) -> float:
+        n = min(_SAMPLED_TOKENS, self.options.sample_tokens)
+        started = time.perf_counter()
+        self.sample(0, n)
+        return (time.perf_counter() - started) * self.options.sample_tokens / n
 
     def sample_prompt(self) -> np.ndarray:
         """What a sample goes on from: of examples the first prompt to validate on, of a text a new line."""
