@@ -300,6 +300,7 @@ class Training:
             ]
         return [
             *([Decision("resumed", f"after step {self.step}")] if self._run is not None else []),
+            *([Decision("branched", f"after step {b['step']} of {b['run']}")] if (b := self._branched_from) else []),
             Decision("backend", r.backend, before.get("backend", r.backend_reason)),
             Decision("device", r.device),
             Decision("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
