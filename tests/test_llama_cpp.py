@@ -4,9 +4,11 @@ llama.cpp runs on one thread with a float32 key/value cache and without flash at
 needs `pip install xllamacpp`; the comparison on SmolLM2-135M needs the model in the cache too.
 """
 
+import importlib.util
 import json
 import types
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from toy.training import LoRAOptions, Training
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
 pytestmark = pytest.mark.llama_cpp
 
+ROOT = Path(__file__).parent.parent
 BAR = 1e-3  # nats, largest difference of a log-probability
 CONTEXT = 48
 PROMPTS = ("The ", "Python\n", "a = ")
@@ -74,6 +77,12 @@ class LlamaCpp:
         """The greedy continuation."""
         request = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0}
         return self._server.handle_completions(request)["choices"][0]["text"]
+
+    def chat(self, message, n_tokens):
+        """The likeliest answer to one message, by the template in the file -> (text, why it ended)."""
+        request = {"messages": [{"role": "user", "content": message}], "max_tokens": n_tokens, "temperature": 0}
+        choice = self._server.handle_chat_completions(request)["choices"][0]
+        return choice["message"]["content"], choice["finish_reason"]
 
     def tokenize(self, text):
         return self._post("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
@@ -422,3 +431,26 @@ def test_smollm2(tmp_path):
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Name three colours."}])
     ours = "".join(tokenizer.stream(model.generate(tokenizer.encode(chat, parse_special=True), 12, temperature=0)))
     assert judge.write(chat, 12) == ours
+
+
+@pytest.mark.slow
+def test_a_chat_fine_tune_of_smollm2_stops_in_both(tmp_path):
+    """examples/chat_finetune.py: after 30 steps on conversations the model answers in the new manner and ends its answer by
+    itself, and llama.cpp, with its own reading of the template and the adapter on the quantised file, writes the same."""
+    path = smollm2()
+    if path is None:
+        pytest.skip(f"SmolLM2-135M is not in the cache ({COMMAND})")
+    spec = importlib.util.spec_from_file_location("chat_finetune", ROOT / "examples" / "chat_finetune.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    training = example.train(tmp_path / "run", path, 30)
+    assert training.data.family == "examples"
+    before, after = load_trained(path), load_trained(tmp_path / "run")
+    export_adapter(read_trained(tmp_path / "run"), tmp_path / "adapter.gguf")
+    judge = LlamaCpp(path, adapter=tmp_path / "adapter.gguf")
+    for word, expected in (("tall", "Short, of course."), ("young", "Old, of course.")):
+        question = example.QUESTION.format(word)
+        assert "of course" not in example.answer(before.model, before.tokenizer, question)[1]
+        ids, text = example.answer(after.model, after.tokenizer, question)
+        assert text == expected and len(ids) < 10
+        assert judge.chat(question, 40) == (text, "stop")
