@@ -90,7 +90,11 @@ class Encoder:
 
     def chat(self, messages, tools=None):
         """The ids of a conversation up to where the assistant's next answer begins. Errors as `conversation`."""
-        return self._template_ids(self._render(messages, tools, add_generation_prompt=True))
+        return self._template_ids(self.chat_text(messages, tools))
+
+    def chat_text(self, messages, tools=None):
+        """The text of a conversation up to there."""
+        return self._render(messages, tools, add_generation_prompt=True)
 
     # -- plain text ---------------------------------------------------------------------------------------------------
 
