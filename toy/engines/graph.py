@@ -135,7 +135,7 @@ class GraphEngine(Engine):
                     tensor.zero()
         recorded = self._training("integers" if pieces[0].labels.ndim == 1 else "dense")
         self._last_kind = recorded.kind
-        if not self.sums:
+        if isinstance(recorded, _TrainingGraph):
             recorded.run(**pieces[0].inputs, labels=pieces[0].labels, hp=hp)
             self.grad_norm = float(recorded.norm.download()[0])
             return recorded.loss()
