@@ -17,6 +17,8 @@ pytest.importorskip("jinja2", reason="jinja2 is not installed (pip install jinja
 import model_files
 
 from toy.data import load_corpus
+from toy.data.encoding import Encoder
+from toy.files import read_events
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import read_adapter
 from toy.models.generation import generate
@@ -107,6 +109,23 @@ def test_generate_refuses_bad_input(files, toy_command, arguments, problem):
     code, out, err = toy_command("generate", *arguments)
     assert (code, out, one_sentence(err)) == (2, "", True), err
     assert problem in err
+
+
+def test_a_sample_of_a_run_on_conversations_answers_its_prompt(files, toy_command):
+    """The prompt is a message there, in a run on text it is text."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    talks = [[turn | {"content": turn["content"] + end} for turn in turns] for end in "ab"]
+    Path("talk.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    sizes = ["--batch=1", "--context=24", "--eval-batches=1", "--sample-tokens=6", "--steps=1", "--rank=2"]
+    for corpus, encode in (("talk.jsonl", lambda e: e.chat([turns[0]])), ("text.txt", lambda e: e.prompt("hi"))):
+        options = [f"--corpus={corpus}", "--sample-prompt=hi", "--sample-temperature=0", f"--out=of-{corpus}"]
+        code, _, err = toy_command("train", "lora", "--model=llama.gguf", *options, *sizes)
+        assert code == 0, err
+        model, tokenizer, _ = load_trained(f"of-{corpus}")
+        ids = encode(Encoder(tokenizer))
+        wanted = tokenizer.decode(list(generate(model, ids, 6, 0, stop_ids=tokenizer.stop_ids)))
+        (sample,) = [event["text"] for event in read_events(f"of-{corpus}/events.jsonl") if event["kind"] == "sample"]
+        assert sample == wanted
 
 
 # -- eval --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 
 from toy.config import LanguageModelConfig, ModelConfig, RecipeOptions
+from toy.data.encoding import Encoder
 from toy.data.open_tokenizer import load_tokenizer
+from toy.data.records import Conversation
 from toy.data.sources import open_source
 from toy.data.tokenizers import Tokenizer
 from toy.data.training_data import TextData
@@ -24,8 +26,6 @@ from toy.models.base import LanguageModel
 from toy.models.generation import generate
 from toy.trained.load import first_prompt
 from toy.training.options import FromModelOptions, RunOptions, TextOptions
-
-SAMPLE_TEMPERATURE = 0.8
 
 
 class Decision(NamedTuple):
@@ -104,8 +104,9 @@ class Start:
         """What the model makes at this step, as text; None for recipes that show nothing."""
         return None
 
-    def draw(self, folder: Path) -> None:
-        """Pictures of the trained model, into the run directory."""
+    def draw(self, folder: Path) -> dict[str, Path]:
+        """Pictures of the trained model, into the run directory -> what they show, and their paths."""
+        return {}
 
     def notices(self) -> Sequence[str]:
         """Sentences about the data that a user should know."""
@@ -179,6 +180,7 @@ class TextStart(Start):
         self.options = dataclasses.replace(o, corpus=self.source.path, valid=None if valid is None else valid.path)
         self.config = self.model_config(self.tokenizer.vocab_size)
         self._validation = self.data.validation_batches(o.eval_batches)
+        self._prompt = self.sample_prompt()
 
     @property
     def per_step(self) -> int:
@@ -200,17 +202,25 @@ class TextStart(Start):
         o = self.options
         ids = generate(
             cast(LanguageModel, self.recipe.model_copy()),
-            self.sample_prompt(),
+            self._prompt,
             o.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
+            temperature=o.sample_temperature,
             seed=[o.seed, step],
             stop_ids=getattr(self.tokenizer, "stop_ids", ()),
         )
         return self.tokenizer.decode(list(ids))
 
     def sample_prompt(self) -> np.ndarray:
-        """What a sample goes on from: of examples the first prompt to validate on, of a text a new line."""
-        first = self._validation[0]
+        """What a sample goes on from: what was asked for, or of examples the first prompt to validate on, of a text a new
+        line. Raises ValueError for a prompt that the tokenizer has no ids for, or the chat template refuses."""
+        asked, first, encoder = self.options.sample_prompt, self._validation[0], Encoder(self.tokenizer)
+        if asked is not None:
+            examples = self.data.family == "examples"
+            conversations = examples and isinstance(next(self.source.records()), Conversation)
+            ids = encoder.chat([{"role": "user", "content": asked}]) if conversations else encoder.prompt(asked)
+            if not len(ids):
+                raise ValueError("sample_prompt is empty: give some text, or leave it out")
+            return ids
         if self.data.family == "examples":
             return first.token_ids[0, : int((first.labels[0] >= 0).argmax()) + 1]
         return first_prompt(self.tokenizer, first.token_ids[0])
