@@ -73,6 +73,11 @@ def command(group, name, kind=click.Command):
     return decorate
 
 
+def note(sentence):
+    """Tell what a user should know, on stderr: stdout has the answer alone."""
+    click.echo(f"note: {sentence}", err=True)
+
+
 def as_json(record):
     """Print one JSON object, on a line of its own."""
     click.echo(json.dumps(record, ensure_ascii=False))

@@ -5,14 +5,16 @@ MODEL is what `toy.trained.read_trained` takes: a run directory, a checkpoint, a
 
 import csv
 import json
+import re
 import sys
 import time
 from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, MODEL, PATH, Phase, as_json, command, quoted
+from toy.cli.base import BACKEND, MODEL, PATH, Phase, as_json, command, note, quoted
 from toy.cli.progress import clock, compact, printable
+from toy.data.encoding import Encoder
 from toy.trained import load as trained
 
 models = click.Group()
@@ -28,48 +30,147 @@ _ADAPTER = click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put
 @command(models, "generate")
 @MODEL
 @_ADAPTER
-@click.option("--prompt", help="Text to go on from. [default: a new line]")
+@click.option("--prompt", help="Text to go on from; @FILE: what is in a file, -: in stdin. [default: a new line]")
+@click.option("--special", is_flag=True, help="Special tokens written in the prompt, <|im_end|> say, are tokens.")
 @click.option("--chat", is_flag=True, help="The prompt is a message, and the model answers it.")
+@click.option("--system", metavar="TEXT", help="With --chat: a system message before it; @FILE and - as in --prompt.")
 @click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True, help="Tokens to write, at most.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times.")
 @click.option(
     "--temperature", type=float, default=0.8, show_default=True, help="Below 1: safer, 0: always the likeliest."
 )
 @click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
 @click.option("--top-p", type=float, help="Draw from the fewest tokens whose probability reaches p.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
+@click.option(
+    "--num-samples", type=click.IntRange(min=1), default=1, help="Texts to write: with the seed, the one after it, ..."
+)
+@click.option("--json", "json_wanted", is_flag=True, help="One JSON object a text, on stdout: text, ids, and more.")
 @BACKEND
-def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, seed, backend, debug):
+def generate(
+    model,
+    adapter,
+    prompt,
+    special,
+    chat,
+    system,
+    tokens,
+    stop,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    num_samples,
+    json_wanted,
+    backend,
+    debug,
+):
     """Let a model write.
 
     MODEL is a run directory, a checkpoint, a GGUF file, or the name of a fetched model (toy fetch). It stops early at a
-    token that ends a text, if the model has such tokens.
+    token that ends a text, if the model has such tokens. Of a file or stdin the last line end is not part of the text; a
+    prompt that begins with @ itself is given as @@.
     """
     from toy.models.generation import generate as generate_ids
+    from toy.trained.writing import Writing, check_stop, stop_ids_of
 
     with Phase(2, debug):
         if chat and prompt is None:
             raise ValueError('--chat needs a message to answer: give one with --prompt "..."')
+        if system is not None and not chat:
+            raise ValueError("--system goes with --chat: without it write everything into --prompt, with --special")
+        if special and (chat or prompt is None):
+            problem = "--chat parses those of the template alone" if chat else "give a text with --prompt"
+            raise ValueError(f"--special is about special tokens in a prompt: {problem}")
+        if prompt == system == "-":
+            raise ValueError(
+                "--prompt and --system cannot both be read from stdin: put one into a file, and give @FILE"
+            )
+        check_stop(stop)
+        if num_samples > 1 and temperature == 0:
+            note(f"at temperature 0 nothing is drawn: all {num_samples} texts are the same")
+        prompt, system = text_of(prompt, "--prompt"), text_of(system, "--system")
         model, tokenizer, _ = trained.load_trained(model, adapter, backend)
         if chat:
-            ids = trained.chat_prompt(tokenizer, prompt, model.config.context_length)
+            ids = trained.chat_prompt(tokenizer, prompt, model.config.context_length, system)
         elif prompt is not None:
-            ids = trained.text_ids(tokenizer, prompt, "prompt")
+            ids = _prompt_ids(tokenizer, prompt, special, model.config.context_length)
         else:
             ids = trained.first_prompt(tokenizer, [0])
-        stops = getattr(tokenizer, "stop_ids", ())
-        speed = Speed(len(ids), generate_ids(model, ids, tokens, temperature, top_k, top_p, seed, stops))
-        stream = tokenizer.stream(speed)
+        stops = stop_ids_of(tokenizer, stop)
+        streams = [
+            generate_ids(model, ids, tokens, temperature, top_k, top_p, seed + i, stops) for i in range(num_samples)
+        ]
     with Phase(1, debug):
-        clean = printable if sys.stdout.isatty() else str
-        if not chat:
-            click.echo(clean(prompt or ""), nl=False)
-        try:
-            for text in stream:
-                click.echo(clean(text), nl=False)
-        finally:  # Ctrl-C too: the shell's prompt and the speed begin on a line of their own
-            click.echo()
-            if sys.stderr.isatty():
-                click.echo(click.style(speed, dim=True), err=True)
+        for i, stream in enumerate(streams):
+            speed = Speed(len(ids), stream)
+            writing = Writing(tokenizer, speed, stop)
+            if json_wanted:
+                for _ in writing:
+                    pass
+                as_json(
+                    {
+                        "prompt": prompt,
+                        "text": writing.text,
+                        "finish_reason": "length" if speed.n_generated == tokens and not writing.stopped_by else "stop",
+                        "seed": seed + i,
+                        "prompt_ids": [int(token) for token in ids],
+                        "ids": [int(token) for token in writing.ids],
+                    }
+                )
+                continue
+            if num_samples > 1:
+                click.echo(f"--- {i + 1}, seed {seed + i} ---")
+            _show_text(writing, "" if chat or prompt is None else prompt, speed)
+
+
+def _show_text(writing, prompt, speed):
+    """Print the prompt and a `Writing` as it comes; on a terminal's stderr then how fast it was."""
+    clean = printable if sys.stdout.isatty() else str
+    click.echo(clean(prompt), nl=False)
+    try:
+        for text in writing:
+            click.echo(clean(text), nl=False)
+    finally:  # Ctrl-C too: the shell's prompt and the speed begin on a line of their own
+        click.echo()
+        if sys.stderr.isatty():
+            click.echo(click.style(speed, dim=True), err=True)
+
+
+def text_of(value, option):
+    """The text of an option: itself, for @FILE what is in the file, for - what is in stdin, without the last line end.
+
+    Raises ValueError, naming the option, for bytes that are not UTF-8; OSError for a file that cannot be read.
+    """
+    if value is None or not (value == "-" or value.startswith("@")):
+        return value
+    if value.startswith("@@"):
+        return value[1:]
+    where = "stdin" if value == "-" else value[1:]
+    if not where:
+        raise ValueError(f"{option} @ names no file: @FILE reads one, @@ begins a text with @")
+    data = sys.stdin.buffer.read() if value == "-" else Path(where).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{option}: {where} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason}); "
+            "convert it first, for example with iconv"
+        ) from error
+    return re.sub(r"\r?\n\Z", "", text)
+
+
+def _prompt_ids(tokenizer, prompt, special, context_length):
+    """The ids of --prompt; a note for what becomes of one that is too long, or has its beginning token twice."""
+    encoder = Encoder(tokenizer)
+    if special and not encoder.has_special:
+        raise ValueError(f"this model's tokenizer ({tokenizer.kind}) has no special tokens: leave out --special")
+    ids = encoder.prompt(prompt, special)
+    if encoder.begin is not None and ids[:2].tolist() == [encoder.begin, encoder.begin]:
+        note("the beginning token stands there twice, the model adds one by itself: leave it out of the prompt")
+    if len(ids) > context_length:
+        note(f"the prompt has {len(ids)} tokens, the model reads the last {context_length}: that is its context")
+    return ids
 
 
 class Speed:
