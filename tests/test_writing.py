@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fetch_test_data import COMMAND, smollm2
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from single_thread import single_thread  # noqa: F401 (autouse)
 
@@ -67,6 +67,7 @@ def until(text, stops):
     return text[: min(ends)[1]] if ends else text
 
 
+@example("aabbé", ["é", "b"])  # both in one piece
 @given(st.text("abé", max_size=12), st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
 def test_it_stops_before_the_first_stop_text_however_the_text_is_cut(text, stops):
     class InPieces(ByteTokenizer):
