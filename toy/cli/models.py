@@ -215,17 +215,31 @@ class Speed:
 @click.option("--context", type=int, help="Tokens in a window. [default: the model's, at most 512]")
 @click.option("--stride", type=int, help="Tokens from window to window. [default: half of --context]")
 @click.option("--limit", type=int, metavar="TOKENS", help="Read only the beginning of the text.")
+@click.option(
+    "--like", type=click.Choice(["llama-perplexity"]), help="Compute what that program of llama.cpp computes."
+)
+@click.option(
+    "--unknown",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What to do about characters that the model has no token for.",
+)
 @click.option("--tokens-out", type=PATH, metavar="FILE", help="Write every token's log-probability (.csv or .jsonl).")
 @click.option("--json", "json_wanted", is_flag=True, help="One JSON object, on stdout.")
 @BACKEND
-def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, json_wanted, backend, debug):
+def evaluate(
+    model, adapter, corpus, data, context, stride, limit, like, unknown, tokens_out, json_wanted, backend, debug
+):
     """Measure how well a model predicts a text, or how often an image model is right.
 
     MODEL is as in toy generate. The text is read in windows that overlap; every token but the first is predicted once, after
-    at least context - stride others (but for the beginning of the text).
+    at least context - stride others (but for the beginning of the text). Like llama-perplexity the windows are side by side,
+    and of each the second half is counted.
     """
     from toy.data import load_corpus
-    from toy.trained.evaluate import TextEvaluator, token_bytes
+    from toy.data.sources import open_source
+    from toy.trained.evaluate import TextEvaluator, skipped_in_words, token_bytes, training_text_in_words
 
     with Phase(2, debug):
         if tokens_out is not None:
@@ -234,7 +248,7 @@ def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, j
             _check_folder(tokens_out)
         stored = trained.read_trained(model, adapter)
         if not stored.reads_text:
-            texts = {"--corpus": corpus, "--context": context, "--stride": stride, "--limit": limit}
+            texts = {"--corpus": corpus, "--context": context, "--stride": stride, "--limit": limit, "--like": like}
             if given := [name for name, value in {**texts, "--tokens-out": tokens_out}.items() if value is not None]:
                 raise ValueError(
                     f"{given[0]} is for models that read text, {model} reads images: --data names a data set"
@@ -242,26 +256,37 @@ def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, j
             return _evaluate_images(model, data, json_wanted, backend)
         if data is not None:
             raise ValueError(f"--data is for image models, {model} reads text: --corpus names one")
-        own = corpus is None and "corpus" in stored.about and tokens_out is context is stride is limit is None
+        chosen = (corpus, tokens_out, context, stride, limit, like)
+        own = "corpus" in stored.about and all(option is None for option in chosen)
         model, tokenizer, step = trained.load_trained(model, adapter, backend)
         if own:
             return _evaluate_own(model, tokenizer, stored.about, step, json_wanted)
         text = load_corpus(corpus).text
-        job = TextEvaluator(model, tokenizer, text, context, stride, limit)
+        job = TextEvaluator(model, tokenizer, text, context, stride, limit, like, unknown)
+        if told := training_text_in_words(stored.about, open_source(None if corpus is None else Path(corpus))):
+            note(told)
+        if job.skipped:
+            note(skipped_in_words(job.skipped))
     with Phase(1, debug):
         result = _with_bar(job)
-        if json_wanted:
-            numbers = {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "n_tokens")}
-            if tokens_out is None:
-                return as_json(numbers | {"checkpoint": step})
-        click.echo(f"{'loss':<15}{result.loss:.4f} nats per token")
-        click.echo(f"{'perplexity':<15}{result.perplexity:.4g}")
-        click.echo(f"{'bits per byte':<15}{result.bits_per_byte:.4f}")
-        click.echo(f"{'tokens':<15}{result.n_tokens} ({result.n_bytes} bytes)")
-        click.echo(f"{'windows':<15}{result.context} tokens, {result.stride} at a time")
         if tokens_out is not None:
             pieces = [token_bytes(tokenizer, i).decode("utf-8", errors="replace") for i in result.token_ids.tolist()]
             _write_tokens(tokens_out, zip(result.token_ids.tolist(), pieces, result.log_probabilities.tolist()))
+        if json_wanted:
+            numbers = {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "n_tokens")}
+            if like is not None:
+                numbers |= {"perplexity_error": result.perplexity_error, "like": like}
+            if unknown == "skip":
+                numbers["n_skipped"] = result.n_skipped
+            return as_json(numbers | {"checkpoint": step})
+        click.echo(f"{'loss':<15}{result.loss:.4f} nats per token")
+        error = "" if like is None else f" +/- {result.perplexity_error:.4f}"
+        click.echo(f"{'perplexity':<15}{result.perplexity:{'.4g' if like is None else '.4f'}}{error}")
+        click.echo(f"{'bits per byte':<15}{result.bits_per_byte:.4f}")
+        click.echo(f"{'tokens':<15}{result.n_tokens} ({result.n_bytes} bytes)")
+        way = f"{result.stride} at a time" if like is None else f"the second half of each counted, like {like}"
+        click.echo(f"{'windows':<15}{result.context} tokens, {way}")
+        if tokens_out is not None:
             click.echo(f"{'per token':<15}{tokens_out}")
 
 

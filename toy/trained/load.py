@@ -207,6 +207,7 @@ def _on_its_base(path: Path, checkpoint: Checkpoint, base: Any) -> Stored:
         adapters=dict(checkpoint.parameters),
         alpha=alpha,
         base=base_path,
+        about=checkpoint.config,
     )
 
 

@@ -98,13 +98,19 @@ class Loaded(_Open[LanguageModel]):
         return "".join(Writing(tokenizer, generated, stop))
 
     def evaluate(
-        self, text: str, context: int | None = None, stride: int | None = None, limit: int | None = None
+        self,
+        text: str,
+        context: int | None = None,
+        stride: int | None = None,
+        limit: int | None = None,
+        like: str | None = None,
+        unknown: str = "error",
     ) -> TextEvaluation:
         """How well the model predicts `text` -> `TextEvaluation` (.loss, .perplexity, .bits_per_byte, .n_tokens, ...).
 
         Arguments and errors as `toy.trained.evaluate.TextEvaluator`.
         """
-        return evaluate_text(self._open_model(), self._tokenizer(), text, context, stride, limit)
+        return evaluate_text(self._open_model(), self._tokenizer(), text, context, stride, limit, like, unknown)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
