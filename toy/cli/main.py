@@ -17,6 +17,7 @@ from toy import switch
 from toy.cli import data as cli_data
 from toy.cli import images as cli_images
 from toy.cli import models as cli_models
+from toy.cli import runs as cli_runs
 from toy.cli import train as cli_train
 from toy.cli.base import Failure, Phase, command
 from toy.config import VERSION
@@ -57,7 +58,7 @@ def cli(context):
 
 cli.add_command(cli_train.train)
 cli.add_command(cli_data.data)
-for _group in (cli_models.models, cli_images.images):
+for _group in (cli_models.models, cli_runs.runs, cli_images.images):
     for _command in _group.commands.values():
         cli.add_command(_command)
 
