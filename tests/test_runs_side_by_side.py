@@ -248,7 +248,7 @@ def test_the_table(toy_command):
     make("two", 2, 9, reason="interrupted", ago=7200.0)
     make("three", image=True, ago=90_000.0)
     code, out, err = toy_command("runs", "--sort=when", "--reverse")
-    )  # the words are looked at one by one below
+    assert (code, err) == (0, "")
     header, one, two, three = (re.split("  +", line) for line in out.splitlines())
     assert header == ["run", "when", "recipe", "model", "steps", "best", "speed"]  # nothing differs but the steps
     assert one == ["one", "1 min ago", "from-scratch", "llama 12.3k", "4", "2.5000 at 2", "10k tok/s"]
