@@ -188,3 +188,68 @@ def _ago(now, then):
             n = max(0, int(seconds // size))
             return f"{n} {unit.removesuffix('s') if unit == 'days' and n == 1 else unit} ago"
     return time.strftime("%Y-%m-%d", time.localtime(then))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# toy plot
+# ----------------------------------------------------------------------------------------------------------------------
+
+_PAUSE = 2.0  # seconds between two looks of --watch
+
+
+@command(runs, "plot")
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
+@click.option("--out", type=PATH, help="PNG, SVG or PDF file. [default: RUN/loss.png, or loss.png]")
+@click.option("--x", type=click.Choice(["steps", "tokens", "seconds"]), default="steps", help="The horizontal axis.")
+@click.option(
+    "--y", type=click.Choice(["loss", "perplexity", "bits-per-byte"]), default="loss", help="The vertical axis."
+)
+@click.option("--watch", is_flag=True, help="Draw anew while the runs go on, until they end or Ctrl-C.")
+@click.option("--json", "json_wanted", is_flag=True, help="One JSON object, on stdout: the picture and its runs.")
+def plot(runs, out, x, y, watch, json_wanted, debug):
+    """Draw the loss curves of one or several runs into one picture."""
+    from toy.plots import plot_runs
+
+    out = out or (runs[0] / "loss.png" if len(runs) == 1 else Path("loss.png"))
+    with Phase(2, debug):
+        if not watch:
+            _tell(plot_runs(runs, out, x, y), runs, json_wanted)
+            return
+        told = None
+        try:
+            for picture in _pictures(runs, lambda: plot_runs(runs, out, x, y)):
+                if picture != told and not json_wanted:
+                    _tell(picture, runs, json_wanted)
+                told = picture
+        except KeyboardInterrupt:
+            click.echo(err=True)  # after the ^C
+        if json_wanted and told is not None:
+            _tell(told, runs, json_wanted)
+
+
+def _pictures(runs, draw):
+    """Yield what `draw()` gives whenever something was written to one of the runs, until no process trains in one of them."""
+    from toy.files.lock import is_held
+    from toy.plots import NoStepsError
+
+    seen = None
+    while True:
+        going_on = any([is_held(run) for run in runs])  # before it is drawn: the last picture has everything
+        now = [(run / "events.jsonl").stat().st_size if (run / "events.jsonl").exists() else 0 for run in runs]
+        if now != seen:
+            try:
+                yield draw()
+            except NoStepsError:
+                if not going_on:
+                    raise
+            seen = now
+        if not going_on:
+            return
+        time.sleep(_PAUSE)
+
+
+def _tell(picture, runs, json_wanted):
+    if json_wanted:
+        as_json({"picture": str(picture), "runs": [str(run) for run in runs]})
+    else:
+        click.echo(picture)

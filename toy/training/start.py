@@ -181,6 +181,10 @@ class TextStart(Start):
         self.config = self.model_config(self.tokenizer.vocab_size)
         self._validation = self.data.validation_batches(o.eval_batches)
         self._prompt = self.sample_prompt()
+        labels = np.concatenate([batch.labels.reshape(-1) for batch in self._validation])
+        ids, counts = np.unique(labels[labels >= 0], return_counts=True)
+        lengths = [len(self.tokenizer.token_bytes(i)) for i in ids.tolist()]
+        self._bytes_per_token = float(np.dot(lengths, counts) / counts.sum())  # of what is validated: for bits per byte
 
     @property
     def per_step(self) -> int:
@@ -245,7 +249,8 @@ class TextStart(Start):
         return []
 
     def describe(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": self.data.describe()}
+        corpus = self.data.describe() | {"bytes_per_token": self._bytes_per_token}
+        return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": corpus}
 
     def check_same(self, run: Run) -> None:
         try:
