@@ -16,6 +16,7 @@ import threadpoolctl
 from fetch_test_data import COMMAND, smollm2
 
 import toy
+from toy.checks import gradcheck
 from toy.data.batches import training_batch
 from toy.data.corpora import python_documentation
 from toy.data.open_tokenizer import load_tokenizer
@@ -357,6 +358,39 @@ def test_what_is_refused_of_mistral3_changes_the_result(ministral, tmp_path, key
     ours = toy.load(ministral, backend="numpy").logits(IDS)
     theirs = LlamaCpp(path).log_probabilities(IDS, ours.shape[-1])
     assert np.abs(theirs - log_softmax(ours)).max() > 0.1
+
+
+# -- toy eval ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_the_perplexity_of_llama_perplexity(tmp_path, add_bos):
+    """Its numbers out of llama.cpp's own log-probabilities, window by window, as that program puts them together."""
+    pytest.importorskip("tokenizers", reason="the tokenizers library is not installed (pip install tokenizers)")
+    import model_files
+
+    tokenizer, config = model_files.tokenizer(**{"tokenizer.ggml.add_bos_token": add_bos}), model_files.config("llama")
+    model = toy.Llama(config)
+    gradcheck.random_parameters(model.parameters, np.random.default_rng(0))
+    for i, row in enumerate(model.parameters["token_embd.weight"]):
+        if not (tokenizer.token_bytes(i) and tokenizer.token_bytes(i).isascii()):
+            row *= 0.05  # never the likeliest: the server tells no probabilities with a token that is no text yet
+    write_gguf(tmp_path / "model.gguf", config, model.parameters, tokenizer)
+    text, context = "hello 12, hello. How far is it?\n" * 2, 11
+    judge = LlamaCpp(tmp_path / "model.gguf")
+    tokens = judge._post("/tokenize", content=text.removesuffix("\n"), add_special=True, parse_special=False)["tokens"]
+    assert (tokens[0] == tokenizer.bos_id) == add_bos
+    found = []
+    for start in range(0, len(tokens) - context + 1, context):
+        window = tokens[start : start + context]
+        read = [tokenizer.bos_id, *window[1:]] if add_bos else window
+        rows = judge.log_probabilities(read[:-1], config.vocab_size)
+        found += [rows[i, window[i + 1]] for i in range(context // 2, context - 1)]
+    loaded = toy.load(tmp_path / "model.gguf", backend="numpy")
+    result = loaded.evaluate(text, context, like="llama-perplexity")
+    assert len(found) == result.n_tokens >= 15 and np.std(found) > 0.5
+    assert np.abs(result.log_probabilities - found).max() <= BAR
+    assert result.perplexity == pytest.approx(np.exp(-np.mean(found)), rel=1e-3)
 
 
 # -- toy export --------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def chat(model, adapter, system, tokens, temperature, top_k, top_p, seed, checkp
         conversation = Chat(
             loaded.model, loaded.tokenizer, system, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
-    tell_checkpoint(model, loaded.path, loaded.step, checkpoint)
+    tell_checkpoint(model, loaded.step, checkpoint)
     with Phase(1, debug):
         return Terminal(conversation).talk()
 

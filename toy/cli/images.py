@@ -26,7 +26,7 @@ def predict(model, paths, json_wanted, checkpoint, backend, debug):
     with Phase(2, debug):
         classifier = Classifier(model, backend, checkpoint)
         found = classifier.predict(paths)
-        tell_checkpoint(model, classifier.path, classifier.step, checkpoint)
+        tell_checkpoint(model, classifier.step, checkpoint)
     with Phase(1, debug):
         width = max(len(str(prediction.path)) for prediction in found)
         for prediction in found:

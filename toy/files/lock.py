@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 
 from toy.files.atomic import StrPath
@@ -11,6 +12,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
     import msvcrt
+
+
+_TRIES, _WAIT = 10, 0.02  # seconds: `is_held` of another process holds a lock for less
 
 
 @contextlib.contextmanager
@@ -24,10 +28,28 @@ def only_process(folder: StrPath) -> Iterator[None]:
     else:
         handle = os.open(folder, os.O_RDONLY)
     try:
-        _lock(handle)
+        for left in reversed(range(_TRIES)):
+            try:
+                _lock(handle)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise
+            time.sleep(_WAIT)
         yield
     finally:
         os.close(handle)
+
+
+def is_held(folder: StrPath) -> bool:
+    """Whether a process holds the lock of a folder."""
+    try:
+        with only_process(folder):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a folder that cannot be written to, on Windows
+        return False
 
 
 def _lock(handle: int) -> None:

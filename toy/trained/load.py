@@ -11,6 +11,7 @@ import numpy as np
 
 from toy.config import LanguageModelConfig, LlamaConfig, ModelConfig
 from toy.data import tokenizer_from_json
+from toy.data.encoding import Encoder
 from toy.data.open_tokenizer import load_tokenizer
 from toy.data.tokenizers import Tokenizer
 from toy.engines.handle import NO_TOKENIZER
@@ -76,12 +77,11 @@ class Stored(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A model to use, its tokenizer, the step of its checkpoint (None for a GGUF file), and the file it is in."""
+    """A model to use, its tokenizer, and the step of its checkpoint (None for a GGUF file)."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     step: int | None
-    path: Path
 
 
 def load_trained(
@@ -98,7 +98,7 @@ def load_trained(
         raise ValueError(f"{stored.path} is a {stored.arch}, which reads images: toy predict is for it")
     if stored.tokenizer is None:
         raise ValueError(f"{stored.path} has no tokenizer, so it can neither read a text nor write one")
-    return Trained(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored.step, stored.path)
+    return Trained(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored.step)
 
 
 def read_trained(path: StrPath, adapter: StrPath | None = None, checkpoint: str | int = "last") -> Stored:
@@ -212,6 +212,7 @@ def _on_its_base(path: Path, checkpoint: Checkpoint, base: Any) -> Stored:
         adapters=dict(checkpoint.parameters),
         alpha=alpha,
         base=base_path,
+        about=checkpoint.config,
     )
 
 
@@ -274,29 +275,22 @@ def text_ids(tokenizer: Tokenizer, text: str, what: str = "text") -> np.ndarray:
 
     Errors as `encode`; `what` names the text in them.
     """
-    return _after_beginning(tokenizer, tokenizer.encode(text, what=what))
+    return Encoder(tokenizer).prompt(text, what=what)
 
 
-def chat_prompt(tokenizer: Tokenizer, message: str, context_length: int) -> np.ndarray:
-    """The ids of a conversation with one message of the user, up to where the assistant's answer begins.
+def chat_prompt(tokenizer: Tokenizer, message: str, context_length: int, system: str | None = None) -> np.ndarray:
+    """The ids of a conversation with one message of the user, up to where the assistant's answer begins. system: a message
+    before it, None: what the template puts there by itself.
 
     Raises ValueError when the model has no chat template, and for a message that leaves no room in the context.
     """
     if not hasattr(tokenizer, "apply_chat_template"):
         raise ValueError("this model has no chat template: give it plain text, without the chat option")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": message}])
-    ids = tokenizer.encode(text, what="prompt", parse_special=True)
-    if not len(ids) or ids[0] != tokenizer.bos_id:  # many templates write it out
-        ids = _after_beginning(tokenizer, ids)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    ids = Encoder(tokenizer).chat([*messages, {"role": "user", "content": message}])
     if len(ids) >= context_length:
         raise ValueError(
             f"the message takes {len(ids)} tokens with the chat template, and the model's context is {context_length}: "
             "shorten it"
         )
-    return ids
-
-
-def _after_beginning(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    if getattr(tokenizer, "add_bos", False):
-        return np.concatenate([np.array([tokenizer.bos_id], ids.dtype), ids])
     return ids

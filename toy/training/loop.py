@@ -118,6 +118,7 @@ class Training:
         self._branched_from: dict[str, Any] | None = None
         self._notices: list[str] = []
         self._run: Run | None = None
+        self._pictures: dict[str, Path] = {}  # what `_draw` drew, and where
         self._unchanged: Set[str] = frozenset()
         if resumed is not None:
             self._go_on(resumed)
@@ -271,11 +272,12 @@ class Training:
 
     def written(self) -> list[tuple[str, Path]]:
         """(what, path) of everything a reader of the run may want, of what is there."""
-        names = {
-            "picture": "loss.png", "confusion": "confusion.png", "samples": "samples.txt", "weights": "weights",
-        }  # fmt: skip
         out = self.out
-        return [] if out is None else [(what, out / name) for what, name in names.items() if (out / name).exists()]
+        if out is None:
+            return []
+        files = {"picture": out / "loss.png", "confusion": out / "confusion.png"} | self._pictures
+        files |= {"samples": out / "samples.txt", "weights": out / "weights"}
+        return [(what, path) for what, path in files.items() if path.exists()]
 
     def model(self) -> Model:
         """A readable model object with a copy of the present weights."""
@@ -445,7 +447,7 @@ class Training:
         return Sample(step=self.step, text=text)
 
     def _due(self, every: int | None, done: set[int]) -> bool:
-        if every is None or self.step in done:
+        if not every or self.step in done:
             return False
         return self.step % every == 0 or self.step == self.options.steps
 
@@ -499,8 +501,8 @@ class Training:
         if self._run is not None and self.step > 0:
             from toy.plots import plot_runs
 
-            plot_runs([self._run.folder], self._run.picture_path)
-            self.start.draw(self._run.folder)
+            self._pictures["picture"] = plot_runs([self._run.folder], self._run.picture_path)
+            self._pictures |= self.start.draw(self._run.folder)
 
     def _run_start(self, resumed: bool) -> RunStart:
         return RunStart(

@@ -201,19 +201,29 @@ class TextOptions(RunOptions):
     eval_batches: int = option(16, "Batches in a validation.", REPORTS, at_least=1)
     sample_every: int | None = option(
         None,
-        "Steps between samples.",
+        "Steps between samples, 0 = none.",
         REPORTS,
         shown="a quarter of the steps, at most 2000",
         resumable=True,
-        at_least=1,
+        at_least=0,
     )
     sample_tokens: int = option(200, "Tokens in a sample.", REPORTS, at_least=1)
+    sample_prompt: str | None = option(
+        None,
+        "Text a sample goes on from; of conversations, a message to answer.",
+        REPORTS,
+        shown="a new line; of examples, the first prompt to validate on",
+        resumable=True,
+    )
+    sample_temperature: float = option(0.8, "Of the samples, 0 = always the likeliest.", REPORTS, resumable=True)
 
     budgets: ClassVar[tuple[str, ...]] = ("epochs", "tokens", "minutes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("val_fraction", self.val_fraction)
+        if not (math.isfinite(self.sample_temperature) and self.sample_temperature >= 0):
+            raise ValueError(f"sample_temperature must be a number of at least 0, got {self.sample_temperature}")
         if isinstance(self.corpus, (tuple, list)):  # one path stands for itself
             several = tuple(map(str, self.corpus))
             object.__setattr__(self, "corpus", several if len(several) > 1 else several[0] if several else None)
@@ -226,7 +236,7 @@ class TextOptions(RunOptions):
         return [Path(path) for path in ((self.corpus,) if isinstance(self.corpus, str) else self.corpus)]
 
     def resolved(self) -> "Self":
-        every = self.sample_every or min(max(1, self.steps // 4), 2000)
+        every = min(max(1, self.steps // 4), 2000) if self.sample_every is None else self.sample_every
         return dataclasses.replace(super().resolved(), sample_every=every)
 
 

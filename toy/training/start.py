@@ -9,7 +9,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 
 from toy.config import LanguageModelConfig, ModelConfig, RecipeOptions
+from toy.data.encoding import Encoder
 from toy.data.open_tokenizer import load_tokenizer
+from toy.data.records import Conversation
 from toy.data.sources import open_source
 from toy.data.tokenizers import Tokenizer
 from toy.data.training_data import TextData
@@ -26,7 +28,6 @@ from toy.models.generation import generate
 from toy.trained.load import first_prompt
 from toy.training.options import FromModelOptions, RunOptions, TextOptions
 
-SAMPLE_TEMPERATURE = 0.8
 _SAMPLED_TOKENS = 8  # of which the time of a sample is estimated
 
 
@@ -128,8 +129,9 @@ class Start:
         """How long a sample takes, measured on part of one; 0 for recipes that show nothing."""
         return 0.0
 
-    def draw(self, folder: Path) -> None:
-        """Pictures of the trained model, into the run directory."""
+    def draw(self, folder: Path) -> dict[str, Path]:
+        """Pictures of the trained model, into the run directory -> what they show, and their paths."""
+        return {}
 
     def notices(self) -> Sequence[str]:
         """Sentences about the data that a user should know."""
@@ -204,6 +206,11 @@ class TextStart(Start):
         self.options = dataclasses.replace(o, corpus=self.source.path, valid=None if valid is None else valid.path)
         self.config = self.model_config(self.tokenizer.vocab_size)
         self._validation = self.data.validation_batches(o.eval_batches)
+        self._prompt = self.sample_prompt()
+        labels = np.concatenate([batch.labels.reshape(-1) for batch in self._validation])
+        ids, counts = np.unique(labels[labels >= 0], return_counts=True)
+        lengths = [len(self.tokenizer.token_bytes(i)) for i in ids.tolist()]
+        self._bytes_per_token = float(np.dot(lengths, counts) / counts.sum())  # of what is validated: for bits per byte
 
     @property
     def per_step(self) -> int:
@@ -229,9 +236,9 @@ class TextStart(Start):
         o = self.options
         ids = generate(
             cast(LanguageModel, self.recipe.model_copy()),
-            self.sample_prompt(),
+            self._prompt,
             n_tokens or o.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
+            temperature=o.sample_temperature,
             seed=[o.seed, step],
             stop_ids=getattr(self.tokenizer, "stop_ids", ()),
         )
@@ -249,8 +256,16 @@ class TextStart(Start):
         return (time.perf_counter() - started) * self.options.sample_tokens / n
 
     def sample_prompt(self) -> np.ndarray:
-        """What a sample goes on from: of examples the first prompt to validate on, of a text a new line."""
-        first = self._validation[0]
+        """What a sample goes on from: what was asked for, or of examples the first prompt to validate on, of a text a new
+        line. Raises ValueError for a prompt that the tokenizer has no ids for, or the chat template refuses."""
+        asked, first, encoder = self.options.sample_prompt, self._validation[0], Encoder(self.tokenizer)
+        if asked is not None:
+            examples = self.data.family == "examples"
+            conversations = examples and isinstance(next(self.source.records()), Conversation)
+            ids = encoder.chat([{"role": "user", "content": asked}]) if conversations else encoder.prompt(asked)
+            if not len(ids):
+                raise ValueError("sample_prompt is empty: give some text, or leave it out")
+            return ids
         if self.data.family == "examples":
             return first.token_ids[0, : int((first.labels[0] >= 0).argmax()) + 1]
         return first_prompt(self.tokenizer, first.token_ids[0])
@@ -275,7 +290,8 @@ class TextStart(Start):
         return []
 
     def describe(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": self.data.describe()}
+        corpus = self.data.describe() | {"bytes_per_token": self._bytes_per_token}
+        return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": corpus}
 
     def check_same(self, run: Run) -> None:
         try:

@@ -130,11 +130,11 @@ class ViTTinyStart(Start):
         loss, accuracy = score(self.logits(), self.data.labels[self.test])
         return {"loss": loss, "accuracy": accuracy}
 
-    def draw(self, folder: Path) -> None:
+    def draw(self, folder: Path) -> dict[str, Path]:
         from toy.plots import plot_confusion
 
         counts = confusion(self.logits(), self.data.labels[self.test], len(self.data.classes))
-        plot_confusion(counts, self.data.classes, folder / "confusion.png")
+        return {"confusion": plot_confusion(counts, self.data.classes, folder / "confusion.png")}
 
     def decisions(self) -> list[Decision]:
         c, d = self.config, self.data
