@@ -1012,10 +1012,9 @@ cdef class Graph:
             for j in range(GGML_MAX_SRC):
                 if node.src[j] != NULL:
                     last[<uintptr_t>root_of(node.src[j])] = i
-        for i in range(self.n_live):
-            root = root_of(self.live[i])
-            if root.flags & GGML_TENSOR_FLAG_OUTPUT:
-                last[<uintptr_t>root] = forever
+        for key in last:  # also blank tensors that a kernel writes beside its own result: they are nobody's root
+            if (<ggml_tensor *><uintptr_t>key).flags & GGML_TENSOR_FLAG_OUTPUT:
+                last[key] = forever
         cdef list order = []  # roots in the order of placement
         for leaf in self.inputs:
             taken = planner.take(padded(ggml_backend_buft_get_alloc_size(buft, leaf.t), alignment))

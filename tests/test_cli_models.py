@@ -16,7 +16,10 @@ pytest.importorskip("jinja2", reason="jinja2 is not installed (pip install jinja
 
 import model_files
 
+import toy
 from toy.data import load_corpus
+from toy.data.encoding import Encoder
+from toy.files import read_events
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import read_adapter
 from toy.models.generation import generate
@@ -109,6 +112,23 @@ def test_generate_refuses_bad_input(files, toy_command, arguments, problem):
     assert problem in err
 
 
+def test_a_sample_of_a_run_on_conversations_answers_its_prompt(files, toy_command):
+    """The prompt is a message there, in a run on text it is text."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    talks = [[turn | {"content": turn["content"] + end} for turn in turns] for end in "ab"]
+    Path("talk.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    sizes = ["--batch=1", "--context=24", "--eval-batches=1", "--sample-tokens=6", "--steps=1", "--rank=2"]
+    for corpus, encode in (("talk.jsonl", lambda e: e.chat([turns[0]])), ("text.txt", lambda e: e.prompt("hi"))):
+        options = [f"--corpus={corpus}", "--sample-prompt=hi", "--sample-temperature=0", f"--out=of-{corpus}"]
+        code, _, err = toy_command("train", "lora", "--model=llama.gguf", *options, *sizes)
+        assert code == 0, err
+        model, tokenizer, _ = load_trained(f"of-{corpus}")
+        ids = encode(Encoder(tokenizer))
+        wanted = tokenizer.decode(list(generate(model, ids, 6, 0, stop_ids=tokenizer.stop_ids)))
+        (sample,) = [event["text"] for event in read_events(f"of-{corpus}/events.jsonl") if event["kind"] == "sample"]
+        assert sample == wanted
+
+
 # -- eval --------------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +167,56 @@ def test_eval_writes_every_token(files, toy_command, suffix):
     np.testing.assert_allclose([row[2] for row in rows], wanted.log_probabilities, atol=1e-6)
 
 
+def test_eval_says_when_the_run_was_trained_on_the_text(files, toy_command):
+    Path("valid.txt").write_text("hello 13, hello. Größe 4 €\n" * 4)
+    Path("copy.txt").write_bytes(Path("text.txt").read_bytes())
+    Path("other.txt").write_text(TEXT + "more")
+    sizes = ["--batch=2", "--context=8", "--d-model=8", "--layers=1", "--heads=2", "--eval-batches=1", "--steps=1"]
+    for out, options in (("part", []), ("whole", ["--valid=valid.txt"])):
+        train = ["train", "from-scratch", "--corpus=text.txt", "--tokenizer=bytes", f"--out={out}"]
+        assert toy_command(*train, *sizes, *options)[0] == 0
+    for run, text, words in (
+        ("part", "copy.txt", "note: the run was trained on most of file copy.txt"),
+        ("whole", "copy.txt", "note: the run was trained on all of file copy.txt"),
+        ("part", "other.txt", ""),
+        ("whole", "valid.txt", ""),
+        ("llama.gguf", "text.txt", ""),
+    ):
+        code, out, err = toy_command("eval", run, f"--corpus={text}", "--json")
+        assert code == 0 and json.loads(out)["n_tokens"] > 0
+        assert words in err and (err == "") == (words == ""), err
+
+
+def test_eval_like_llama_perplexity(files, toy_command):
+    arguments = ["eval", "llama.gguf", "--corpus=text.txt", "--context=16", "--like=llama-perplexity"]
+    code, out, err = toy_command(*arguments)
+    with toy.load("llama.gguf") as loaded:
+        wanted = loaded.evaluate(TEXT, 16, like="llama-perplexity")
+    assert (code, err) == (0, "")
+    assert f"perplexity     {wanted.perplexity:.4f} +/- {wanted.perplexity_error:.4f}\n" in out
+    assert "windows        16 tokens, the second half of each counted, like llama-perplexity\n" in out
+    record = json.loads(toy_command(*arguments, "--json", "--tokens-out=tokens.csv")[1])
+    numbers = ("loss", "perplexity", "bits_per_byte", "n_tokens", "perplexity_error")
+    assert record == {name: getattr(wanted, name) for name in numbers} | {
+        "like": "llama-perplexity",
+        "checkpoint": None,
+    }
+    rows = list(csv.reader(Path("tokens.csv").read_text(encoding="utf-8").splitlines(keepends=True)))
+    assert len(rows) == 1 + wanted.n_tokens
+    code, _, err = toy_command(*arguments, "--stride=4")
+    assert code == 2 and one_sentence(err) and "windows side by side" in err
+
+
+def test_eval_of_a_lora_run_without_a_text_is_of_its_validation_part(lora_run, toy_command):
+    code, out, err = toy_command("eval", "run", "--json")
+    assert (code, err) == (0, "")
+    n_tokens = json.loads(Path("run/config.json").read_text())["corpus"]["validation_tokens"]
+    assert n_tokens - 8 <= json.loads(out)["n_tokens"] <= n_tokens
+    assert toy_command("eval", "run", "--corpus=text.txt", "--json")[2].startswith(
+        "note: the run was trained on most of"
+    )
+
+
 def test_eval_of_a_lora_run_and_of_its_merged_export_agree(lora_run, toy_command):
     assert toy_command("export", "run", "--merge", "--out=merged.gguf")[0] == 0
     outputs = [toy_command("eval", model, "--corpus=text.txt")[1] for model in ("run", "merged.gguf", "llama.gguf")]
@@ -182,7 +252,12 @@ def test_eval_of_a_character_model_names_a_character_it_never_saw(files, toy_com
     assert toy_command("train", "from-scratch", "--corpus=abc.txt", *sizes, "--out=chars")[0] == 0
     code, _, err = toy_command("eval", "chars", "--corpus=text.txt")
     assert code == 2 and one_sentence(err) and "the text has the character 'h' (U+0068) at offset 0" in err
-    assert toy_command("eval", "chars", "--corpus=abc.txt")[0] == 0
+    assert "leave such characters out with --unknown skip" in err
+    Path("more.txt").write_text("abc abd " * 30 + "xyyz")
+    code, out, err = toy_command("eval", "chars", "--corpus=more.txt", "--unknown=skip", "--json")
+    kept = json.loads(toy_command("eval", "chars", "--corpus=abc.txt", "--json", "--context=8")[1])
+    assert err.startswith("note: 4 characters that the model has no token for are left out: 'y' (U+0079) 2 times, 'x'")
+    assert code == 0 and json.loads(out) == {**kept, "n_skipped": 4}
     code, _, err = toy_command("export", "chars")
     assert code == 2 and one_sentence(err) and "have no architecture for a TransformerConfig" in err
 

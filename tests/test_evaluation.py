@@ -10,10 +10,18 @@ from single_thread import single_thread  # noqa: F401 (autouse)
 import toy
 from toy.checks import gradcheck
 from toy.data import ByteTokenizer, CharTokenizer
+from toy.data.tokenizers import UnknownCharacterError
 from toy.models import model_for
 from toy.ops import reference
 from toy.trained import evaluate as evaluation
-from toy.trained.evaluate import TextEvaluator, evaluate_text, log_probability_of, token_bytes, window_ends
+from toy.trained.evaluate import (
+    TextEvaluator,
+    evaluate_text,
+    log_probability_of,
+    skipped_in_words,
+    token_bytes,
+    window_ends,
+)
 
 CONTEXT = 12
 SIZES = dict(vocab_size=256, d_model=16, n_heads=2, d_ff=32, n_layers=2, context_length=CONTEXT)
@@ -150,3 +158,95 @@ def test_large_logits_do_not_overflow():
 def test_bytes_of_tokens_add_up_to_the_text():
     for tokenizer in (ByteTokenizer(), CharTokenizer.from_text(TEXT)):
         assert b"".join(token_bytes(tokenizer, i) for i in tokenizer.encode(TEXT).tolist()) == TEXT.encode()
+
+
+# -- like llama.cpp's program ------------------------------------------------------------------------------------------
+
+
+class Begun(ByteTokenizer):
+    """Bytes, and a model that wants the byte 7 at the beginning."""
+
+    add_bos, bos_id = True, 7
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), Begun()], ids=["plain", "begun"])
+@pytest.mark.parametrize("context", [3, 4, 7, 12])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_like_llama_perplexity_the_second_half_of_each_window_is_counted(ops, tokenizer, context, end):
+    """Written out from the description of the program, one window after the other."""
+    model, text = make_model("llama", ops), TEXT + "\n" + TEXT + end
+    data = [*([7] if tokenizer.add_bos else []), *text.removesuffix("\n").encode()]
+    wanted, counted = [], []
+    for chunk in range(len(data) // context):
+        window = data[chunk * context : (chunk + 1) * context]
+        read = [7, *window[1:]] if tokenizer.add_bos else window
+        logits = model.forward(np.array(read))[0].astype(np.float64)
+        for i in range(context // 2, context - 1):
+            row = logits[i] - logits[i].max()
+            wanted.append(row[window[i + 1]] - math.log(np.exp(row).sum()))
+            counted.append(window[i + 1])
+    result = evaluate_text(model, tokenizer, text, context, like="llama-perplexity")
+    np.testing.assert_allclose(result.log_probabilities, wanted, atol=1e-4)
+    assert result.token_ids.tolist() == counted and result.n_bytes == len(counted)
+    assert len(wanted) == (len(data) // context) * (context - context // 2 - 1)
+    mean, square = np.mean(wanted), np.mean(np.square(wanted))
+    assert result.perplexity == pytest.approx(math.exp(-mean), rel=1e-3)
+    error = math.exp(-mean) * math.sqrt((square - mean**2) / (len(wanted) - 1))
+    assert result.perplexity_error == pytest.approx(error, rel=1e-3)
+
+
+def test_its_progress_and_its_defaults():
+    evaluator = TextEvaluator(make_model("llama"), ByteTokenizer(), TEXT, like="llama-perplexity", limit=40)
+    assert (evaluator.context, evaluator.stride, evaluator.n_tokens) == (CONTEXT, CONTEXT, 3 * 5)
+    assert list(evaluator)[-1] == 15
+
+
+class Ending(ByteTokenizer):
+    add_eos = True
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "settings", "message"),
+    [
+        (ByteTokenizer(), {"like": "gpt"}, "like must be one of llama-perplexity, got 'gpt'"),
+        (ByteTokenizer(), {"stride": 3}, "windows side by side: leave out the stride of 3"),
+        (ByteTokenizer(), {"context": 2}, "must be at least 3 tokens, got 2"),
+        (ByteTokenizer(), {"limit": 23}, "a context of 12 needs a text of at least 24 tokens, this one has 23"),
+        (Ending(), {}, "puts an end token after every text"),
+    ],
+)
+def test_what_that_program_cannot_do_is_refused(tokenizer, settings, message):
+    settings = {"like": "llama-perplexity", **settings}
+    evaluate_text(make_model("llama"), ByteTokenizer(), TEXT, like="llama-perplexity", limit=24)
+    with pytest.raises(ValueError, match=message):
+        evaluate_text(make_model("llama"), tokenizer, TEXT, **settings)
+
+
+# -- characters without a token ----------------------------------------------------------------------------------------
+
+
+def test_unknown_characters_are_refused_or_left_out():
+    tokenizer, text = CharTokenizer.from_text("abc "), "ab é c\U0001f600aé\nb c"
+    config = toy.LlamaConfig(**SIZES | {"vocab_size": 4}, n_kv_heads=1)
+    model = model_for(config).from_config(config, ops=reference)
+    gradcheck.random_parameters(model.parameters, np.random.default_rng(0))
+    with pytest.raises(
+        UnknownCharacterError, match=r"'é' .*at offset 3.*: leave such characters out with --unknown skip"
+    ):
+        evaluate_text(model, tokenizer, text)
+    evaluator = TextEvaluator(model, tokenizer, text, unknown="skip")
+    assert evaluator.skipped == {"\n": 1, "é": 2, "\U0001f600": 1}
+    assert skipped_in_words(evaluator.skipped) == (
+        "4 characters that the model has no token for are left out: 'é' (U+00E9) 2 times, '\\n' (U+000A) 1 times, "
+        "'\U0001f600' (U+1F600) 1 times"
+    )
+    list(evaluator)
+    kept = evaluate_text(model, tokenizer, "ab  cab c")
+    assert np.array_equal(evaluator.result().log_probabilities, kept.log_probabilities)
+    assert (evaluator.result().n_skipped, kept.n_skipped, kept.n_bytes) == (4, 0, 8)
+    assert evaluate_text(model, tokenizer, "ab ab", unknown="skip").n_skipped == 0
+    with pytest.raises(ValueError, match="unknown must be one of error, skip"):
+        evaluate_text(model, tokenizer, "ab ab", unknown="ignore")
+    with pytest.raises(ValueError, match="the text has no tokens"):
+        evaluate_text(model, tokenizer, "éé", unknown="skip")
+    assert skipped_in_words(dict.fromkeys("zyxwvuts", 1)).endswith(", and 3 others")

@@ -25,6 +25,7 @@ from toy.files.gguf import GGUF
 from toy.files.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 pytest.importorskip("tokenizers", reason="the tokenizers library is not installed (pip install tokenizers)")
+pytestmark = pytest.mark.slow
 
 BEGIN = """
 import resource, sys
@@ -249,7 +250,7 @@ def test_a_stretch_without_an_end_is_refused_and_a_shorter_one_encoded(monkeypat
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("pre", ["gpt-4o", "qwen2", "jais-2", "exaone-moe", "kimi-k2"])
+@pytest.mark.parametrize("pre", ["gpt-4o", "qwen2", "exaone-moe", "kimi-k2"])  # jais-2 passes too, in half a minute
 def test_the_longest_stretch_is_cut(pre):
     """As long as it may be: the library's search does not give up."""
     told = bounded(

@@ -4,9 +4,11 @@ llama.cpp runs on one thread with a float32 key/value cache and without flash at
 needs `pip install xllamacpp`; the comparison on SmolLM2-135M needs the model in the cache too.
 """
 
+import importlib.util
 import json
 import types
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import threadpoolctl
 from fetch_test_data import COMMAND, smollm2
 
 import toy
+from toy.checks import gradcheck
 from toy.data.batches import training_batch
 from toy.data.corpora import python_documentation
 from toy.data.open_tokenizer import load_tokenizer
@@ -31,6 +34,7 @@ from toy.training import LoRAOptions, Training
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
 pytestmark = pytest.mark.llama_cpp
 
+ROOT = Path(__file__).parent.parent
 BAR = 1e-3  # nats, largest difference of a log-probability
 CONTEXT = 48
 PROMPTS = ("The ", "Python\n", "a = ")
@@ -74,6 +78,12 @@ class LlamaCpp:
         """The greedy continuation."""
         request = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0}
         return self._server.handle_completions(request)["choices"][0]["text"]
+
+    def chat(self, message, n_tokens):
+        """The likeliest answer to one message, by the template in the file -> (text, why it ended)."""
+        request = {"messages": [{"role": "user", "content": message}], "max_tokens": n_tokens, "temperature": 0}
+        choice = self._server.handle_chat_completions(request)["choices"][0]
+        return choice["message"]["content"], choice["finish_reason"]
 
     def tokenize(self, text):
         return self._post("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
@@ -350,6 +360,39 @@ def test_what_is_refused_of_mistral3_changes_the_result(ministral, tmp_path, key
     assert np.abs(theirs - log_softmax(ours)).max() > 0.1
 
 
+# -- toy eval ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_the_perplexity_of_llama_perplexity(tmp_path, add_bos):
+    """Its numbers out of llama.cpp's own log-probabilities, window by window, as that program puts them together."""
+    pytest.importorskip("tokenizers", reason="the tokenizers library is not installed (pip install tokenizers)")
+    import model_files
+
+    tokenizer, config = model_files.tokenizer(**{"tokenizer.ggml.add_bos_token": add_bos}), model_files.config("llama")
+    model = toy.Llama(config)
+    gradcheck.random_parameters(model.parameters, np.random.default_rng(0))
+    for i, row in enumerate(model.parameters["token_embd.weight"]):
+        if not (tokenizer.token_bytes(i) and tokenizer.token_bytes(i).isascii()):
+            row *= 0.05  # never the likeliest: the server tells no probabilities with a token that is no text yet
+    write_gguf(tmp_path / "model.gguf", config, model.parameters, tokenizer)
+    text, context = "hello 12, hello. How far is it?\n" * 2, 11
+    judge = LlamaCpp(tmp_path / "model.gguf")
+    tokens = judge._post("/tokenize", content=text.removesuffix("\n"), add_special=True, parse_special=False)["tokens"]
+    assert (tokens[0] == tokenizer.bos_id) == add_bos
+    found = []
+    for start in range(0, len(tokens) - context + 1, context):
+        window = tokens[start : start + context]
+        read = [tokenizer.bos_id, *window[1:]] if add_bos else window
+        rows = judge.log_probabilities(read[:-1], config.vocab_size)
+        found += [rows[i, window[i + 1]] for i in range(context // 2, context - 1)]
+    loaded = toy.load(tmp_path / "model.gguf", backend="numpy")
+    result = loaded.evaluate(text, context, like="llama-perplexity")
+    assert len(found) == result.n_tokens >= 15 and np.std(found) > 0.5
+    assert np.abs(result.log_probabilities - found).max() <= BAR
+    assert result.perplexity == pytest.approx(np.exp(-np.mean(found)), rel=1e-3)
+
+
 # -- toy export --------------------------------------------------------------------------------------------------------
 
 
@@ -422,3 +465,26 @@ def test_smollm2(tmp_path):
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Name three colours."}])
     ours = "".join(tokenizer.stream(model.generate(tokenizer.encode(chat, parse_special=True), 12, temperature=0)))
     assert judge.write(chat, 12) == ours
+
+
+@pytest.mark.slow
+def test_a_chat_fine_tune_of_smollm2_stops_in_both(tmp_path):
+    """examples/chat_finetune.py: after 30 steps on conversations the model answers in the new manner and ends its answer by
+    itself, and llama.cpp, with its own reading of the template and the adapter on the quantised file, writes the same."""
+    path = smollm2()
+    if path is None:
+        pytest.skip(f"SmolLM2-135M is not in the cache ({COMMAND})")
+    spec = importlib.util.spec_from_file_location("chat_finetune", ROOT / "examples" / "chat_finetune.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    training = example.train(tmp_path / "run", path, 30)
+    assert training.data.family == "examples"
+    before, after = load_trained(path), load_trained(tmp_path / "run")
+    export_adapter(read_trained(tmp_path / "run"), tmp_path / "adapter.gguf")
+    judge = LlamaCpp(path, adapter=tmp_path / "adapter.gguf")
+    for word, expected in (("tall", "Short, of course."), ("young", "Old, of course.")):
+        question = example.QUESTION.format(word)
+        assert "of course" not in example.answer(before.model, before.tokenizer, question)[1]
+        ids, text = example.answer(after.model, after.tokenizer, question)
+        assert text == expected and len(ids) < 10
+        assert judge.chat(question, 40) == (text, "stop")

@@ -252,7 +252,8 @@ def test_every_step_is_the_formula_of_its_convention(backend, arch):
             g = g.astype(np.float64)
             m[name] = beta1 * m[name] + (1 - beta1) * g
             v[name] = beta2 * v[name] + (1 - beta2) * g * g
-            weights[name] = weights[name] * (1 - 0.01 * 0.1) - 0.01 * (m[name] * s5) / (np.sqrt(v[name] * s6) + 1e-4)
+            decay = 0.1 if name in recipe.decayed else 0.0
+            weights[name] = weights[name] * (1 - 0.01 * decay) - 0.01 * (m[name] * s5) / (np.sqrt(v[name] * s6) + 1e-4)
         state = recipe.optimizer_state()
         for name, array in recipe.parameters().items():
             np.testing.assert_allclose(array, weights[name], rtol=0, atol=2e-6, err_msg=f"{name} after step {k}")
@@ -329,7 +330,8 @@ def test_training_follows_pytorch(backend, arch, torch_models):
         lr, beta1, beta2, eps, weight_decay, s5, s6 = row[0].astype(np.float64)
         for name, g in gradients.items():
             m[name], v[name] = beta1 * m[name] + (1 - beta1) * g, beta2 * v[name] + (1 - beta2) * g * g
-            weights[name] = weights[name] * (1 - lr * weight_decay) - lr * m[name] * s5 / (np.sqrt(v[name] * s6) + eps)
+            decay = weight_decay if name in recipe.decayed else 0.0
+            weights[name] = weights[name] * (1 - lr * decay) - lr * m[name] * s5 / (np.sqrt(v[name] * s6) + eps)
 
 
 def test_the_same_seed_gives_the_same_bits(backend, arch):

@@ -4,22 +4,27 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from toy import plots
+from toy.cli import runs as cli_runs
 from toy.files import BadFileError, Run, atomic
 from toy.files.events import Evaluation, EventLog, Step
-from toy.plots import draw_confusion, draw_runs, load_curve, plot_confusion, plot_runs, smooth
+from toy.files.lock import only_process
+from toy.plots import draw_confusion, draw_runs, load_curve, plot_confusion, plot_runs, short_labels, smooth
 
 
-def make_run(folder, n_steps=200, vocab_size=65, level=2.0, every=50):
-    run = Run.create(folder, {"arch": "transformer", "model": {"vocab_size": vocab_size}})
+def make_run(folder, n_steps=200, vocab_size=65, level=2.0, every=50, start=None, **config):
+    run = Run.create(folder, {"arch": "transformer", "model": {"vocab_size": vocab_size}, **config})
+    start = math.log(vocab_size) if start is None else start
     rng = np.random.default_rng(0)
     log = EventLog(run.events_path)
-    log.write(Evaluation(step=0, loss=math.log(vocab_size)))
+    log.write(Evaluation(step=0, loss=start))
     for step in range(1, n_steps + 1):
-        loss = level + (math.log(vocab_size) - level) * math.exp(-step / 40) + 0.1 * rng.standard_normal()
+        loss = level + (start - level) * math.exp(-step / 40) + 0.1 * rng.standard_normal()
         log.write(Step(step=step, loss=loss, lr=1e-3, grad_norm=1.0, tokens=1024, wall_us=20_000))
         if step % every == 0:
             log.write(Evaluation(step=step, loss=loss + 0.1))
@@ -167,3 +172,214 @@ def test_the_confusion_picture_has_every_count_and_the_share_that_is_right(tmp_p
         with pytest.raises(ValueError, match=message):
             plot_confusion(wrong, classes, tmp_path / out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
+
+
+# -- many runs ---------------------------------------------------------------------------------------------------------
+
+
+def smoothed_lines(axes):
+    return [line for line in axes.get_lines() if line.get_linewidth() == 1.8 and len(line.get_xdata())]
+
+
+def labels_of(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_no_two_of_twenty_eight_runs_look_alike(tmp_path):
+    curve = load_curve(make_run(tmp_path / "run", n_steps=60))
+    curves = [curve | {"name": f"run {i}", "path": tmp_path / f"run {i}"} for i in range(28)]
+    for n in (7, 8, 28):
+        axes = draw_runs(curves[:n]).axes[0]
+        drawn = [(line.get_color(), line._dash_pattern) for line in smoothed_lines(axes)]
+        points = [(p.get_color(), p.get_marker()) for p in axes.get_lines() if p.get_linestyle() == "None"]
+        assert len({repr(look) for look in drawn}) == len(drawn) == n
+        assert len(set(points)) == len(points) == n
+        legend = axes.get_legend()
+        entries = {repr((h.get_color(), h._dash_pattern, h.get_marker())) for h in legend.legend_handles[:n]}
+        assert len(entries) == n and len(legend.legend_handles) == n + 1
+        assert sum(line.get_alpha() is not None for line in axes.get_lines()) == (n if n <= 7 else 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 28])
+def test_the_legend_stands_outside_and_fits(tmp_path, n):
+    curve = load_curve(make_run(tmp_path / "run", n_steps=60))
+    figure = draw_runs([curve | {"name": f"a rather long name {i}", "path": tmp_path / f"{i}"} for i in range(n)])
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    legend, inside = axes.get_legend().get_window_extent(), axes.get_window_extent()
+    assert not legend.overlaps(inside)
+    assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= legend.y0 and legend.y1 <= figure.bbox.y1
+    assert inside.width > 0.5 * figure.bbox.width and inside.height > 0.5 * figure.bbox.height
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["runs/wide", "runs/narrow"], ["wide", "narrow"]),
+        (["20261126-194141-gpt2-ab12", "20261126-195000-llama-cd34"], ["194141-gpt2-ab12", "195000-llama-cd34"]),
+        (["lr-1e-3", "lr-1e-4", "lr-3e-4"], ["1e-3", "1e-4", "3e-4"]),
+        (["wide-1", "wide-2"], ["wide-1", "wide-2"]),  # 1 and 2 alone would say nothing
+        (["a/run", "b/run", "other"], ["a/run", "b/run", "other"]),
+        (["x/a/run", "y/a/run"], ["x/a/run", "y/a/run"]),
+        (["run", "run"], ["run", "run"]),  # the same one twice
+        (["run", "run-2"], ["run", "run-2"]),
+        (["a" * 50 + "1", "a" * 50 + "2"], ["a" * 16 + "…" + "a" * 18 + "1", "a" * 16 + "…" + "a" * 18 + "2"]),
+        (
+            ["a" * 20 + "1" + "a" * 40, "a" * 20 + "2" + "a" * 40],
+            ["a" * 20 + "1" + "a" * 40, "a" * 20 + "2" + "a" * 40],
+        ),
+        (["alone-in-here"], ["alone-in-here"]),
+    ],
+)
+def test_the_labels_are_the_shortest_that_tell_runs_apart(paths, labels):
+    assert short_labels([Path(path).name for path in paths], paths) == labels
+
+
+# -- the vertical axis -------------------------------------------------------------------------------------------------
+
+
+def test_a_spike_is_cut_near_the_uniform_guess_and_told(tmp_path):
+    folder = make_run(tmp_path / "run")
+    usual = draw_runs([load_curve(folder)]).axes[0]
+    assert not usual.texts and math.log(65) < usual.get_ylim()[1] < 1.1 * math.log(65)
+    log = EventLog(folder / "events.jsonl")
+    log.write(Step(step=201, loss=1234.5, lr=1e-3, grad_norm=1.0, tokens=1024, wall_us=1))
+    log.close()
+    for y, told in (("loss", "1234"), ("perplexity", "at least 5.541e+34")):
+        axes = draw_runs([load_curve(folder)], y=y).axes[0]
+        assert [told in text.get_text() for text in axes.texts] == [True]
+        top = axes.get_ylim()[1] if y == "loss" else math.log(axes.get_ylim()[1])
+        assert math.log(65) < top < 1.1 * math.log(65)
+        assert len(axes.get_lines()[-1].get_xdata()) == 2  # the uniform guess is seen
+
+
+def test_a_curve_far_below_the_uniform_guess_is_not_squeezed(tmp_path):
+    curve = load_curve(make_run(tmp_path / "run", vocab_size=49_152, level=2.6, start=3.4))
+    for y, low, high in (("loss", 2.2, 3.8), ("perplexity", math.exp(2.2), math.exp(3.8))):
+        axes = draw_runs([curve], y=y).axes[0]
+        assert low < axes.get_ylim()[0] < axes.get_ylim()[1] < high
+        assert labels_of(axes)[-1].startswith("uniform guess, ") and labels_of(axes)[-1].endswith(", above")
+        assert not axes.texts  # nothing of the curve is cut
+
+
+def test_perplexity_and_bits_per_byte(tmp_path):
+    curve = load_curve(make_run(tmp_path / "run", corpus={"bytes_per_token": 4.0}))
+    loss = draw_runs([curve]).axes[0].get_lines()[0].get_ydata()
+    for y, wanted, name in (
+        ("perplexity", np.exp(loss), "perplexity"),
+        ("bits-per-byte", loss / math.log(2) / 4, "bits per byte"),
+    ):
+        axes = draw_runs([curve], y=y).axes[0]
+        np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), wanted)
+        assert axes.get_ylabel() == name and axes.get_yscale() == ("log" if y == "perplexity" else "linear")
+        shown = wanted[-1] if y == "loss" else float(axes.get_lines()[2].get_ydata()[-1])
+        assert labels_of(axes)[1] == f"validation, last {shown:.3f}"
+    assert labels_of(axes)[-1] == f"uniform guess, 1 of 65: {math.log2(65) / 4:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        ({"tokenizer": {"kind": "bytes"}}, 1.0),
+        ({"tokenizer": {"kind": "char", "characters": "abc"}}, 1.0),
+        ({"tokenizer": {"kind": "char", "characters": "abé"}}, None),
+        ({"tokenizer": {"kind": "bpe"}}, None),
+        ({"tokenizer": {"kind": "bytes"}, "corpus": {"bytes_per_token": 2.5}}, 2.5),
+        ({"corpus": {"bytes_per_token": -1}}, None),
+        ({"corpus": "text", "tokenizer": None}, None),
+        ({"model": {"n_classes": 10}}, None),
+    ],
+)
+def test_where_the_bytes_of_a_token_are_known_from(tmp_path, config, known):
+    """Older runs do not say it, but some tokenizers do."""
+    curve = load_curve(make_run(tmp_path / "run", **config))
+    assert curve["bytes_per_token"] == known
+    if known is None:
+        with pytest.raises(BadFileError, match="so it has no bits per byte: draw the loss"):
+            draw_runs([curve], y="bits-per-byte")
+    draw_runs([curve])
+
+
+def test_a_run_records_how_many_bytes_its_tokens_have(tmp_path, toy_command):
+    text = "größer als 3 € " * 60
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    sizes = ["--batch=2", "--context=15", "--d-model=8", "--layers=1", "--heads=2", "--eval-batches=2", "--steps=1"]
+    arguments = [f"--corpus={tmp_path / 'text.txt'}", f"--out={tmp_path / 'run'}", "--backend=numpy", *sizes]
+    assert toy_command("train", "from-scratch", *arguments)[0] == 0
+    wanted = len("größer als 3 € ".encode()) / len("größer als 3 € ")  # every window has the same letters
+    assert load_curve(tmp_path / "run")["bytes_per_token"] == pytest.approx(wanted)
+
+
+# -- toy plot ----------------------------------------------------------------------------------------------------------
+
+
+def test_toy_plot_passes_its_axes_on_and_tells_the_picture(tmp_path, toy_command, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plots, "plot_runs", lambda *arguments: asked.append(arguments) or Path("drawn-new.png"))
+    code, out, err = toy_command("plot", "a", "b", "--x=tokens", "--y=perplexity", "--out=drawn.png")
+    assert (code, out, err) == (0, "drawn-new.png\n", "")
+    assert asked == [((Path("a"), Path("b")), Path("drawn.png"), "tokens", "perplexity")]
+    _, out, err = toy_command("plot", "a", "--json")
+    assert (json.loads(out), err) == ({"picture": "drawn-new.png", "runs": ["a"]}, "")
+
+
+class Going:
+    """A run that goes on by some steps each time somebody waits for it, and ends after `n` times."""
+
+    def __init__(self, folder, n, monkeypatch):
+        self.folder, self.left, self.lock = folder, n, only_process(folder)
+        self.lock.__enter__()
+        self.step = load_steps(folder)
+        monkeypatch.setattr(cli_runs.time, "sleep", self.wait)
+
+    def wait(self, seconds):
+        if seconds < 1:  # of one who asks for the lock
+            return
+        log = EventLog(self.folder / "events.jsonl")
+        self.step += 1
+        log.write(Step(step=self.step, loss=2.0, lr=1e-3, grad_norm=1.0, tokens=1024, wall_us=1))
+        log.close()
+        self.left -= 1
+        if self.left == 0:
+            self.lock.__exit__(None, None, None)
+
+
+def load_steps(folder):
+    return sum(b'"step", ' in line for line in (folder / "events.jsonl").read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_watching_draws_anew_until_the_run_ends(tmp_path, toy_command, monkeypatch, as_json):
+    folder, other = make_run(tmp_path / "run", n_steps=3), make_run(tmp_path / "other", n_steps=2)
+    drawn = []
+    real = plots.draw_runs
+    monkeypatch.setattr(
+        plots, "draw_runs", lambda curves, x, y: drawn.append(len(curves[0]["steps"])) or real(curves, x, y)
+    )
+    Going(folder, 3, monkeypatch)
+    picture = tmp_path / "out.png"
+    code, out, err = toy_command("plot", folder, other, "--watch", f"--out={picture}", *(["--json"] if as_json else []))
+    assert (code, err) == (0, "")
+    assert drawn == [3, 4, 5, 6]  # the last one after the end
+    assert (json.loads(out)["picture"] if as_json else out.strip()) == str(picture) and out.count("\n") == 1
+
+
+def test_watching_waits_for_the_first_step_and_ends_by_ctrl_c(tmp_path, toy_command, monkeypatch):
+    folder = make_run(tmp_path / "run", n_steps=0)
+    going = Going(folder, 99, monkeypatch)
+    wait = going.wait
+
+    def press(seconds):
+        wait(seconds)
+        if seconds >= 1 and going.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_runs.time, "sleep", press)
+    code, out, _ = toy_command("plot", folder, "--watch")
+    assert (code, out) == (0, f"{folder / 'loss.png'}\n")
+    going.lock.__exit__(None, None, None)
+    (folder / "events.jsonl").write_text("")
+    code, out, err = toy_command("plot", folder, "--watch")
+    assert (code, out) == (2, "") and "no training step yet" in err
+    assert toy_command("plot", tmp_path / "nowhere", "--watch")[0] == 2

@@ -245,7 +245,7 @@ def test_latest_is_read_again_when_the_run_saved_in_between(run, monkeypatch):
     monkeypatch.setattr(checkpoints, "read_checkpoint", read)
     assert Run.open(run).read_checkpoint().step == 10 and not saves
     Path("run/weights/step_10.safetensors").unlink()
-    with pytest.raises(BadFileError, match="step_10.safetensors: is missing, but weights/latest names it"):
+    with pytest.raises(BadFileError, match=r"step_10\.safetensors: is missing, but weights/latest names it"):
         Run.open(run).read_checkpoint()
 
 

@@ -101,7 +101,7 @@ def test_what_was_done_at_a_step_is_not_done_again_by_the_run_that_goes_on_from_
 @pytest.mark.parametrize(("slot", "number"), [("m", np.nan), ("v", np.inf), ("v", np.nan)])
 def test_a_moment_that_is_not_finite_is_never_saved(options, tmp_path, slot, number):
     out = tmp_path / "run"
-    training = Training(options(steps=12, save_every=2), out=out)
+    training = Training(options(steps=12, save_every=2, eval_every=100), out=out)
     state, files = training.recipe.engine.optimizer_state, None
     with pytest.raises(DivergedError, match="a moment of pos_embed is not a finite number at step 6"):
         for event in training.run():
@@ -134,7 +134,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_that_it_leads_to(options, 
             happened.append(("checkpoint", log.stat().st_size))
         return replace(source, target, **options)
 
-    training = Training(options(steps=6, save_every=2, eval_every=3), out=out)
+    training = Training(options(steps=6, save_every=2, eval_every=6), out=out)
     run = training.run()
     next(run)
     with open(log, "rb") as reader:

@@ -233,6 +233,7 @@ def test_a_run_trains_and_writes_what_it_promises(options, tmp_path, pictures):
     assert files == {"config.json", "events.jsonl", "loss.png", "samples.txt", "weights"}
     assert {path.name for path in (out / "weights").iterdir()} == {
         "latest",
+        "best",
         "step_40.safetensors",
         "step_60.safetensors",
     }
@@ -654,3 +655,67 @@ def test_a_checkpoint_whose_config_does_not_fit_is_refused(trained_run, change):
     write_checkpoint(path, checkpoint)
     with pytest.raises(BadFileError, match=r"step_20\.safetensors"):
         load_trained(path)
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_samples_when_none_are_asked_for(numpy_options, tmp_path):
+    assert samples(Training(numpy_options(steps=8, sample_every=4), out=tmp_path / "some")) != []
+    training = Training(numpy_options(steps=8, sample_every=0), out=tmp_path / "none")
+    assert samples(training) == []
+    assert not (tmp_path / "none" / "samples.txt").exists() and "samples" not in dict(training.written())
+    assert read_config(tmp_path / "none")["training"]["sample_every"] == 0
+    resumed = Training.resume(tmp_path / "none", steps=10)
+    assert samples(resumed) == [] and resumed.step == 10
+
+
+def samples(training):
+    return [event.text for event in training.run() if event.kind == "sample"]
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_sample_goes_on_from_the_prompt_at_the_temperature(numpy_options):
+    for changes in ({}, {"sample_prompt": "then c"}, {"sample_prompt": "then c", "sample_temperature": 0.0}):
+        training = Training(numpy_options(steps=2, sample_every=2, **changes))
+        (text,) = samples(training)
+        prompt, temperature = changes.get("sample_prompt", "\n"), changes.get("sample_temperature", 0.8)
+        ids = training.tokenizer.encode(prompt)
+        wanted = generate(training.model(), ids, 5, temperature, seed=[0, 2])
+        assert text == training.tokenizer.decode(list(wanted))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"sample_prompt": "€"}, "the prompt has the character '€'"),
+        ({"sample_prompt": ""}, "sample_prompt is empty"),
+        ({"sample_temperature": -1.0}, "sample_temperature must be a number of at least 0, got -1"),
+        ({"sample_temperature": math.nan}, "sample_temperature must be"),
+        ({"sample_every": -1}, "sample_every must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_bad_settings_of_samples_are_told_before_the_run(numpy_options, tmp_path, changes, problem):
+    Training(numpy_options(sample_prompt="t", sample_temperature=1.0, sample_every=1))
+    with pytest.raises(ValueError, match=problem):
+        Training(numpy_options(**changes), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_is_held_open_is_told_under_its_other_name(numpy_options, tmp_path, pictures, monkeypatch):
+    from toy import plots
+
+    write = plots._write
+
+    def held(figure, out):
+        if out.name == "loss.png":
+            raise plots.FileInUseError(str(out))
+        return write(figure, out)
+
+    monkeypatch.setattr(plots, "_write", held)
+    training = Training(numpy_options(steps=2), out=tmp_path / "run")
+    list(training.run())
+    assert dict(training.written())["picture"] == tmp_path / "run" / "loss-new.png"

@@ -165,3 +165,10 @@ def check_row(hp: npt.ArrayLike, wanted_mode: int) -> np.ndarray:
             f"convention in slots 5 and 6: use AdamW.for_{MODE_NAMES[wanted_mode]}() or recipe.adamw()"
         )
     return row.reshape(1, 7)
+
+
+def without_decay(row: np.ndarray) -> np.ndarray:
+    """The same (1, 7) row with a weight decay of 0: for norms and biases (see `Model.decays`)."""
+    plain = np.array(row)
+    plain[0, 4] = 0.0
+    return plain

@@ -173,7 +173,9 @@ WEIGHT_DTYPES = ("f32", "f16", "bf16")
 class RecipeOptions:
     """How a recipe is realized, whatever the model.
 
-    t_seq: tokens in a training sequence (at most the model's context). t_batch: sequences in a step.
+    t_seq: tokens in a training sequence (at most the model's context). t_batch: sequences in a forward and backward pass.
+    accumulate: how many such passes make a step: a step takes accumulate * t_batch sequences in the memory of t_batch, and
+    its loss and gradient are those of all of them in one batch.
     weight_dtype: "f32", or "f16" / "bf16" for compute copies rounded from the f32 masters after every update.
     untied, qkv_bias: options of models that have them. seed: of the initialisation. init_scale: multiplies its
     standard deviations. grad_clip: largest L2 norm of the whole gradient (longer ones are scaled down), None = off.
@@ -188,9 +190,10 @@ class RecipeOptions:
     seed: int = 0
     init_scale: float = 1.0
     grad_clip: float | None = None
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("t_seq", "t_batch"):
+        for name in ("t_seq", "t_batch", "accumulate"):
             object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
         if self.weight_dtype not in WEIGHT_DTYPES:
             raise ValueError(f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {self.weight_dtype!r}")

@@ -13,11 +13,19 @@ from pathlib import Path
 
 import click
 
+from toy.files import Run
 from toy.switch import BACKEND_NAMES
 
 # what several commands take
 PATH = click.Path(path_type=Path)
 MODEL = click.argument("model", metavar="MODEL")
+CHECKPOINT = click.option(
+    "--checkpoint",
+    metavar="best|last|STEP",
+    default="last",
+    show_default=True,
+    help="Of a run: which of its checkpoints.",
+)
 BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(BACKEND_NAMES)}.")
 
 
@@ -119,6 +127,29 @@ def command(group, name, kind=click.Command):
         return group.command(name, cls=kind)(body)
 
     return decorate
+
+
+def tell_checkpoint(model, step, wanted="last"):
+    """Say on stderr which checkpoint of a run is taken: in a terminal, when one was chosen, and when a better one is there.
+
+    model: what the user named; step: of the checkpoint; wanted: the value of --checkpoint.
+    """
+    if not Path(model).is_dir():
+        return
+    best = Run.open(model).best_checkpoint()
+    name, words = f"step_{step}", "the best on validation"
+    if best is None or best.stem != name:
+        words = "the last" if wanted == "last" else "as asked for"
+    if best is not None and best.stem != name:
+        words += f"; the best on validation is {best.stem.replace('_', ' ')}, --checkpoint best takes it"
+    elif wanted == "last" and not sys.stderr.isatty():
+        return
+    click.echo(f"checkpoint: step {step}, {words}", err=True)
+
+
+def note(sentence):
+    """Tell what a user should know, on stderr: stdout has the answer alone."""
+    click.echo(f"note: {sentence}", err=True)
 
 
 def as_json(record):

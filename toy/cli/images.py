@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, MODEL, Phase, as_json, command
+from toy.cli.base import BACKEND, CHECKPOINT, MODEL, Phase, as_json, command, tell_checkpoint
 
 images = click.Group()
 
@@ -13,8 +13,9 @@ images = click.Group()
 @MODEL
 @click.argument("paths", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "json_wanted", is_flag=True, help="One JSON object an image, on stdout.")
+@CHECKPOINT
 @BACKEND
-def predict(model, paths, json_wanted, backend, debug):
+def predict(model, paths, json_wanted, checkpoint, backend, debug):
     """Say what is on images.
 
     MODEL is a run of toy train vit-tiny, or a checkpoint of one. For each IMAGE: the likeliest class, its probability, and
@@ -23,7 +24,9 @@ def predict(model, paths, json_wanted, backend, debug):
     from toy.trained.classify import Classifier
 
     with Phase(2, debug):
-        found = Classifier(model, backend).predict(paths)
+        classifier = Classifier(model, backend, checkpoint)
+        found = classifier.predict(paths)
+        tell_checkpoint(model, classifier.step, checkpoint)
     with Phase(1, debug):
         width = max(len(str(prediction.path)) for prediction in found)
         for prediction in found:

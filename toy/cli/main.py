@@ -1,4 +1,4 @@
-"""The command line: toy train, generate, eval, export, plot, describe, fetch, backends, gradcheck, selftest.
+"""The command line: toy train, generate, chat, eval, export, runs, plot, describe, fetch, backends, gradcheck, selftest.
 
 Bad input ends with one sentence on stderr and exit code 2, before anything is written; a failure while running with exit
 code 1; --debug shows the traceback too. A run stopped by Ctrl-C is saved and ends with 130, the shell's code for it.
@@ -15,9 +15,11 @@ from pathlib import Path
 import click
 
 from toy import switch
+from toy.cli import chat as cli_chat
 from toy.cli import data as cli_data
 from toy.cli import images as cli_images
 from toy.cli import models as cli_models
+from toy.cli import runs as cli_runs
 from toy.cli import train as cli_train
 from toy.cli.base import Failure, Phase, command, drop_stdout, in_words, named_stdout
 from toy.config import VERSION
@@ -92,29 +94,14 @@ def cli(context):
 
 cli.add_command(cli_train.train)
 cli.add_command(cli_data.data)
-for _group in (cli_models.models, cli_images.images):
+for _group in (cli_models.models, cli_chat.chats, cli_runs.runs, cli_images.images):
     for _command in _group.commands.values():
         cli.add_command(_command)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# toy plot, backends, gradcheck, selftest, describe, fetch
+# toy backends, gradcheck, selftest, describe, fetch
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@command(cli, "plot")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="PNG, SVG or PDF file. [default: RUN/loss.png, or loss.png]"
-)
-@click.option("--x", type=click.Choice(["steps", "tokens", "seconds"]), default="steps", help="The horizontal axis.")
-def plot(runs, out, x, debug):
-    """Draw the loss curves of one or several runs into one picture."""
-    from toy.plots import plot_runs
-
-    out = out or (runs[0] / "loss.png" if len(runs) == 1 else Path("loss.png"))
-    with Phase(2, debug):
-        click.echo(plot_runs(runs, out, x))
 
 
 @command(cli, "backends")

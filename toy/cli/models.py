@@ -5,14 +5,16 @@ MODEL is what `toy.trained.read_trained` takes: a run directory, a checkpoint, a
 
 import csv
 import json
+import re
 import sys
 import time
 from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, MODEL, PATH, Phase, as_json, command, quoted
+from toy.cli.base import BACKEND, CHECKPOINT, MODEL, PATH, Phase, as_json, command, note, quoted, tell_checkpoint
 from toy.cli.progress import clock, compact, printable
+from toy.data.encoding import Encoder
 from toy.trained import load as trained
 
 models = click.Group()
@@ -28,48 +30,151 @@ _ADAPTER = click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put
 @command(models, "generate")
 @MODEL
 @_ADAPTER
-@click.option("--prompt", help="Text to go on from. [default: a new line]")
+@click.option("--prompt", help="Text to go on from; @FILE: what is in a file, -: in stdin. [default: a new line]")
+@click.option("--special", is_flag=True, help="Special tokens written in the prompt, <|im_end|> say, are tokens.")
 @click.option("--chat", is_flag=True, help="The prompt is a message, and the model answers it.")
+@click.option("--system", metavar="TEXT", help="With --chat: a system message before it; @FILE and - as in --prompt.")
 @click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True, help="Tokens to write, at most.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times.")
 @click.option(
     "--temperature", type=float, default=0.8, show_default=True, help="Below 1: safer, 0: always the likeliest."
 )
 @click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
 @click.option("--top-p", type=float, help="Draw from the fewest tokens whose probability reaches p.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
+@click.option(
+    "--num-samples", type=click.IntRange(min=1), default=1, help="Texts to write: with the seed, the one after it, ..."
+)
+@click.option("--json", "json_wanted", is_flag=True, help="One JSON object a text, on stdout: text, ids, and more.")
+@CHECKPOINT
 @BACKEND
-def generate(model, adapter, prompt, chat, tokens, temperature, top_k, top_p, seed, backend, debug):
+def generate(
+    model,
+    adapter,
+    prompt,
+    special,
+    chat,
+    system,
+    tokens,
+    stop,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    num_samples,
+    json_wanted,
+    checkpoint,
+    backend,
+    debug,
+):
     """Let a model write.
 
     MODEL is a run directory, a checkpoint, a GGUF file, or the name of a fetched model (toy fetch). It stops early at a
-    token that ends a text, if the model has such tokens.
+    token that ends a text, if the model has such tokens. Of a file or stdin the last line end is not part of the text; a
+    prompt that begins with @ itself is given as @@.
     """
     from toy.models.generation import generate as generate_ids
+    from toy.trained.writing import Writing, check_stop, stop_ids_of
 
     with Phase(2, debug):
         if chat and prompt is None:
             raise ValueError('--chat needs a message to answer: give one with --prompt "..."')
-        model, tokenizer, _ = trained.load_trained(model, adapter, backend)
+        if system is not None and not chat:
+            raise ValueError("--system goes with --chat: without it write everything into --prompt, with --special")
+        if special and (chat or prompt is None):
+            problem = "--chat parses those of the template alone" if chat else "give a text with --prompt"
+            raise ValueError(f"--special is about special tokens in a prompt: {problem}")
+        if prompt == system == "-":
+            raise ValueError(
+                "--prompt and --system cannot both be read from stdin: put one into a file, and give @FILE"
+            )
+        check_stop(stop)
+        if num_samples > 1 and temperature == 0:
+            note(f"at temperature 0 nothing is drawn: all {num_samples} texts are the same")
+        prompt, system = text_of(prompt, "--prompt"), text_of(system, "--system")
+        loaded = trained.load_trained(model, adapter, backend, checkpoint)
+        named, model, tokenizer = model, loaded.model, loaded.tokenizer
         if chat:
-            ids = trained.chat_prompt(tokenizer, prompt, model.config.context_length)
+            ids = trained.chat_prompt(tokenizer, prompt, model.config.context_length, system)
         elif prompt is not None:
-            ids = trained.text_ids(tokenizer, prompt, "prompt")
+            ids = _prompt_ids(tokenizer, prompt, special, model.config.context_length)
         else:
             ids = trained.first_prompt(tokenizer, [0])
-        stops = getattr(tokenizer, "stop_ids", ())
-        speed = Speed(len(ids), generate_ids(model, ids, tokens, temperature, top_k, top_p, seed, stops))
-        stream = tokenizer.stream(speed)
+        stops = stop_ids_of(tokenizer, stop)
+        streams = [
+            generate_ids(model, ids, tokens, temperature, top_k, top_p, seed + i, stops) for i in range(num_samples)
+        ]
     with Phase(1, debug):
-        clean = printable if sys.stdout.isatty() else str
-        if not chat:
-            click.echo(clean(prompt or ""), nl=False)
-        try:
-            for text in stream:
-                click.echo(clean(text), nl=False)
-        finally:  # Ctrl-C too: the shell's prompt and the speed begin on a line of their own
-            click.echo()
-            if sys.stderr.isatty():
-                click.echo(click.style(speed, dim=True), err=True)
+        tell_checkpoint(named, loaded.step, checkpoint)
+        for i, stream in enumerate(streams):
+            speed = Speed(len(ids), stream)
+            writing = Writing(tokenizer, speed, stop)
+            if json_wanted:
+                for _ in writing:
+                    pass
+                as_json(
+                    {
+                        "prompt": prompt,
+                        "text": writing.text,
+                        "finish_reason": "length" if speed.n_generated == tokens and not writing.stopped_by else "stop",
+                        "seed": seed + i,
+                        "prompt_ids": [int(token) for token in ids],
+                        "ids": [int(token) for token in writing.ids],
+                    }
+                )
+                continue
+            if num_samples > 1:
+                click.echo(f"--- {i + 1}, seed {seed + i} ---")
+            _show_text(writing, "" if chat or prompt is None else prompt, speed)
+
+
+def _show_text(writing, prompt, speed):
+    """Print the prompt and a `Writing` as it comes; on a terminal's stderr then how fast it was."""
+    clean = printable if sys.stdout.isatty() else str
+    click.echo(clean(prompt), nl=False)
+    try:
+        for text in writing:
+            click.echo(clean(text), nl=False)
+    finally:  # Ctrl-C too: the shell's prompt and the speed begin on a line of their own
+        click.echo()
+        if sys.stderr.isatty():
+            click.echo(click.style(speed, dim=True), err=True)
+
+
+def text_of(value, option):
+    """The text of an option: itself, for @FILE what is in the file, for - what is in stdin, without the last line end.
+
+    Raises ValueError, naming the option, for bytes that are not UTF-8; OSError for a file that cannot be read.
+    """
+    if value is None or not (value == "-" or value.startswith("@")):
+        return value
+    if value.startswith("@@"):
+        return value[1:]
+    where = "stdin" if value == "-" else value[1:]
+    if not where:
+        raise ValueError(f"{option} @ names no file: @FILE reads one, @@ begins a text with @")
+    data = sys.stdin.buffer.read() if value == "-" else Path(where).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{option}: {where} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason}); "
+            "convert it first, for example with iconv"
+        ) from error
+    return re.sub(r"\r?\n\Z", "", text)
+
+
+def _prompt_ids(tokenizer, prompt, special, context_length):
+    """The ids of --prompt; a note for what becomes of one that is too long, or has its beginning token twice."""
+    encoder = Encoder(tokenizer)
+    if special and not encoder.has_special:
+        raise ValueError(f"this model's tokenizer ({tokenizer.kind}) has no special tokens: leave out --special")
+    ids = encoder.prompt(prompt, special)
+    if encoder.begin is not None and ids[:2].tolist() == [encoder.begin, encoder.begin]:
+        note("the beginning token stands there twice, the model adds one by itself: leave it out of the prompt")
+    if len(ids) > context_length:
+        note(f"the prompt has {len(ids)} tokens, the model reads the last {context_length}: that is its context")
+    return ids
 
 
 class Speed:
@@ -114,53 +219,94 @@ class Speed:
 @click.option("--context", type=int, help="Tokens in a window. [default: the model's, at most 512]")
 @click.option("--stride", type=int, help="Tokens from window to window. [default: half of --context]")
 @click.option("--limit", type=int, metavar="TOKENS", help="Read only the beginning of the text.")
+@click.option(
+    "--like", type=click.Choice(["llama-perplexity"]), help="Compute what that program of llama.cpp computes."
+)
+@click.option(
+    "--unknown",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What to do about characters that the model has no token for.",
+)
 @click.option("--tokens-out", type=PATH, metavar="FILE", help="Write every token's log-probability (.csv or .jsonl).")
 @click.option("--json", "json_wanted", is_flag=True, help="One JSON object, on stdout.")
+@CHECKPOINT
 @BACKEND
-def evaluate(model, adapter, corpus, data, context, stride, limit, tokens_out, json_wanted, backend, debug):
+def evaluate(
+    model,
+    adapter,
+    corpus,
+    data,
+    context,
+    stride,
+    limit,
+    like,
+    unknown,
+    tokens_out,
+    json_wanted,
+    checkpoint,
+    backend,
+    debug,
+):
     """Measure how well a model predicts a text, or how often an image model is right.
 
     MODEL is as in toy generate. The text is read in windows that overlap; every token but the first is predicted once, after
-    at least context - stride others (but for the beginning of the text).
+    at least context - stride others (but for the beginning of the text). Like llama-perplexity the windows are side by side,
+    and of each the second half is counted.
     """
     from toy.data import load_corpus
-    from toy.trained.evaluate import TextEvaluator, token_bytes
+    from toy.data.sources import open_source
+    from toy.trained.evaluate import TextEvaluator, skipped_in_words, token_bytes, training_text_in_words
 
     with Phase(2, debug):
         if tokens_out is not None:
             if tokens_out.suffix not in (".csv", ".jsonl"):
                 raise ValueError(f"--tokens-out must end with .csv or .jsonl, got {str(tokens_out)!r}")
             _check_folder(tokens_out)
-        stored = trained.read_trained(model, adapter)
+        stored, named = trained.read_trained(model, adapter, checkpoint), model
         if not stored.reads_text:
-            texts = {"--corpus": corpus, "--context": context, "--stride": stride, "--limit": limit}
+            texts = {"--corpus": corpus, "--context": context, "--stride": stride, "--limit": limit, "--like": like}
             if given := [name for name, value in {**texts, "--tokens-out": tokens_out}.items() if value is not None]:
                 raise ValueError(
                     f"{given[0]} is for models that read text, {model} reads images: --data names a data set"
                 )
-            return _evaluate_images(model, data, json_wanted, backend)
+            return _evaluate_images(model, data, json_wanted, backend, checkpoint)
         if data is not None:
             raise ValueError(f"--data is for image models, {model} reads text: --corpus names one")
-        own = corpus is None and "corpus" in stored.about and tokens_out is context is stride is limit is None
-        model, tokenizer, step = trained.load_trained(model, adapter, backend)
+        chosen = (corpus, tokens_out, context, stride, limit, like)
+        own = "corpus" in stored.about and all(option is None for option in chosen)
+        model, tokenizer, step = trained.load_trained(model, adapter, backend, checkpoint)
         if own:
+            tell_checkpoint(named, step, checkpoint)
             return _evaluate_own(model, tokenizer, stored.about, step, json_wanted)
         text = load_corpus(corpus).text
-        job = TextEvaluator(model, tokenizer, text, context, stride, limit)
+        job = TextEvaluator(model, tokenizer, text, context, stride, limit, like, unknown)
+        if told := training_text_in_words(stored.about, open_source(None if corpus is None else Path(corpus))):
+            note(told)
+        if job.skipped:
+            note(skipped_in_words(job.skipped))
     with Phase(1, debug):
+        tell_checkpoint(named, step, checkpoint)
         result = _with_bar(job)
-        if json_wanted:
-            numbers = {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "n_tokens")}
-            if tokens_out is None:
-                return as_json(numbers | {"checkpoint": step})
-        click.echo(f"{'loss':<15}{result.loss:.4f} nats per token")
-        click.echo(f"{'perplexity':<15}{result.perplexity:.4g}")
-        click.echo(f"{'bits per byte':<15}{result.bits_per_byte:.4f}")
-        click.echo(f"{'tokens':<15}{result.n_tokens} ({result.n_bytes} bytes)")
-        click.echo(f"{'windows':<15}{result.context} tokens, {result.stride} at a time")
         if tokens_out is not None:
             pieces = [token_bytes(tokenizer, i).decode("utf-8", errors="replace") for i in result.token_ids.tolist()]
             _write_tokens(tokens_out, zip(result.token_ids.tolist(), pieces, result.log_probabilities.tolist()))
+        if json_wanted:
+            numbers = {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "n_tokens")}
+            if like is not None:
+                numbers |= {"perplexity_error": result.perplexity_error, "like": like}
+            if unknown == "skip":
+                numbers["n_skipped"] = result.n_skipped
+            return as_json(numbers | {"checkpoint": step})
+        click.echo(f"{'loss':<15}{result.loss:.4f} nats per token")
+        error = "" if like is None else f" +/- {result.perplexity_error:.4f}"
+        click.echo(f"{'perplexity':<15}{result.perplexity:{'.4g' if like is None else '.4f'}}{error}")
+        click.echo(f"{'bits per byte':<15}{result.bits_per_byte:.4f}")
+        click.echo(f"{'tokens':<15}{result.n_tokens} ({result.n_bytes} bytes)")
+        way = f"{result.stride} at a time" if like is None else f"the second half of each counted, like {like}"
+        click.echo(f"{'windows':<15}{result.context} tokens, {way}")
+        if tokens_out is not None:
             click.echo(f"{'per token':<15}{tokens_out}")
 
 
@@ -178,10 +324,10 @@ def _evaluate_own(model, tokenizer, config, step, json_wanted):
     click.echo(f"{'tokens':<15}{result.n_tokens} ({result.n_bytes} bytes), all of the run's validation part")
 
 
-def _evaluate_images(model, data, json_wanted, backend):
+def _evaluate_images(model, data, json_wanted, backend, checkpoint):
     from toy.trained.classify import Classifier
 
-    classifier = Classifier(model, backend)
+    classifier = Classifier(model, backend, checkpoint)
     result = classifier.evaluate(data)
     if json_wanted:
         return as_json(result._asdict() | {"checkpoint": classifier.step})
@@ -231,7 +377,8 @@ def _write_tokens(path, rows):
 @click.option("--type", "kind", type=click.Choice(WEIGHT_TYPES), default="f32", show_default=True, help="Of matrices.")
 @click.option("--out", type=PATH, metavar="FILE.gguf", help="The file to write. [default: named after MODEL, here]")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
-def export(model, adapter, merge, lora, kind, out, force, debug):
+@CHECKPOINT
+def export(model, adapter, merge, lora, kind, out, force, checkpoint, debug):
     """Write a model as a GGUF file for llama.cpp.
 
     MODEL is as in toy generate. A LoRA run gives its adapter alone, for llama.cpp's --lora, or with --merge a whole model. A
@@ -242,7 +389,7 @@ def export(model, adapter, merge, lora, kind, out, force, debug):
     with Phase(2, debug):
         if adapter and (merge or lora is not None):
             raise ValueError("--adapter writes the adapter alone and --merge or --lora a whole model: choose one")
-        stored = trained.read_trained(model, lora)
+        stored = trained.read_trained(model, lora, checkpoint)
         exports.check_exportable(stored)
         if (merge or adapter) and not stored.adapters:
             raise ValueError(f"{model} has no adapter of its own: leave out --{'merge' if merge else 'adapter'}")
@@ -254,6 +401,7 @@ def export(model, adapter, merge, lora, kind, out, force, debug):
             raise ValueError(f"{out} is there already: choose another --out, or overwrite it with --force")
         _check_folder(out)
     with Phase(1, debug):
+        tell_checkpoint(model, stored.step, checkpoint)
         if whole:
             exports.export_model(stored, out, kind)
         else:

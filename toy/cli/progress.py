@@ -90,12 +90,12 @@ class Progress:
     def line(self):
         return f"step {self.step:>{len(str(self.steps))}}/{self.steps}  {self._numbers()}"
 
-    def summary(self):
+    def summary(self, steps):
         numbers = [f"loss {self.losses.mean():.3f}"] if self.losses.count else []
         numbers += [f"validation loss {self.validation:.3f}"] if self.validation is not None else []
         right = f", {100 * self.accuracy:.1f} % right" if self.accuracy is not None else ""
         seconds = time.monotonic() - self.started
-        return f"done: {self.steps} steps in {clock(seconds)}, {', '.join(numbers)} nats per {self.unit}{right}"
+        return f"done: {steps} steps in {clock(seconds)}, {', '.join(numbers)} nats per {self.unit}{right}"
 
     def _numbers(self):
         numbers = []

@@ -18,6 +18,7 @@ from toy.cli.base import Phase, command, program, quoted
 from toy.cli.progress import EncodingBar, Progress, show_choices
 from toy.files.runs import DamagedCheckpointError, new_folder
 from toy.training import RECIPES, Training
+from toy.training.config_file import options_from_file
 from toy.training.options import DATA, MACHINE, MODEL, REPORTS, STEPS
 
 SECTIONS = (DATA, MODEL, STEPS, REPORTS, MACHINE)
@@ -88,15 +89,31 @@ def recipe_command(start):
     """The `toy train` command of a recipe, a `toy.training.start.Start`; its docstring is the help."""
     fields = dataclasses.fields(start.options_class)
 
-    def body(out, resume, from_step, debug, **values):
-        return _train(start.options_class, out, resume, from_step, debug, values)
+    def body(out, resume, branch, checkpoint, from_step, config, dry_run, debug, **values):
+        where = Where(out, resume, branch, checkpoint, from_step, config)
+        return _train(start.options_class, where, dry_run, debug, values)
 
     body.__doc__ = inspect.getdoc(start)
     folder = click.Path(path_type=Path)
     for field in reversed(fields):
         body = flag_of(field)(body)
     body = click.option(
+        "--dry-run", is_flag=True, help="Show the choices and what they take, train nothing and write nothing."
+    )(body)
+    body = click.option(
+        "--config",
+        metavar="FILE",
+        type=folder,
+        help="Options from a run's config.json or a TOML file; flags go before them.",
+    )(body)
+    body = click.option(
         "--from-step", type=int, metavar="N", help="With --resume: from this checkpoint, the newer ones being damaged."
+    )(body)
+    body = click.option(
+        "--checkpoint", metavar="best|last|STEP", help="With --branch: which checkpoint of RUN.  [default: last]"
+    )(body)
+    body = click.option(
+        "--branch", is_flag=True, help="With --resume: begin a new run with RUN's checkpoint, with other options."
     )(body)
     body = click.option("--resume", metavar="RUN", type=folder, help="Go on with the run in this directory.")(body)
     body = click.option("--out", type=folder, help="Directory of the run. [default: runs/<time>-<name>-<id>]")(body)
@@ -114,25 +131,58 @@ for _start in RECIPES.values():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _train(kind, out, resume, from_step, debug, options):
+class Where(typing.NamedTuple):
+    """What a run begins with, and where it is written. All None, and branch False, where nothing is said."""
+
+    out: Path | None
+    resume: Path | None
+    branch: bool
+    checkpoint: str | None
+    from_step: int | None
+    config: Path | None
+
+
+def _make_training(kind, where, options):
+    """The `Training` that the flags ask for. options: all of them, with their defaults."""
     given = {name: value for name, value in options.items() if _is_given(name)}
-    with Phase(2, debug):
+    out, resume, branch, checkpoint, from_step, config = where
+    if config is not None:
         if resume is not None:
-            if out is not None:
-                raise ValueError("--out cannot be given with --resume: the run goes on in its own directory")
-            try:
-                job = Training.resume(resume, recipe=kind.recipe, progress=EncodingBar(), from_step=from_step, **given)
-            except DamagedCheckpointError as error:
-                if error.before is None:
-                    raise
-                command = f"{resume_command(kind, resume)} --from-step {error.before}"
-                raise ValueError(f"{error}. To go on from step {error.before}, which is whole: {command}") from error
-        elif from_step is not None:
-            raise ValueError("--from-step belongs to --resume, which names the run to go on with")
-        else:
-            if out is None:
-                out = new_folder(options.get("arch") or kind.recipe)
-            job = Training(kind(**options), out=out, progress=EncodingBar())
+            raise ValueError("--config cannot be given with --resume: a run that goes on has its own options")
+        given = options_from_file(config, kind) | given
+    if resume is None and (branch or checkpoint is not None):
+        raise ValueError(
+            f"--{'branch' if branch else 'checkpoint'} belongs to --resume RUN: name the run to begin with"
+        )
+    if checkpoint is not None and not branch:
+        raise ValueError(
+            "--checkpoint belongs to --branch: a run that goes on in its own directory does so from its last"
+        )
+    if from_step is not None and (resume is None or branch):
+        raise ValueError("--from-step belongs to --resume, which names the run to go on with in its own directory")
+    if resume is not None and not branch:
+        if out is not None:
+            raise ValueError("--out cannot be given with --resume: the run goes on in its own directory")
+        try:
+            return Training.resume(resume, recipe=kind.recipe, progress=EncodingBar(), from_step=from_step, **given)
+        except DamagedCheckpointError as error:
+            if error.before is None:
+                raise
+            command = f"{resume_command(kind, resume)} --from-step {error.before}"
+            raise ValueError(f"{error}. To go on from step {error.before}, which is whole: {command}") from error
+    named = [name for name in ("steps", *kind.budgets) if given.get(name) is not None]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join('--' + name for name in named)} each say how long to train: give one of them")
+    out = out or new_folder(given.get("arch") or options.get("arch") or kind.recipe)
+    if resume is not None:
+        checkpoint = "last" if checkpoint is None else checkpoint
+        return Training.branch(resume, out, kind.recipe, checkpoint=checkpoint, progress=EncodingBar(), **given)
+    return Training(kind(**given), out=out, progress=EncodingBar())
+
+
+def _train(kind, where, dry_run, debug, options):
+    with Phase(2, debug):
+        job = _make_training(kind, where, options)
     go_on = resume_command(kind, job.out)
 
     def hint():
@@ -140,11 +190,15 @@ def _train(kind, out, resume, from_step, debug, options):
         return f". To go on from the last checkpoint: {go_on}" if more else ""
 
     with Phase(1, debug, hint):
+        job.measure()
         show_choices(job.choices())
         r = job.recipe
         kernels = switch.missing_kernels_notice(switch.Resolved(r.backend, r.device, r.backend_reason))
         for notice in (*([kernels] if kernels else []), *job.notices()):
             click.echo(f"note: {notice}")
+        if dry_run:
+            click.echo("a dry run: nothing was trained and nothing written")
+            return 0
         progress = Progress(job.options.steps, job.step, job.start.unit)
         try:
             # closed whatever happens, a standard output that is full or gone too: that saves
@@ -154,15 +208,32 @@ def _train(kind, out, resume, from_step, debug, options):
         except KeyboardInterrupt:
             click.echo(f"toy: stopped at once, without saving{hint()}", err=True)
             return 128 + signal.SIGINT
-        if job.step < job.options.steps:
+        if job.step < job.options.steps and not job.out_of_patience:
             click.echo(f"stopped after step {job.step} of {job.options.steps}, and saved. To go on:\n  {go_on}")
             return 128 + (job.stopped_by or 0)
-        click.echo(progress.summary())
+        click.echo(progress.summary(job.step))
+        if job.out_of_patience:
+            click.echo(
+                f"stopped early: no lower validation loss in {job.options.patience} validations. "
+                f"To go on all the same: {go_on} --patience {2 * job.options.patience}"
+            )
+        if (best := best_in_words(job)) is not None:
+            click.echo(f"{'best':<10}{best}")
         for name, path in job.written():
             click.echo(f"{name:<10}{path}")
         what, name, *more = job.start.next_command
         click.echo(f"{what:<10}{' '.join([program(), name, quoted(job.out), *more])}")
     return 0
+
+
+def best_in_words(job):
+    """The checkpoint with the lowest validation loss; None where nothing was validated after a step."""
+    if job.best is None:
+        return None
+    loss, step = job.best
+    if step == job.step:
+        return f"the last step, validation loss {loss:.3f}"
+    return f"step {step}, validation loss {loss:.3f}; generate, eval and export take it with --checkpoint best"
 
 
 def _is_given(name):

@@ -3,7 +3,8 @@
 `labels[i]` is what the model is to say after `ids[i]`, -1 where nothing is asked.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Encoder:
     begin, end: the ids that a document begins and ends with, None without one.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.has_special = hasattr(tokenizer, "apply_chat_template")
         self.begin = tokenizer.bos_id if getattr(tokenizer, "add_bos", False) else None
@@ -82,15 +83,19 @@ class Encoder:
 
     # -- for generation -----------------------------------------------------------------------------------------------
 
-    def prompt(self, text, special=False):
+    def prompt(self, text: str, special: bool = False, what: str = "prompt") -> np.ndarray:
         """The ids of a text to go on from, after the beginning token where the model wants one. special: tokens such as
-        <|im_start|> written out in it become that token."""
+        <|im_start|> written out in it become that token. what: the text's name in errors."""
         options = {"parse_special": True} if special and self.has_special else {}
-        return self._begun(self.tokenizer.encode(text, what="prompt", **options))
+        return self._begun(self.tokenizer.encode(text, what=what, **options))
 
-    def chat(self, messages, tools=None):
+    def chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> np.ndarray:
         """The ids of a conversation up to where the assistant's next answer begins. Errors as `conversation`."""
-        return self._template_ids(self._render(messages, tools, add_generation_prompt=True))
+        return self._template_ids(self.chat_text(messages, tools))
+
+    def chat_text(self, messages, tools=None):
+        """The text of a conversation up to there."""
+        return self._render(messages, tools, add_generation_prompt=True)
 
     # -- plain text ---------------------------------------------------------------------------------------------------
 

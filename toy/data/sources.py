@@ -113,7 +113,7 @@ class Source:
             found.update(text)
         return "".join(sorted(found))
 
-    def digest(self):
+    def digest(self) -> str:
         """SHA-256 of what is read, hexadecimal: of the UTF-8 text for one text file, a folder of them, the documentation."""
         return self._both_digests()[0]
 

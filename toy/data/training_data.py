@@ -26,7 +26,8 @@ class TextData:
 
     source, valid: `Source`s; with `valid`, all of `source` is trained on, otherwise the share `val_fraction` of the documents
     or examples, spread over the source, is kept for validation. train_on: of completions and conversations, "answers" or
-    "all". batch: rows of a step, all micro-batches together. n_widths: how many lengths a batch of examples may have, up to
+    "all". batch: rows of a step, all of its passes together; validation_batch: rows of a validation batch (None: as many).
+    n_widths: how many lengths a batch of examples may have, up to
     the context; 1: always the context. progress: as in `encode_source`.
     split: "spread", or "tail" for runs begun before there were documents: all of the text is joined without beginning and end
     tokens, and its last part is for validation.
@@ -49,12 +50,14 @@ class TextData:
         split: str = "spread",
         progress: Callable[[int, int], None] | None = None,
         n_widths: int = 1,
+        validation_batch: int | None = None,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.source, self.valid, self.encoder = source, valid, Encoder(tokenizer)
+        self.validation_batch = validation_batch or batch
         self.context, self.batch, self.seed, self.split, self.train_on = context, batch, seed, split, train_on
         self.widths = sorted({-(-context * k // n_widths) for k in range(1, n_widths + 1)})
         encoded = encode_source(source, self.encoder, train_on, split == "tail", progress)
@@ -87,11 +90,11 @@ class TextData:
 
     def validation_batches(self, n: int) -> list[Batch]:
         """List of the same `n` batches at every evaluation."""
-        return self.validation.validation_batches(self.batch, n, self.seed)
+        return self.validation.validation_batches(self.validation_batch, n, self.seed)
 
     def all_validation(self) -> Iterator[Batch]:
         """Yield batches that ask for everything there is to validate, once; rows that are left over have labels -1."""
-        return self.validation.all_batches(self.batch)
+        return self.validation.all_batches(self.validation_batch)
 
     @property
     def n_train_tokens(self) -> int:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,17 @@ def with_model_options(config: Config, options: RecipeOptions) -> Config:
     return config
 
 
+class Piece(NamedTuple):
+    """The part of a step's batch that one forward and backward pass takes.
+
+    inputs, labels: checked arrays. counted: the number of its rows that count.
+    """
+
+    inputs: Arrays
+    labels: np.ndarray
+    counted: int
+
+
 class Engine:
     """A model realized for training: its weights, moments and one training step of a fixed shape.
 
@@ -49,7 +60,7 @@ class Engine:
     table; this class has checked what goes in.
     """
 
-    _train: Callable[[Arrays, np.ndarray, np.ndarray, bool], float]
+    _train: Callable[[Sequence[Piece], np.ndarray, bool], float]
     _evaluate: Callable[[Arrays, np.ndarray], float]
     _logits: Callable[[Arrays], np.ndarray]
     parameters: Callable[[], Arrays]
@@ -68,7 +79,10 @@ class Engine:
         self.backend, self.device, self.backend_reason = choice
         self.weights = weights = weights or random_weights(config, options)
         self.model_class = model_for(config)
-        self.batch = self.model_class.batch_type(config, options.t_batch, options.t_seq)
+        self.batch = self.model_class.batch_type(
+            config, options.t_batch, options.t_seq
+        )  # of a forward and backward pass
+        self.step_batch = self.model_class.batch_type(config, options.accumulate * options.t_batch, options.t_seq)
         self.arch = self.model_class.arch
         self.hp_mode = self.model_class.hp_mode if weights.hp_mode is None else weights.hp_mode
         if self.device.startswith("cpu"):
@@ -87,9 +101,20 @@ class Engine:
         """Free what the engine holds outside of Python's memory. Nothing can be called after it."""
 
     @property
+    def decayed(self) -> frozenset[str]:
+        """The names of the trained parameters that weight decay acts on; the model says which (`Model.decays`)."""
+        shapes = self.weights.trained_shapes
+        return frozenset(name for name, shape in shapes.items() if self.model_class.decays(name, shape))
+
+    @property
     def n_parameters(self) -> int:
         """Parameters of the whole model, frozen ones too."""
         return sum(math.prod(shape) for shape in self.weights.shapes.values())
+
+    @property
+    def n_own(self) -> int:
+        """Parameters that the engine holds itself, in float32: all but those of a frozen base."""
+        return sum(math.prod(shape) for shape in self.weights.own.values())
 
     @property
     def n_trained(self) -> int:
@@ -106,16 +131,28 @@ class Engine:
     ) -> float:
         """ONE training step: forward, mean cross-entropy, backward, clip, AdamW -> the loss before the update, a float.
 
-        inputs: dict of role to array, see `batch.roles`. labels: int in the shape `batch.label_shape`, -1 = not counted, or
-        float rows (N, n_classes). hp: the (1, 7) row of `AdamW.hp_for_step`. is_first: also zero the AdamW moments (gradients
-        always start at zero).
+        inputs: dict of role to array, see `step_batch.roles`. labels: int in the shape `step_batch.label_shape`, -1 = not
+        counted, or float rows (N, n_classes). hp: the (1, 7) row of `AdamW.hp_for_step`. is_first: also zero the AdamW
+        moments (gradients always start at zero). With `accumulate` in the options, the batch is that many of `batch`, one
+        after the other.
         Raises ValueError for a wrong shape, dtype, id, label, position or row; nothing is changed then.
         """
-        arrays, labels = self.batch.check(**inputs), self.batch.check_labels(labels)
+        arrays, labels = self.step_batch.check(**inputs), self.step_batch.check_labels(labels)
         row = check_row(hp, self.hp_mode)
         if not isinstance(is_first, (bool, np.bool_)):
             raise ValueError(f"is_first must be True or False, got {is_first!r}")
-        return self._train(arrays, labels, row, bool(is_first))
+        return self._train(self._pieces(arrays, labels), row, bool(is_first))
+
+    def _pieces(self, inputs: Arrays, labels: np.ndarray) -> list[Piece]:
+        """The batch of a step, cut for `accumulate` passes; a pass in which no label counts is left out."""
+        n = self.options.accumulate
+        parts = {role: np.split(array, n) for role, array in inputs.items()}
+        pieces = []
+        for i, part in enumerate(np.split(labels, n)):
+            counted = int((part >= 0).sum() if part.ndim == 1 else part.any(axis=1).sum())
+            if counted:
+                pieces.append(Piece({role: arrays[i] for role, arrays in parts.items()}, part, counted))
+        return pieces
 
     def evaluate(self, inputs: Mapping[str, npt.ArrayLike], labels: npt.ArrayLike) -> float:
         """The mean cross-entropy of a batch without any update (arguments and errors as `step`)."""

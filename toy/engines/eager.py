@@ -1,14 +1,15 @@
 """The engine of the eager op tables (numpy, cython): it calls the model's forward and backward, then AdamW."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from toy.adamw import without_decay
 from toy.config import ModelConfig, RecipeOptions
-from toy.engines.base import Arrays, Engine, Moments
+from toy.engines.base import Arrays, Engine, Moments, Piece
 from toy.engines.weights import Weights
 from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.op_table import OpTable
@@ -88,6 +89,7 @@ class EagerEngine(Engine):
                 weights.fill(name, leaf)
         self.m = ParameterTree.zeros(self.masters.shapes)
         self.v = ParameterTree.zeros(self.masters.shapes)
+        self._runs = _runs(self.masters, self.decayed)
         self._rounded = []  # pairs of (own parameters, the rounded copies that the model computes with)
         own = dict(self.masters.items()) | dict(self.kept.items())
         if options.weight_dtype != "f32":
@@ -152,22 +154,40 @@ class EagerEngine(Engine):
         }
         return OpCalls(f"{self.backend} ({self.ops.name})", tuple(recorder.calls), sizes)
 
-    def _train(self, inputs: Arrays, labels: np.ndarray, hp: np.ndarray, is_first: bool) -> float:
+    def _train(self, pieces: Sequence[Piece], hp: np.ndarray, is_first: bool) -> float:
         grads = self.grads
         grads.fill_zero()
         if is_first:
             self.m.flat.fill(0)
             self.v.flat.fill(0)
-        logits, cache = self._forward(inputs)
-        loss = self.model.backward((logits, cache), labels, grads, release_cache=True)
+        loss, rows = 0.0, sum(piece.counted for piece in pieces)
+        for i, piece in enumerate(pieces):
+            # a pass adds the gradient of the mean over its own rows: what is there is brought to its measure before
+            if i > 0 and pieces[i - 1].counted != piece.counted:
+                grads.flat *= np.float32(pieces[i - 1].counted / piece.counted)
+            logits, cache = self._forward(piece.inputs)
+            part = self.model.backward((logits, cache), piece.labels, grads, release_cache=True)
+            del logits, cache
+            loss += part * (piece.counted / rows)
+        if len(pieces) > 1:
+            grads.flat *= np.float32(pieces[-1].counted / rows)
         self.grad_norm = math.sqrt(self.ops.sum_of_squares(grads.flat))
         gradient = grads.flat
         clip = self.options.grad_clip
         if clip is not None and self.grad_norm > clip:
             gradient = gradient * np.float32(clip / self.grad_norm)
-        self.ops.adamw_step(self.masters.flat, gradient, self.m.flat, self.v.flat, hp)
+        self._update(gradient, hp)
         self._round_weights()
         return loss
+
+    def _update(self, gradient: np.ndarray, hp: np.ndarray) -> None:
+        """AdamW on the flat buffers: in one piece, or in runs of what is decayed and what is not."""
+        plain = without_decay(hp)
+        whole = [(slice(None), True)]
+        for part, decayed in whole if np.array_equal(plain, hp) else self._runs:
+            self.ops.adamw_step(
+                self.masters.flat[part], gradient[part], self.m.flat[part], self.v.flat[part], hp if decayed else plain
+            )
 
     def _evaluate(self, inputs: Arrays, labels: np.ndarray) -> float:
         return self.ops.cross_entropy(self._forward(inputs)[0], labels)[0]
@@ -181,3 +201,15 @@ class EagerEngine(Engine):
     def _round_weights(self) -> None:
         for tree, rounded in self._rounded:
             rounded.flat[:] = round_weights(tree.flat, self.options.weight_dtype)
+
+
+def _runs(tree: ParameterTree, decayed: Set[str]) -> list[tuple[slice, bool]]:
+    """The stretches of a tree's flat buffer with whether they are decayed; neighbours alike are one stretch."""
+    begins = [(leaf.ctypes.data - tree.flat.ctypes.data) // tree.flat.itemsize for leaf in tree.values()]
+    runs: list[tuple[slice, bool]] = []
+    for name, begin, end in zip(tree, begins, [*begins[1:], len(tree.flat)]):
+        decays = name in decayed
+        if runs and runs[-1][1] == decays:
+            begin = runs.pop()[0].start
+        runs.append((slice(begin, end), decays))
+    return runs

@@ -1,13 +1,15 @@
 """The engine of the ggml graphs: the model's forward and backward are recorded once; a step is one compute."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from toy.adamw import without_decay
 from toy.config import ModelConfig, RecipeOptions
-from toy.engines.base import Arrays, Engine, Moments
+from toy.engines.base import Arrays, Engine, Moments, Piece
 from toy.engines.weights import Weights
 from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.ops.graph import CpuGraphOps, NativeGraphOps, Slot
@@ -56,6 +58,9 @@ class GraphEngine(Engine):
         self.masters = {name: tensor(shape, name=name) for name, shape in own.items()}
         self.m = {name: tensor(shape, name=f"{name} m") for name, shape in trained.items()}
         self.v = {name: tensor(shape, name=f"{name} v") for name, shape in trained.items()}
+        self.sums = {}  # gradients that are added up over several passes
+        if options.accumulate > 1:
+            self.sums = {name: tensor(shape, name=f"{name} gradient") for name, shape in trained.items()}
         self.computed = self.masters  # what the model computes with
         if options.weight_dtype != "f32":
             self.computed = {name: tensor(shape, name=f"{name} {options.weight_dtype}") for name, shape in own.items()}
@@ -105,7 +110,7 @@ class GraphEngine(Engine):
         """dict of names to copies of the last step's gradients, before clipping. Needs keep_gradients=True at realize."""
         if not self.keep_gradients:
             raise RuntimeError("the gradients are not kept: realize with keep_gradients=True")
-        recorded = self._graphs.get(self._last_kind)
+        recorded = self._graphs.get("update" if self.sums else self._last_kind)
         if recorded is None or not recorded.computed:
             return {name: np.zeros(shape, np.float32) for name, shape in self.weights.trained_shapes.items()}
         return _download(recorded.gradients)
@@ -123,16 +128,30 @@ class GraphEngine(Engine):
 
     # -- the hooks of Engine ------------------------------------------------------------------------------------------
 
-    def _train(self, inputs: Arrays, labels: np.ndarray, hp: np.ndarray, is_first: bool) -> float:
+    def _train(self, pieces: Sequence[Piece], hp: np.ndarray, is_first: bool) -> float:
         if is_first:
             for moments in (self.m, self.v):
                 for tensor in moments.values():
                     tensor.zero()
-        recorded = self._training("integers" if labels.ndim == 1 else "dense")
-        recorded.run(**inputs, labels=labels, hp=hp)
+        recorded = self._training("integers" if pieces[0].labels.ndim == 1 else "dense")
         self._last_kind = recorded.kind
-        self.grad_norm = float(recorded.norm.download()[0])
-        return recorded.loss()
+        if isinstance(recorded, _TrainingGraph):
+            recorded.run(**pieces[0].inputs, labels=pieces[0].labels, hp=hp)
+            self.grad_norm = float(recorded.norm.download()[0])
+            return recorded.loss()
+        for tensor in self.sums.values():
+            tensor.zero()
+        loss, rows, before = 0.0, sum(piece.counted for piece in pieces), 0
+        for piece in pieces:
+            # a pass adds the gradient of the mean over its own rows: what is there is brought to its measure
+            factor = np.array([0, before / piece.counted], np.float32)
+            recorded.run(**piece.inputs, labels=piece.labels, factor=factor)
+            loss += recorded.loss() * (piece.counted / rows)
+            before = piece.counted
+        update = self._update()
+        update.run(hp=hp, factor=np.array([0, before / rows], np.float32))
+        self.grad_norm = float(update.norm.download()[0])
+        return loss
 
     def _evaluate(self, inputs: Arrays, labels: np.ndarray) -> float:
         recorded = self._forward("integers" if labels.ndim == 1 else "dense")
@@ -148,10 +167,15 @@ class GraphEngine(Engine):
 
     _last_kind = "integers"
 
-    def _training(self, kind: str) -> "_TrainingGraph":
+    def _training(self, kind: str) -> "_TrainingGraph | _SumGraph":
         if kind not in self._graphs:
-            self._graphs[kind] = _TrainingGraph(self, kind)
+            self._graphs[kind] = _SumGraph(self, kind) if self.sums else _TrainingGraph(self, kind)
         return self._graphs[kind]
+
+    def _update(self) -> "_UpdateGraph":
+        if "update" not in self._graphs:
+            self._graphs["update"] = _UpdateGraph(self)
+        return self._graphs["update"]
 
     def _forward(self, kind: str | None) -> "_ForwardGraph":
         key = ("forward", kind)
@@ -165,29 +189,13 @@ class GraphEngine(Engine):
             self.computed[name].upload(round_weights(array, self.options.weight_dtype))
 
 
-class _Recorded:
+class _Graph:
     """A graph, the tensors to fill before each run, and what comes out."""
 
-    loss_tensor: "Tensor"  # of a graph with labels
-
-    def __init__(self, engine, kind, slots=None, finished=None):
-        self.kind, self.computed = kind, False
+    def __init__(self, engine, slots=None, finished=None):
+        self.engine, self.computed = engine, False
         self.graph = engine.bridge.graph()
-        self.ops = ops = engine.ops_class(self.graph, slots, finished)
-        batch = engine.batch
-        self.inputs = {role: self._input(role, needed) for role, needed in batch.inputs.items()}
-        if kind == "integers":
-            self.labels = ops.integers("labels", batch.n_rows, batch.n_classes)
-        elif kind == "dense":
-            self.labels = ops.feed((batch.n_rows, batch.n_classes), "f32", lambda arrays: arrays["labels"])
-        self.model = engine.model_class.from_config(
-            engine.config, ops=ops, parameters=ParameterTree(engine.tensors), **engine.weights.model_options
-        )
-
-    def _input(self, role, needed):
-        if needed.limit is not None:
-            return self.ops.integers(role, *needed.shape, needed.limit)
-        return self.ops.feed(needed.shape, "f32", lambda arrays: arrays[role])
+        self.ops = engine.ops_class(self.graph, slots, finished)
 
     def allocate(self):
         self.graph.allocate()
@@ -212,11 +220,34 @@ class _Recorded:
             tensor.upload(value)
             self.integers[tensor] = value.copy()
 
+
+class _ModelGraph(_Graph):
+    """A graph with a model in it: its inputs and labels. kind: of the labels, "integers" or "dense"; None: there are none."""
+
+    loss_tensor: "Tensor"  # of a graph with labels
+
+    def __init__(self, engine, kind, slots=None, finished=None):
+        super().__init__(engine, slots, finished)
+        self.kind, ops, batch = kind, self.ops, engine.batch
+        self.inputs = {role: self._input(role, needed) for role, needed in batch.inputs.items()}
+        if kind == "integers":
+            self.labels = ops.integers("labels", batch.n_rows, batch.n_classes)
+        elif kind == "dense":
+            self.labels = ops.feed((batch.n_rows, batch.n_classes), "f32", lambda arrays: arrays["labels"])
+        self.model = engine.model_class.from_config(
+            engine.config, ops=ops, parameters=ParameterTree(engine.tensors), **engine.weights.model_options
+        )
+
+    def _input(self, role, needed):
+        if needed.limit is not None:
+            return self.ops.integers(role, *needed.shape, needed.limit)
+        return self.ops.feed(needed.shape, "f32", lambda arrays: arrays[role])
+
     def loss(self) -> float:
         return self.ops.loss_value(self.loss_tensor)
 
 
-class _ForwardGraph(_Recorded):
+class _ForwardGraph(_ModelGraph):
     """Logits, and the mean loss when there are labels."""
 
     def __init__(self, engine, kind):
@@ -229,46 +260,105 @@ class _ForwardGraph(_Recorded):
         self.allocate()
 
 
-class _TrainingGraph(_Recorded):
-    """Forward, loss, backward, clipping, AdamW."""
+class _GradientGraph(_ModelGraph):
+    """Forward, loss, backward. Subclasses say what becomes of a gradient that is complete (`_finished`)."""
 
     def __init__(self, engine, kind):
-        self.engine = engine
-        slots = {name: Slot(name, engine.computed[name]) for name in engine.weights.trained_shapes}
-        super().__init__(engine, kind, {id(slot.parameter): slot for slot in slots.values()}, self._finished)
-        options, graph, ops = engine.options, self.graph, self.ops
-        self.later = engine.keep_gradients or options.grad_clip is not None  # every update at the end
-        self.squares: list[Tensor] = []
-        self.hp = ops.feed((1, 7), "f32", lambda arrays: arrays["hp"])
-        logits, cache = self.model.forward_rows(**self.inputs, batch=options.t_batch)
-        loss, loss_cache = ops.cross_entropy(logits, self.labels)
-        self.loss_tensor = graph.output(loss)
-        d_logits = ops.cross_entropy_backward(loss_cache)
-        self.model.backward_rows(d_logits, cache, GradientTree({name: slots.get(name) for name in engine.tensors}))
-        self.norm = graph.output(ops.norm_and_factor(self.squares, options.grad_clip))
-        if self.later:
-            for slot in slots.values():
-                gradient = slot.tensor
-                if engine.keep_gradients:
-                    graph.output(gradient)
-                if options.grad_clip is not None:
-                    gradient = ops.scaled(gradient, self.norm)
-                self._update(slot, gradient)
-        self.gradients = {name: slot.tensor for name, slot in slots.items()}
+        self.slots = {name: Slot(name, engine.computed[name]) for name in engine.weights.trained_shapes}
+        super().__init__(engine, kind, {id(slot.parameter): slot for slot in self.slots.values()}, self._finished)
+        self._before()
+        logits, cache = self.model.forward_rows(**self.inputs, batch=engine.options.t_batch)
+        loss, loss_cache = self.ops.cross_entropy(logits, self.labels)
+        self.loss_tensor = self.graph.output(loss)
+        d_logits = self.ops.cross_entropy_backward(loss_cache)
+        self.model.backward_rows(d_logits, cache, GradientTree({name: self.slots.get(name) for name in engine.tensors}))
+        self._after()
         self.allocate()
+
+    def _before(self):
+        raise NotImplementedError
+
+    def _finished(self, slot):
+        raise NotImplementedError
+
+    def _after(self):
+        pass
+
+
+class _Updates(_Graph):
+    """The end of a step: the norm of the whole gradient, clipping, AdamW."""
+
+    def feed_row(self):
+        """The inputs with the hyper-parameter row: one for what is decayed, and one, where there is more, for the rest."""
+        row = partial(self.ops.feed, (1, 7), "f32")
+        self.hp = self.plain_hp = row(lambda arrays: arrays["hp"])
+        if self.engine.decayed != self.engine.weights.trained:
+            self.plain_hp = row(lambda arrays: without_decay(arrays["hp"]))
+
+    def update_all(self, slots, squares):
+        """Updates of every parameter, from the gradients in `slots`."""
+        engine, clip = self.engine, self.engine.options.grad_clip
+        self.norm = self.graph.output(self.ops.norm_and_factor(squares, clip))
+        for slot in slots.values():
+            if engine.keep_gradients:
+                self.graph.output(slot.tensor)
+            self.update(slot, slot.tensor if clip is None else self.ops.scaled(slot.tensor, self.norm))
+        self.gradients = {name: slot.tensor for name, slot in slots.items()}
+
+    def update(self, slot, gradient):
+        engine, name = self.engine, slot.name
+        hp = self.hp if name in engine.decayed else self.plain_hp
+        self.ops.adamw_step(engine.masters[name], gradient, engine.m[name], engine.v[name], hp)
+        if engine.computed is not engine.masters:
+            rounded = self.graph.cast(engine.masters[name], engine.options.weight_dtype)
+            self.graph.cpy(self.graph.cast(rounded, "f32"), engine.computed[name])
+
+
+class _TrainingGraph(_GradientGraph, _Updates):
+    """A whole step: forward, loss, backward, clipping, AdamW."""
+
+    def _before(self):
+        self.later = self.engine.keep_gradients or self.engine.options.grad_clip is not None  # every update at the end
+        self.squares: list[Tensor] = []
+        self.feed_row()
 
     def _finished(self, slot):
         slot.tensor = self.ops.finish_gradient(slot.tensor)
         self.squares.append(self.ops.squares(slot))
         if not self.later:
-            self._update(slot, slot.tensor)
+            self.update(slot, slot.tensor)
 
-    def _update(self, slot, gradient):
-        engine, name = self.engine, slot.name
-        self.ops.adamw_step(engine.masters[name], gradient, engine.m[name], engine.v[name], self.hp)
-        if engine.computed is not engine.masters:
-            rounded = self.graph.cast(engine.masters[name], engine.options.weight_dtype)
-            self.graph.cpy(self.graph.cast(rounded, "f32"), engine.computed[name])
+    def _after(self):
+        if self.later:
+            self.update_all(self.slots, self.squares)
+        else:
+            self.norm = self.graph.output(self.ops.norm_and_factor(self.squares, None))
+
+
+class _SumGraph(_GradientGraph):
+    """One of several passes of a step: forward, loss, backward; sums = sums * factor[1] + gradients."""
+
+    def _before(self):
+        self.factor = self.ops.feed((2,), "f32", lambda arrays: arrays["factor"])
+
+    def _finished(self, slot):
+        total = self.engine.sums[slot.name]
+        slot.tensor = self.ops.finish_gradient(slot.tensor)
+        self.graph.cpy(self.graph.add(self.ops.scaled(total, self.factor), slot.tensor), total)
+
+
+class _UpdateGraph(_Updates):
+    """The end of a step of several passes: the gradient is sums * factor[1]."""
+
+    def __init__(self, engine):
+        slots = {name: Slot(name, engine.computed[name]) for name in engine.weights.trained_shapes}
+        super().__init__(engine, {id(slot.parameter): slot for slot in slots.values()})
+        factor = self.ops.feed((2,), "f32", lambda arrays: arrays["factor"])
+        self.feed_row()
+        for slot in slots.values():
+            slot.tensor = self.ops.scaled(engine.sums[slot.name], factor)
+        self.update_all(slots, [self.ops.squares(slot) for slot in slots.values()])
+        self.allocate()
 
 
 def _download(tensors: "Mapping[str, Tensor]") -> Arrays:

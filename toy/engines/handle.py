@@ -96,9 +96,10 @@ class EngineHandle:
         """ONE training step: forward, mean cross-entropy, backward, clip, AdamW -> the loss before the update, a float.
 
         token_ids: int (t_batch, t_seq), or (t_seq,) when t_batch is 1; of an image model the images, float
-        (t_batch, height, width, channels). positions: int (t_seq,), None = 0 .. t_seq-1. labels: int in the shape of
-        token_ids (images: (t_batch,)), -1 = not counted, or float rows (N, number of classes). hp: the (1, 7) row of
-        `AdamW.hp_for_step`. is_first: also zero the AdamW moments (gradients always start at zero).
+        (t_batch, height, width, channels). With `accumulate` in the options, that many times t_batch. positions: int
+        (t_seq,), None = 0 .. t_seq-1. labels: int in the shape of token_ids (images: (t_batch,)), -1 = not counted, or float
+        rows (N, number of classes). hp: the (1, 7) row of `AdamW.hp_for_step`. is_first: also zero the AdamW moments
+        (gradients always start at zero).
         Raises ValueError for a wrong shape, dtype, id, label, position or row; nothing is changed then.
         """
         engine = self._ready("step")
@@ -224,6 +225,11 @@ class EngineHandle:
         return self._ready("hp_mode").hp_mode
 
     @property
+    def decayed(self) -> frozenset[str]:
+        """The names of the trained parameters that weight decay acts on: matrices and embeddings."""
+        return self._ready("decayed").decayed
+
+    @property
     def n_classes(self) -> int:
         """What a label chooses from: the size of the vocabulary, or the number of classes."""
         return self._ready("n_classes").batch.n_classes
@@ -232,6 +238,11 @@ class EngineHandle:
     def n_parameters(self) -> int:
         """Parameters of the whole model, frozen ones too."""
         return self._ready("n_parameters").n_parameters
+
+    @property
+    def n_own(self) -> int:
+        """Parameters that the engine holds itself, in float32: all but those of a frozen base."""
+        return self._ready("n_own").n_own
 
     @property
     def n_trained(self) -> int:

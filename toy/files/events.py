@@ -92,7 +92,8 @@ class Sample(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnd(Event):
-    """reason: "completed", "interrupted" or "diverged". final_loss: of the last step, None without a finite one."""
+    """reason: "completed", "interrupted", "patience" (no better validation loss for so long) or "diverged". final_loss: of
+    the last step, None without a finite one."""
 
     kind = "run_end"
     reason: str

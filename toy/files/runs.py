@@ -1,5 +1,5 @@
-"""The directory of a run: config.json, events.jsonl, samples.txt, loss.png, weights/step_<N>.safetensors, weights/latest, and
-weights/step_<N>.gguf where llama.cpp has the architecture."""
+"""The directory of a run: config.json, events.jsonl, samples.txt, loss.png, weights/step_<N>.safetensors, weights/latest and
+weights/best, which name one of them, and weights/step_<N>.gguf where llama.cpp has the architecture."""
 
 import contextlib
 import json
@@ -127,48 +127,88 @@ class Run:
 
         Without weights/latest (killed before it was first written) it is the newest one there is.
         """
-        latest = self.weights / "latest"
+        path = self._named("latest")
+        self._latest = "" if path is None else path.name
+        return path or max(self._checkpoints(), default=(0, None))[1]
+
+    def best_checkpoint(self) -> Path | None:
+        """The path that weights/best names, the one with the lowest validation loss; None where there is none. Raises as
+        `latest_checkpoint`."""
+        return self._named("best")
+
+    def find_checkpoint(self, which: str | int = "last") -> Path | None:
+        """The path of a checkpoint. which: "last", "best", or a step (a number, or its digits).
+
+        None before the first checkpoint. Raises ValueError for one that is not there, naming those there are.
+        """
+        if which == "last":
+            return self.latest_checkpoint()
+        there = {step: path for step, path in self._checkpoints()}
+        if not there:
+            return None
+        steps = ", ".join(map(str, sorted(there)))
+        if which == "best":
+            if (path := self.best_checkpoint()) is None:
+                raise ValueError(
+                    f"the run in {self.folder} has no best checkpoint, because nothing was validated after a step: "
+                    f"choose last or one of the steps {steps}"
+                )
+            return path
+        if not str(which).isascii() or not str(which).isdigit():
+            raise ValueError(f"checkpoint must be best, last or a step, got {which!r}; there are the steps {steps}")
+        if int(which) not in there:
+            raise ValueError(f"the run in {self.folder} has no checkpoint of step {which}, there are {steps}")
+        return there[int(which)]
+
+    def _named(self, pointer: str) -> Path | None:
+        """The checkpoint that the file weights/<pointer> names, None where there is no such file."""
+        file = self.weights / pointer
         try:
-            with open_regular(latest) as file:
-                name = file.read(100).decode("ascii", errors="replace").strip()
+            with open_regular(file) as opened:
+                name = opened.read(100).decode("ascii", errors="replace").strip()
         except FileNotFoundError:
-            self._latest = ""
-            return max(self._checkpoints(), default=(0, None))[1]
+            return None
         except OSError as error:
-            raise BadFileError(latest, f"cannot be read: {error.strerror or error}") from error
-        self._latest = name
+            raise BadFileError(file, f"cannot be read: {error.strerror or error}") from error
         if not _CHECKPOINT_NAME.fullmatch(name):
-            raise BadFileError(latest, f"names {name!r}, expected step_<N>.safetensors{self._others(None)}")
+            raise BadFileError(file, f"names {name!r}, expected step_<N>.safetensors{self._others(None)}")
         return self.weights / name
 
-    def read_checkpoint(self) -> checkpoints.Checkpoint | None:
-        """The newest `Checkpoint`, or None before the first one. Raises as `read_latest`."""
-        found = self.read_latest()
+    def mark_best(self, step: int, keep: int) -> None:
+        """Let weights/best name the checkpoint of this step, which is there, then delete all but it and the newest `keep`."""
+        write_text(self.weights / "best", f"step_{step}.safetensors\n")
+        self._delete_old(keep)
+
+    def read_checkpoint(self, which: str | int = "last") -> checkpoints.Checkpoint | None:
+        """A `Checkpoint`, see `find_checkpoint`; or None before the first one. Raises as `read_found`."""
+        found = self.read_found(which)
         return None if found is None else found[1]
 
-    def read_latest(self) -> tuple[Path, checkpoints.Checkpoint] | None:
-        """The newest `Checkpoint` and its path, or None before the first one. The run may be saving at the moment.
+    def read_found(self, which: str | int = "last") -> tuple[Path, checkpoints.Checkpoint] | None:
+        """A `Checkpoint` and its path, see `find_checkpoint`; or None before the first one. The run may be saving just then.
 
         Raises DamagedCheckpointError when it is damaged or gone (the message names the others there are), BadFileError when
         it is not of this run. A RunWarning when weights/latest names an older one than there is.
         """
         for _ in range(_TRIES):
-            path = self.latest_checkpoint()
+            path = self.find_checkpoint(which)
             if path is None:
                 return None
             try:
                 checkpoint = checkpoints.read_checkpoint(path)
             except (BadFileError, FileNotFoundError) as error:
+                pointer = "best" if which == "best" else "latest"
                 problem = (
-                    error.problem if isinstance(error, BadFileError) else "is missing, but weights/latest names it"
+                    error.problem if isinstance(error, BadFileError) else f"is missing, but weights/{pointer} names it"
                 )
-                if self.latest_checkpoint() == path:  # else it was saved meanwhile, and the older one deleted
+                if self.find_checkpoint(which) == path:  # else it was saved meanwhile, and the older one deleted
                     raise DamagedCheckpointError(
                         path, f"{problem}{self._others(path)}", self._whole_before(_step_of(path))
                     ) from error
             else:
                 self._check_own(path, checkpoint)
-                self._warn_of_newer(path)
+                if which == "last":
+                    self._warn_of_newer(path)
                 return path, checkpoint
         raise BadFileError(self.weights, f"was saved to {_TRIES} times while it was read: try again")
 
@@ -226,7 +266,7 @@ class Run:
     def write_checkpoint(
         self, checkpoint: checkpoints.Checkpoint, keep: int, write_gguf: Callable[[Path], None] | None = None
     ) -> Path:
-        """Write the checkpoint, then let weights/latest name it, then delete all but the newest `keep`.
+        """Write the checkpoint, then let weights/latest name it, then delete all but the newest `keep` and the best one.
 
         In this order a kill at any moment leaves `latest` naming a whole file. write_gguf: function of a path that writes the
         same weights as a GGUF file; it gets the checkpoint's name with .gguf, and goes when the checkpoint does.
@@ -236,11 +276,19 @@ class Run:
             write_gguf(path.with_suffix(".gguf"))
         checkpoints.write_checkpoint(path, checkpoint)
         self._write_latest(path)
-        for step, old in sorted(self._checkpoints(), reverse=True)[keep:]:
-            if step < checkpoint.step:
+        self._delete_old(keep)
+        return path
+
+    def _delete_old(self, keep: int) -> None:
+        wanted = {self.latest_checkpoint(), self.best_checkpoint()}
+        for _, old in sorted(self._checkpoints(), reverse=True)[keep:]:
+            if old not in wanted:
                 with unless_in_use():
                     _remove(old)
-        return path
+
+    def has_checkpoint(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step."""
+        return (self.weights / f"step_{step}.safetensors").exists()
 
     def _write_latest(self, path: Path) -> None:
         write_text(self.weights / "latest", path.name + "\n")
@@ -271,8 +319,11 @@ class Run:
         self.weights.mkdir(exist_ok=True)
         if path is not None and _step_of(path) > step and (own := self.weights / f"step_{step}.safetensors").exists():
             self._write_latest(own)
+        best = self.best_checkpoint()
         for later, path in self._checkpoints():
             if later > step:
+                if path == best:
+                    (self.weights / "best").unlink()  # the loop finds another one among the events that are kept
                 _remove(path)
         for path in self.weights.glob("step_*.gguf"):  # killed, or the disk full, before its checkpoint was written
             match = _GGUF_NAME.fullmatch(path.name)

@@ -61,6 +61,12 @@ class Model:
         """A model of this config; the arguments are those of the class."""
         return cls(config, seed=seed, **options)
 
+    @classmethod
+    def decays(cls, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether weight decay shrinks this parameter: matrices and embeddings, not the gains and biases (Loshchilov & Hutter
+        2019 decay everything; since GPT-2 this is what is done, because a gain's natural value is 1 and not 0)."""
+        return len(shape) >= 2
+
     @property
     def n_classes(self) -> int:
         """What a label chooses from."""

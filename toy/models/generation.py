@@ -45,12 +45,43 @@ def generate(
     if n_tokens < 0:
         raise ValueError(f"n_tokens must be at least 0, got {n_tokens}")
     check_sampling(temperature, top_k, top_p)
-    return _generate(model, ids, n_tokens, temperature, top_k, top_p, np.random.default_rng(seed), frozenset(stop_ids))
+    rng, cache = np.random.default_rng(seed), model.new_kv_cache()
+    unread = ids[-model.config.context_length :]
+    return _generate(model, ids, cache, unread, n_tokens, temperature, top_k, top_p, rng, frozenset(stop_ids))
+
+
+def go_on(
+    model: GeneratingModel,
+    ids: list[int],
+    kv_cache: Any,
+    n_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    rng: np.random.Generator | None = None,
+    stop_ids: Iterable[int] = (),
+) -> Iterator[int]:
+    """As `generate`, with a key/value cache that has read the first `kv_cache.length` of `ids` (fewer than all of them).
+
+    ids: every token that is yielded is appended to it. Raises ValueError as `generate`, and for ids that do not go beyond the
+    cache or do not fit the context.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if not kv_cache.length < len(ids) <= model.config.context_length:
+        raise ValueError(
+            f"{len(ids)} ids cannot be gone on from: they must be more than the {kv_cache.length} in the cache and at most "
+            f"the context of {model.config.context_length}"
+        )
+    rng = np.random.default_rng() if rng is None else rng
+    unread = ids[kv_cache.length :]
+    return _generate(model, ids, kv_cache, unread, n_tokens, temperature, top_k, top_p, rng, frozenset(stop_ids))
 
 
 def _generate(
     model: GeneratingModel,
     ids: list[int],
+    cache: Any,
+    unread: list[int],
     n_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -59,7 +90,6 @@ def _generate(
     stop_ids: frozenset[int],
 ) -> Iterator[int]:
     context = model.config.context_length
-    cache, unread = model.new_kv_cache(), ids[-context:]
     for _ in range(n_tokens):
         if cache.length + len(unread) > context:
             cache, unread = model.new_kv_cache(), ids[-max(context // 2, 1) :]

@@ -37,14 +37,15 @@ class ImageEvaluation(NamedTuple):
 
 class Classifier:
     """A trained image model to use. path: a run of `toy train vit-tiny`, a checkpoint of one, or what `recipe.save` wrote:
-    there the classes are numbered and the pixels taken as they are, unless `ViTTiny.save` was told more.
+    there the classes are numbered and the pixels taken as they are, unless `ViTTiny.save` was told more. checkpoint: of a
+    run, "last", "best" or a step.
 
     Attributes: model, config, classes (their names), normalise, step. Raises the errors of `read_trained`, ValueError for a
     model that reads text.
     """
 
-    def __init__(self, path: StrPath, backend: str = "auto") -> None:
-        stored = read_trained(path)
+    def __init__(self, path: StrPath, backend: str = "auto", checkpoint: str | int = "last") -> None:
+        stored = read_trained(path, checkpoint=checkpoint)
         if not isinstance(stored.config, ViTConfig):
             raise ValueError(f"{path} is a {stored.arch}, which reads text: toy generate and toy eval are for it")
         self.path, self.step, self.config, self.about = stored.path, stored.step, stored.config, stored.about

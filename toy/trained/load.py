@@ -11,6 +11,7 @@ import numpy as np
 
 from toy.config import LanguageModelConfig, LlamaConfig, ModelConfig
 from toy.data import tokenizer_from_json
+from toy.data.encoding import Encoder
 from toy.data.open_tokenizer import load_tokenizer
 from toy.data.tokenizers import Tokenizer
 from toy.engines.handle import NO_TOKENIZER
@@ -83,14 +84,16 @@ class Trained(NamedTuple):
     step: int | None
 
 
-def load_trained(path: StrPath, adapter: StrPath | None = None, backend: str = "auto") -> Trained:
+def load_trained(
+    path: StrPath, adapter: StrPath | None = None, backend: str = "auto", checkpoint: str | int = "last"
+) -> Trained:
     """A model that exists, ready to generate from or to be evaluated -> `Trained`.
 
-    path, adapter: as in `read_trained`.
+    path, adapter, checkpoint: as in `read_trained`.
     Raises the errors of `read_trained`; ValueError for a file without a tokenizer.
     """
     eager_ops(backend)  # a backend that is not there is told before anything is read
-    stored = read_trained(path, adapter)
+    stored = read_trained(path, adapter, checkpoint)
     if not stored.reads_text:
         raise ValueError(f"{stored.path} is a {stored.arch}, which reads images: toy predict is for it")
     if stored.tokenizer is None:
@@ -98,11 +101,11 @@ def load_trained(path: StrPath, adapter: StrPath | None = None, backend: str = "
     return Trained(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored.step)
 
 
-def read_trained(path: StrPath, adapter: StrPath | None = None) -> Stored:
+def read_trained(path: StrPath, adapter: StrPath | None = None, checkpoint: str | int = "last") -> Stored:
     """The weights, the config and the tokenizer of a model -> `Stored`.
 
-    path: a run directory (its newest checkpoint), a checkpoint file, a GGUF file, or the name of a fetched model
-    (`toy fetch`). adapter: the path of an adapter GGUF made for this model.
+    path: a run directory, a checkpoint file, a GGUF file, or the name of a fetched model (`toy fetch`). adapter: the path of
+    an adapter GGUF made for this model. checkpoint: of a run, "last", "best" (the lowest validation loss) or a step.
     Raises FileNotFoundError for a path where nothing is and for a base that is gone, BadFileError for a damaged file,
     ValueError for a sound one that does not serve: another architecture, an adapter for another base.
     """
@@ -112,7 +115,10 @@ def read_trained(path: StrPath, adapter: StrPath | None = None) -> Stored:
             f"(there are: {', '.join(FETCHABLE)})"
         )
     path = find_model(path)
-    stored = _from_gguf(path) if path.suffix == ".gguf" or _begins_like_gguf(path) else _from_run(path)
+    in_gguf = path.suffix == ".gguf" or _begins_like_gguf(path)
+    if checkpoint != "last" and not path.is_dir():
+        raise ValueError(f"{path} is one file, and checkpoint {checkpoint} chooses among those of a run: leave it out")
+    stored = _from_gguf(path) if in_gguf else _from_run(path, checkpoint)
     if adapter is None:
         return stored
     if stored.adapters:
@@ -141,10 +147,10 @@ def _from_gguf(path: Path) -> Stored:
     return Stored(path, config, parameters, tokenizer, name=name, in_gguf=gguf.architecture)
 
 
-def _from_run(path: Path) -> Stored:
+def _from_run(path: Path, which: str | int) -> Stored:
     if path.is_dir():
         run = Run.open(path)
-        found, base = run.read_latest(), run.config.get("base")
+        found, base = run.read_found(which), run.config.get("base")
         if found is None:
             raise BadFileError(run.folder, "has no checkpoint yet")
         path, checkpoint = found
@@ -206,6 +212,7 @@ def _on_its_base(path: Path, checkpoint: Checkpoint, base: Any) -> Stored:
         adapters=dict(checkpoint.parameters),
         alpha=alpha,
         base=base_path,
+        about=checkpoint.config,
     )
 
 
@@ -268,29 +275,22 @@ def text_ids(tokenizer: Tokenizer, text: str, what: str = "text") -> np.ndarray:
 
     Errors as `encode`; `what` names the text in them.
     """
-    return _after_beginning(tokenizer, tokenizer.encode(text, what=what))
+    return Encoder(tokenizer).prompt(text, what=what)
 
 
-def chat_prompt(tokenizer: Tokenizer, message: str, context_length: int) -> np.ndarray:
-    """The ids of a conversation with one message of the user, up to where the assistant's answer begins.
+def chat_prompt(tokenizer: Tokenizer, message: str, context_length: int, system: str | None = None) -> np.ndarray:
+    """The ids of a conversation with one message of the user, up to where the assistant's answer begins. system: a message
+    before it, None: what the template puts there by itself.
 
     Raises ValueError when the model has no chat template, and for a message that leaves no room in the context.
     """
     if not hasattr(tokenizer, "apply_chat_template"):
         raise ValueError("this model has no chat template: give it plain text, without the chat option")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": message}])
-    ids = tokenizer.encode(text, what="prompt", parse_special=True)
-    if not len(ids) or ids[0] != tokenizer.bos_id:  # many templates write it out
-        ids = _after_beginning(tokenizer, ids)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    ids = Encoder(tokenizer).chat([*messages, {"role": "user", "content": message}])
     if len(ids) >= context_length:
         raise ValueError(
             f"the message takes {len(ids)} tokens with the chat template, and the model's context is {context_length}: "
             "shorten it"
         )
-    return ids
-
-
-def _after_beginning(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    if getattr(tokenizer, "add_bos", False):
-        return np.concatenate([np.array([tokenizer.bos_id], ids.dtype), ids])
     return ids

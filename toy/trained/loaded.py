@@ -1,6 +1,6 @@
 """The front door: `toy.load(path)` opens whatever is there, for use."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
@@ -15,6 +15,7 @@ from toy.switch import eager_ops
 from toy.trained.classify import Classifier, ImageEvaluation, Prediction
 from toy.trained.evaluate import TextEvaluation, evaluate_text
 from toy.trained.load import Stored, first_prompt, read_trained, text_ids
+from toy.trained.writing import Writing, check_stop, stop_ids_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,18 +23,20 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=Model)
 
 
-def load(path: StrPath, adapter: StrPath | None = None, backend: str = "auto") -> "Loaded | LoadedClassifier":
+def load(
+    path: StrPath, adapter: StrPath | None = None, backend: str = "auto", checkpoint: str | int = "last"
+) -> "Loaded | LoadedClassifier":
     """A model that exists, to use -> `Loaded`, or `LoadedClassifier` for an image model.
 
     path: a run directory, a checkpoint, a GGUF file, the name of a fetched model, or what `recipe.save` wrote. adapter: a
     LoRA adapter (GGUF) to put on it. backend: "auto", "numpy", "cython" or "ggml" (which generates on the compiled
-    kernels). Raises FileNotFoundError for a path where nothing is, BadFileError for a damaged file, ValueError for one that
-    does not serve.
+    kernels). checkpoint: of a run, "last", "best" (the lowest validation loss) or a step. Raises FileNotFoundError for a path
+    where nothing is, BadFileError for a damaged file, ValueError for one that does not serve.
     """
     eager_ops(backend)  # a backend that is not there is told before anything is read
-    stored = read_trained(path, adapter)
+    stored = read_trained(path, adapter, checkpoint)
     if not stored.reads_text:
-        return LoadedClassifier(Classifier(path, backend))
+        return LoadedClassifier(Classifier(stored.path, backend))
     return Loaded(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored)
 
 
@@ -82,25 +85,34 @@ class Loaded(_Open[LanguageModel]):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: Seed = 0,
+        stop: Sequence[str] = (),
     ) -> str:
         """What the model writes after `text`, without it -> str. "" = a new line. temperature 0: always the likeliest token.
 
-        It stops early at a token that ends a text, if the model has such tokens. Raises ValueError as
-        `toy.models.generation`, and for a text that the tokenizer has no ids for.
+        It stops early at a token that ends a text, if the model has such tokens, and before the first of the texts in `stop`.
+        Raises ValueError as `toy.models.generation`, for a text that the tokenizer has no ids for, and an empty stop text.
         """
+        check_stop(stop)
         model, tokenizer = self._open_model(), self._tokenizer()
         ids = text_ids(tokenizer, text, "prompt") if text else first_prompt(tokenizer, [0])
-        stops = getattr(tokenizer, "stop_ids", ())
-        return tokenizer.decode(list(generate(model, ids, n_tokens, temperature, top_k, top_p, seed, stops)))
+        stops = stop_ids_of(tokenizer, stop)
+        generated = generate(model, ids, n_tokens, temperature, top_k, top_p, seed, stops)
+        return "".join(Writing(tokenizer, generated, stop))
 
     def evaluate(
-        self, text: str, context: int | None = None, stride: int | None = None, limit: int | None = None
+        self,
+        text: str,
+        context: int | None = None,
+        stride: int | None = None,
+        limit: int | None = None,
+        like: str | None = None,
+        unknown: str = "error",
     ) -> TextEvaluation:
         """How well the model predicts `text` -> `TextEvaluation` (.loss, .perplexity, .bits_per_byte, .n_tokens, ...).
 
         Arguments and errors as `toy.trained.evaluate.TextEvaluator`.
         """
-        return evaluate_text(self._open_model(), self._tokenizer(), text, context, stride, limit)
+        return evaluate_text(self._open_model(), self._tokenizer(), text, context, stride, limit, like, unknown)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

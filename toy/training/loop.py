@@ -32,9 +32,10 @@ from toy.files.atomic import StrPath
 from toy.files.events import Evaluation, Event, EventLog, Notice, RunEnd, RunStart, Sample, Step
 from toy.files.runs import check_new_folder
 from toy.models.base import Model
+from toy.training.estimate import Estimate, in_bytes, in_time, measure, steps_in
 from toy.training.high_loss import HighLoss
 from toy.training.options import RunOptions, TextOptions
-from toy.training.start import Decision, Start, TextStart
+from toy.training.start import Decision, Start, TextStart, without_path
 from toy.training.table import RECIPES
 
 
@@ -43,17 +44,21 @@ class DivergedError(RuntimeError):
 
 
 class _Resumed(NamedTuple):
-    """What `Training.resume` found.
+    """What `Training.resume` or `Training.branch` found.
 
-    unchanged: names of the options that the run takes from before. notices: sentences about the run directory. left_out: why
-    newer checkpoints than this one are not gone on from, "" without any.
+    unchanged: names of the options that the run takes from before. options: the run's own. branch: whether another run
+    begins with the checkpoint. notices: sentences about the run directory. left_out: why newer checkpoints than this one are
+    not gone on from, "" without any. drawing: whether only the pictures of a run that is done are wanted.
     """
 
     run: Run
     checkpoint: Checkpoint | None
     unchanged: Set[str]
-    notices: Sequence[str]
-    left_out: str
+    options: RunOptions
+    branch: bool = False
+    notices: Sequence[str] = ()
+    left_out: str = ""
+    drawing: bool = False
 
 
 class Training:
@@ -65,7 +70,8 @@ class Training:
     trained on, BackendUnavailableError for a backend that is not there.
 
     Attributes: options, start (what the run begins with: data, tokenizer, recipe), config (of the model), recipe, schedule,
-    step (updates done), stopped_by (the signal that ended `run`, None without one).
+    step (updates done), stopped_by (the signal that ended `run`, None without one), best (the lowest validation loss after a
+    step and that step, None before there is one), out_of_patience (whether `run` ended because of it).
     """
 
     def __init__(
@@ -79,18 +85,31 @@ class Training:
         if out is not None and resumed is None:
             check_new_folder(out)
         self.out = None if out is None else Path(out)
-        options = options.resolved()
-        self.schedule = options.make_schedule()
+        default = next(field.default for field in dataclasses.fields(options) if field.name == "steps")
+        if resumed is None and options.budget is not None and options.steps != default:
+            raise ValueError(f"steps and {options.budget} each say how long to train: give one of them")
+        self._budget = f"{options.budget} {getattr(options, options.budget):g}" if options.budget is not None else ""
+        asked, options = options, options.resolved()
         self.start = start = RECIPES[options.recipe](options)
         self.recipe = start.recipe
         start.progress = progress
         try:
             start.read()
-            self.options, self.config = start.options, start.config
+            if start.options.budget in ("epochs", "tokens"):
+                start.options = start.options.with_steps(_steps_of(start), asked)
+            self.config = start.config
             with switch.use_num_threads(options.threads):
                 start.realize()
         except MemoryError as error:
             raise ValueError(f"there is not enough memory for a run of this size ({error})") from error
+        self.estimate: Estimate | None = None
+        if start.options.budget == "minutes":
+            done = resumed.checkpoint.step if resumed is not None and resumed.checkpoint is not None else 0
+            with switch.use_num_threads(options.threads):
+                steps = done + steps_in(start, 60 * cast(float, start.options.minutes), asked)
+            start.options = start.options.with_steps(steps, asked)
+        self.options = options = start.options
+        self.schedule = options.make_schedule()
         numbers = {name: getattr(options, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")}
         self._adamw = self.recipe.adamw(**{name: value for name, value in numbers.items() if value is not None})
         self._adamw.hp_for_step(0)  # numbers out of range are told now
@@ -101,9 +120,14 @@ class Training:
         self._evaluated: set[int] = set()  # the steps that have it already
         self._sampled: set[int] = set()
         self._saved: int | None = None  # the step of the newest checkpoint
+        self.best: tuple[float, int] | None = None
+        self.out_of_patience = False
+        self._worse = 0  # validations since the best one
+        self._branched_from: dict[str, Any] | None = None
+        self._notices: list[str] = []
         self._run: Run | None = None
+        self._pictures: dict[str, Path] = {}  # what `_draw` drew, and where
         self._unchanged: Set[str] = frozenset()
-        self._notices: Sequence[str] = ()
         self._left_out = ""
         self._high = HighLoss(self.recipe.n_classes)
         if resumed is not None:
@@ -134,13 +158,14 @@ class Training:
             raise ValueError(
                 f"the run in {folder} is of another kind: toy train {options.recipe} --resume goes on with it"
             )
+        _check_one_budget(options, changes)
         resumable = {field.name for field in dataclasses.fields(options) if field.metadata.get("resumable")}
         for name, value in changes.items():
             value = getattr(dataclasses.replace(options, **{name: value}), name)  # as the options themselves spell it
             if name not in resumable and value != getattr(options, name):
                 raise ValueError(
                     f"the run in {folder} was begun with {name} {getattr(options, name)} and cannot go on with {value}: "
-                    "leave the option out, or start a new run"
+                    "leave the option out, or let a new run begin with its checkpoint (--resume RUN --branch)"
                 )
         checkpoint: Checkpoint | None
         if from_step is None:
@@ -148,35 +173,99 @@ class Training:
         else:
             _, checkpoint, left_out = run.read_step(from_step)
         notices = [] if checkpoint is None else _compare_config(run, checkpoint, options, changes)
-        done, steps = checkpoint.step if checkpoint else 0, changes.get("steps", options.steps)
+        done = checkpoint.step if checkpoint else 0
         if run.events_path.exists():
             read_events(run.events_path, reach=done)  # damage is told now, not when the log is gone on with
         elif done:
             notices.append(f"{run.events_path} is gone: the curve begins at step {done}")
-        if steps < options.steps:
-            raise ValueError(
-                f"the run in {folder} was begun with {options.steps} steps, it cannot go on to only {steps}"
-            )
-        resumed = _Resumed(run, checkpoint, as_it_ran.keys() - changes.keys(), notices, left_out)
-        options = dataclasses.replace(options, **{**as_it_ran, **changes})
-        if done >= steps:
-            drawn = _draw_again(cls, options, resumed)
-            raise ValueError(f"the run in {folder} has done its {done} steps: give it more steps to go on{drawn}")
-        return cls(options, run.folder, progress=progress, resumed=resumed)
+        unchanged = as_it_ran.keys() - changes.keys()
+        resumed = _Resumed(run, checkpoint, unchanged, options, notices=notices, left_out=left_out)
+        changed = dataclasses.replace(options, **{**as_it_ran, **changes})
+        if changed.budget is None:
+            if done == changed.steps and _has_ended(run):
+                drawn = _draw_again(cls, changed, resumed._replace(drawing=True))
+                raise ValueError(f"the run in {folder} has done its {done} steps: give it more steps to go on{drawn}")
+            _check_steps(resumed, changed.steps)
+        return cls(changed, run.folder, progress=progress, resumed=resumed)
+
+    @classmethod
+    def branch(
+        cls,
+        folder: StrPath,
+        out: StrPath | None = None,
+        recipe: str | None = None,
+        *,
+        checkpoint: str | int = "last",
+        progress: Callable[[int, int], None] | None = None,
+        **changes: Any,
+    ) -> "Training":
+        """A new run in `out` that begins with a checkpoint of the run in `folder`: its weights, moments and step, with other
+        options where `changes` has them. The old run stays as it is, and the new one's config.json names it.
+
+        checkpoint: "last", "best" or a step. steps counts from the beginning of the old run, and so does the schedule.
+        Raises ValueError for changes that make another model or another vocabulary, otherwise as `resume`.
+        """
+        run = Run.open(folder)
+        options, as_it_ran = _read_config(run)
+        if recipe not in (None, options.recipe):
+            raise ValueError(f"the run in {folder} is of another kind: toy train {options.recipe} makes a branch of it")
+        _check_one_budget(options, changes)
+        found = run.read_checkpoint(checkpoint)
+        if found is None:
+            raise ValueError(f"the run in {folder} has no checkpoint yet, so nothing can begin with it")
+        resumed = _Resumed(run, found, as_it_ran.keys() - changes.keys(), options, branch=True)
+        changed = dataclasses.replace(options, **{**as_it_ran, **changes})
+        if changed.budget is None:
+            _check_steps(resumed, changed.steps)
+        if out is not None:
+            check_new_folder(out)
+        return cls(changed, out, progress=progress, resumed=resumed)
 
     def _go_on(self, resumed: _Resumed) -> None:
-        run, checkpoint, self._unchanged, self._notices, self._left_out = resumed
-        self.start.check_same(run)
-        if run.config.get("model") != _json_of(self.config):
-            raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
-        self._run = run
+        run, checkpoint, self._unchanged, before, branch = resumed[:5]
+        self._notices.extend(resumed.notices)
+        self._left_out = resumed.left_out
+        if branch:
+            self._check_same_model(run)
+            self._branched_from = {"run": str(run.folder.absolute()), "step": cast(Checkpoint, checkpoint).step}
+        else:
+            self.start.check_same(run)
+            if run.config.get("model") != _json_of(self.config):
+                raise BadFileError(run.config_path, "its model or tokenizer does not fit its training options")
+            self._run = run
+        if not resumed.drawing:
+            _check_steps(resumed, self.options.steps)
+        self._tell_rate(before, checkpoint.step if checkpoint else 0)
         if checkpoint is not None:
             try:
                 self.recipe.load_parameters(checkpoint.parameters)
                 self.recipe.load_optimizer_state(checkpoint.moments)
             except ValueError as error:
                 raise BadFileError(run.latest_checkpoint() or run.folder, str(error)) from error
-            self.step = self._saved = checkpoint.step
+            self.step = checkpoint.step
+            self._saved = None if branch else checkpoint.step
+
+    def _check_same_model(self, run: Run) -> None:
+        """Raise ValueError unless the checkpoints of `run` are of the model and the vocabulary that this one trains."""
+        now = {**self.start.describe(), "model": _json_of(self.config)}
+        for name in ("model", "tokenizer", "base", "lora", "lens", "classes"):
+            if without_path(run.config.get(name)) != without_path(now.get(name)):
+                raise ValueError(
+                    f"the {name} of the run in {run.folder} is another one, and a branch goes on with its weights: "
+                    "leave out the options that change it, or start a new run"
+                )
+
+    def _tell_rate(self, before: RunOptions, step: int) -> None:
+        """Note a learning rate that goes on elsewhere than the run's own schedule would have gone on."""
+        if not 0 < step < self.options.steps:
+            return
+        was, now = before.make_schedule()(step - 1), self.schedule(step)
+        expected = before.make_schedule()(min(step, before.steps - 1))
+        if not math.isclose(now, expected, rel_tol=1e-3):
+            self._notices.append(
+                f"the learning rate was {was:.2e} at step {step} and goes on with {now:.2e}: its schedule is now "
+                f"{self.options.schedule} over {self.options.steps:,} steps (before: {before.schedule} over {before.steps:,})"
+            )
 
     # -- what the run is ----------------------------------------------------------------------------------------------
 
@@ -201,8 +290,8 @@ class Training:
         return Split(self.data.training.tokens(), self.data.validation.tokens())
 
     def notices(self) -> Sequence[str]:
-        """Sentences about the data, and about the directory of a run that goes on, that a user should know."""
-        return [*self._notices, *self.start.notices()]
+        """Sentences about the data, the schedule and the directory of a run that goes on, that a user should know."""
+        return [*self.start.notices(), *self._notices]
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint on the disk to go on from."""
@@ -210,11 +299,12 @@ class Training:
 
     def written(self) -> list[tuple[str, Path]]:
         """(what, path) of everything a reader of the run may want, of what is there."""
-        names = {
-            "picture": "loss.png", "confusion": "confusion.png", "samples": "samples.txt", "weights": "weights",
-        }  # fmt: skip
         out = self.out
-        return [] if out is None else [(what, out / name) for what, name in names.items() if (out / name).exists()]
+        if out is None:
+            return []
+        files = {"picture": out / "loss.png", "confusion": out / "confusion.png"} | self._pictures
+        files |= {"samples": out / "samples.txt", "weights": out / "weights"}
+        return [(what, path) for what, path in files.items() if path.exists()]
 
     def model(self) -> Model:
         """A readable model object with a copy of the present weights."""
@@ -227,23 +317,45 @@ class Training:
         threads = "as asked for" if o.threads else "the backend's own choice"
         trained = "" if r.n_trained == r.n_parameters else f"{r.n_trained:,} of them are trained"
         decay = "" if o.schedule == "constant" else f" down to {o.lr * o.lr_floor:g} at step {o.steps}"
-        rounds, classes = o.steps * s.per_step / s.n_train, r.n_classes
+        rounds, classes = o.steps / s.steps_per_epoch, r.n_classes
+        passes = "" if o.accumulate == 1 else f", in {o.accumulate} passes"
+        budget = f"{self._budget}; " if self._budget else ""
+        takes = []
+        if self.estimate is not None:
+            e = self.estimate
+            memory = "" if e.bytes is None else f"; memory about {in_bytes(e.bytes)}"
+            takes = [
+                Decision("takes", f"about {in_time(e.seconds)}", f"{in_time(e.step_seconds)} a step, measured{memory}")
+            ]
         return [
             *([Decision("resumed", f"after step {self.step}", self._left_out)] if self._run is not None else []),
+            *([Decision("branched", f"after step {b['step']} of {b['run']}")] if (b := self._branched_from) else []),
             Decision("backend", r.backend, before.get("backend", r.backend_reason)),
             Decision("device", r.device),
             Decision("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
             *s.decisions(),
             Decision("parameters", f"{r.n_parameters:,}", trained),
-            Decision("steps", f"{o.steps:,} of {s.per_step:,} {s.unit}s", f"{rounds:.2g} times the training part"),
+            Decision(
+                "steps",
+                f"{o.steps:,} of {s.per_step:,} {s.unit}s{passes}",
+                f"{budget}{rounds:.2g} times the training part",
+            ),
             Decision("learning rate", f"{o.lr:g}", f"{o.schedule}{decay}, {o.warmup} steps of warm-up"),
             Decision("ln(V)", f"{math.log(classes):.3f}", f"nats per {s.unit}, the loss of a uniform guess"),
+            *takes,
             Decision("directory", "none, nothing is written" if self.out is None else str(self.out)),
         ]
 
     def _threads(self) -> int | None:
         used = next(row.threads for row in switch.backends() if row.name == self.recipe.backend)
         return self.options.threads or used
+
+    def measure(self) -> Estimate:
+        """How long the run will take and how much memory, by trying: a few steps that change nothing, a validation, a few
+        tokens of a sample -> `Estimate`, also kept in `estimate`. Weights, moments and everything random stay as they are."""
+        with switch.use_num_threads(self.options.threads):
+            self.estimate = measure(self.start, self.step, writes=self.out is not None)
+        return self.estimate
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -262,6 +374,8 @@ class Training:
             stack.enter_context(switch.use_num_threads(self.options.threads))
             stop = stack.enter_context(_StopSignals(on_stop))
             try:
+                if self._branched_from is not None and self._saved is None:
+                    self._save()  # what the branch begins with is a part of it
                 yield self._emit(self._run_start(resumed))
                 yield from self._steps(stop)
                 self._save()
@@ -276,22 +390,30 @@ class Training:
                 self._draw()
                 raise
             self.stopped_by = stop.requested
-            end = self._emit(self._run_end("completed" if self.step == self.options.steps else "interrupted"))
+            completed = "completed" if self.step == self.options.steps else "interrupted"
+            end = self._emit(self._run_end("patience" if self.out_of_patience else completed))
             self._draw()
             yield end
 
     def _steps(self, stop: "_StopSignals") -> Iterator[Event]:
-        """Train up to the last step. What is due after a step is done before the next one, by a resumed run if need be."""
+        """Train up to the last step. What is due after a step is done before the next one, by a resumed run if need be; the
+        checkpoint first, so that a process killed in a long validation loses nothing."""
         o, samples_every = self.options, getattr(self.options, "sample_every", None)
         while self.step == o.steps or not stop.requested:
+            if self.step > 0 and (self.step == o.steps or (o.save_every and self.step % o.save_every == 0)):
+                self._save()
             if self._due(o.eval_every, self._evaluated):
-                yield self._emit(self._evaluate())
+                event = self._evaluate()
+                self._emit(event)
+                self._remember(event)
+                yield event
             if self._due(samples_every, self._sampled) and self.step > 0:
                 yield self._emit(self._sample())
+            if self.step < o.steps and o.patience is not None and self._worse >= o.patience:
+                self.out_of_patience = True
+                return
             if self.step == o.steps:
                 return
-            if o.save_every is not None and self.step % o.save_every == 0 and self.step > 0:
-                self._save()
             if not stop.requested:
                 step = self._train_step()
                 yield self._emit(step)
@@ -323,6 +445,32 @@ class Training:
         self._evaluated.add(self.step)
         return Evaluation(step=self.step, **found)
 
+    def _remember(self, event: Evaluation) -> None:
+        """Count a validation, and keep the checkpoint of the best one. The weights at step 0 are no result of the run."""
+        if event.step == 0:
+            return
+        if self.best is not None and event.loss >= self.best[0]:
+            self._worse += 1
+            return
+        self.best, self._worse = (event.loss, event.step), 0
+        if self._run is not None:
+            self._save()
+            self._run.mark_best(event.step, self.options.keep)
+
+    def _remember_all(self, kept: list[dict[str, Any]]) -> None:
+        """The same for the validations of a run that goes on, whose checkpoints may be gone."""
+        run = cast(Run, self._run)
+        self.best, self._worse = None, 0
+        losses = [(event["loss"], event["step"]) for event in kept if event["kind"] == "eval" and event["step"] > 0]
+        for loss, step in losses:
+            if self.best is None or loss < self.best[0]:
+                self.best, self._worse = (loss, step), 0
+            else:
+                self._worse += 1
+        there = [(loss, step) for loss, step in losses if run.has_checkpoint(step)]
+        if there:
+            run.mark_best(min(there)[1], self.options.keep)
+
     def _sample(self) -> Sample:
         text = self.start.sample(self.step) or ""
         self._sampled.add(self.step)
@@ -331,7 +479,7 @@ class Training:
         return Sample(step=self.step, text=text)
 
     def _due(self, every: int | None, done: set[int]) -> bool:
-        if every is None or self.step in done:
+        if not every or self.step in done:
             return False
         return self.step % every == 0 or self.step == self.options.steps
 
@@ -352,6 +500,7 @@ class Training:
             kept = self._run.rewind(self.step)
             self._evaluated = {event["step"] for event in kept if event["kind"] == "eval"}
             self._sampled = {event["step"] for event in kept if event["kind"] == "sample"}
+            self._remember_all(kept)
             self._high = HighLoss(self.recipe.n_classes, (event["loss"] for event in kept if event["kind"] == "step"))
             self._run.config.update(self._describe())
             self._run.write_config()
@@ -385,8 +534,8 @@ class Training:
         if self._run is not None and self.step > 0:
             from toy.plots import plot_runs
 
-            plot_runs([self._run.folder], self._run.picture_path)
-            self.start.draw(self._run.folder)
+            self._pictures["picture"] = plot_runs([self._run.folder], self._run.picture_path)
+            self._pictures |= self.start.draw(self._run.folder)
 
     def _run_start(self, resumed: bool) -> RunStart:
         return RunStart(
@@ -416,7 +565,39 @@ class Training:
             "n_parameters": self.recipe.n_parameters,
             "backend": {"name": self.recipe.backend, "device": self.recipe.device, "threads": self._threads()},
             "versions": versions(),
+            **({} if self._branched_from is None else {"branched_from": self._branched_from}),
         }
+
+
+def _check_one_budget(options: RunOptions, changes: dict[str, Any]) -> None:
+    given = [name for name in ("steps", *options.budgets) if changes.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} each say how long to train: give one of them")
+
+
+def _check_steps(resumed: _Resumed, steps: int) -> None:
+    """Raise ValueError unless a run can go on, or branch, to this many steps in all."""
+    folder, before = resumed.run.folder, resumed.options.steps
+    done = resumed.checkpoint.step if resumed.checkpoint else 0
+    if steps < before and not resumed.branch:
+        raise ValueError(f"the run in {folder} was begun with {before} steps, it cannot go on to only {steps}")
+    if done > steps or (done == steps and (resumed.branch or _has_ended(resumed.run))):
+        raise ValueError(f"the run in {folder} has done its {done} steps: give it more steps to go on")
+
+
+def _has_ended(run: Run) -> bool:
+    """Whether the run has written its end: one that was killed in its last validation has not."""
+    if not run.events_path.exists():
+        return False
+    ends = [event for event in read_events(run.events_path) if event["kind"] in ("run_start", "run_end")]
+    return bool(ends) and ends[-1]["kind"] == "run_end" and ends[-1]["reason"] == "completed"
+
+
+def _steps_of(start: Start) -> int:
+    """The steps that a budget of epochs or tokens asks for."""
+    o = start.options
+    epochs = o.epochs if o.epochs is not None else cast(TextOptions, o).tokens / start.n_train  # type: ignore[operator]
+    return max(1, math.ceil(epochs * start.steps_per_epoch - 1e-9))
 
 
 def versions() -> dict[str, str]:

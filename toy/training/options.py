@@ -62,12 +62,24 @@ class RunOptions:
     recipe: ClassVar[str]  # the name on the command line and in config.json
 
     steps: int = option(1000, "Training steps in all.", STEPS, resumable=True, at_least=1)
+    epochs: float | None = option(
+        None, "In place of --steps: passes over the training part.", STEPS, shown="by steps", resumable=True
+    )
+    minutes: float | None = option(
+        None,
+        "In place of --steps: as many as take this long, by the time of a step measured at the start.",
+        STEPS,
+        shown="by steps",
+        resumable=True,
+    )
     batch: int = option(12, "Sequences in a step.", STEPS, at_least=1)
+    accumulate: int = option(1, "Batches of that size that make one step, in the memory of one.", STEPS, at_least=1)
     lr: float = option(1e-3, "Learning rate.", STEPS)
     schedule: str = option("constant", "Learning rate after the warm-up.", STEPS, choices=schedules.NAMES)
     warmup: int | None = option(None, "Steps of linear warm-up.", STEPS, shown="20", at_least=0)
-    lr_floor: float = option(0.1, "Where the cosine ends, as a fraction of --lr.", STEPS)
-    weight_decay: float = option(0.0, "AdamW's weight decay.", STEPS)
+    lr_floor: float = option(0.1, "Where cosine and wsd end, as a fraction of --lr.", STEPS)
+    cooldown: float = option(0.2, "Share of the steps in which wsd goes down.", STEPS)
+    weight_decay: float = option(0.0, "AdamW's weight decay, of matrices and embeddings.", STEPS)
     beta1: float = option(0.9, "AdamW's decay of the mean gradient.", STEPS)
     beta2: float | None = option(
         None, "AdamW's decay of the mean square.", STEPS, shown="0.999 bias-corrected, else 0.95"
@@ -86,7 +98,17 @@ class RunOptions:
     save_every: int | None = option(
         None, "Steps between checkpoints.", REPORTS, shown="as --eval-every", resumable=True, at_least=1
     )
-    keep: int = option(2, "Checkpoints to keep.", REPORTS, resumable=True, at_least=1)
+    keep: int = option(
+        2, "Newest checkpoints to keep; the best one is kept besides.", REPORTS, resumable=True, at_least=1
+    )
+    patience: int | None = option(
+        None,
+        "Stop after so many validations without a lower loss.",
+        REPORTS,
+        shown="never",
+        resumable=True,
+        at_least=1,
+    )
     weight_dtype: str = option(
         "f32", "Type of the weights a step computes with; float32 masters stay.", MACHINE, choices=WEIGHT_DTYPES
     )
@@ -107,6 +129,12 @@ class RunOptions:
             choices = field.metadata.get("choices")
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        budgets = [name for name in self.budgets if getattr(self, name) is not None]
+        for name in budgets:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}")
+        if len(budgets) > 1:
+            raise ValueError(f"{' and '.join(budgets)} each say how long to train: give one of them")
         for name in ("weight_decay", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
@@ -121,7 +149,27 @@ class RunOptions:
 
     def make_schedule(self) -> schedules.Schedule:
         """The learning rate as a function of the step, counted from 0."""
-        return schedules.make_schedule(self.schedule, self.lr, self.steps, self._default_warmup(), self.lr_floor)
+        warmup = self._default_warmup()
+        return schedules.make_schedule(self.schedule, self.lr, self.steps, warmup, self.lr_floor, self.cooldown)
+
+    @property
+    def rows(self) -> int:
+        """Sequences (images) in a step, of all its batches."""
+        return self.batch * self.accumulate
+
+    budgets: ClassVar[tuple[str, ...]] = ("epochs", "minutes")  # what may be said in place of steps
+
+    @property
+    def budget(self) -> str | None:
+        """Which of `budgets` is given."""
+        return next((name for name in self.budgets if getattr(self, name) is not None), None)
+
+    def with_steps(self, steps: int, asked: "RunOptions") -> "Self":
+        """These many steps in place of a budget. asked: the options as they were given: what they do not say and what depends
+        on the steps is filled in anew."""
+        names = [name for name in ("warmup", "eval_every", "save_every", "sample_every") if hasattr(self, name)]
+        none: dict[str, Any] = dict.fromkeys([*self.budgets, *(name for name in names if getattr(asked, name) is None)])
+        return dataclasses.replace(self, steps=check_whole("steps", steps, 1), **none).resolved()
 
     def _default_warmup(self) -> int:
         if self.warmup is not None:
@@ -150,21 +198,36 @@ class TextOptions(RunOptions):
         "spread", "Where that share lies: spread over the corpus, or its tail joined to one text.", DATA, choices=SPLITS
     )
     train_on: str = option("answers", "Of prompts and conversations: what is learned.", DATA, choices=TRAIN_ON)
+    tokens: float | None = option(
+        None, "In place of --steps: tokens to train on, 1e6 for a million.", STEPS, shown="by steps", resumable=True
+    )
     context: int | None = option(64, "Tokens in a sequence.", STEPS, at_least=1)
     eval_batches: int = option(16, "Batches in a validation.", REPORTS, at_least=1)
     sample_every: int | None = option(
         None,
-        "Steps between samples.",
+        "Steps between samples, 0 = none.",
         REPORTS,
         shown="a quarter of the steps, at most 2000",
         resumable=True,
-        at_least=1,
+        at_least=0,
     )
     sample_tokens: int = option(200, "Tokens in a sample.", REPORTS, at_least=1, at_most=1_000_000)
+    sample_prompt: str | None = option(
+        None,
+        "Text a sample goes on from; of conversations, a message to answer.",
+        REPORTS,
+        shown="a new line; of examples, the first prompt to validate on",
+        resumable=True,
+    )
+    sample_temperature: float = option(0.8, "Of the samples, 0 = always the likeliest.", REPORTS, resumable=True)
+
+    budgets: ClassVar[tuple[str, ...]] = ("epochs", "tokens", "minutes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("val_fraction", self.val_fraction)
+        if not (math.isfinite(self.sample_temperature) and self.sample_temperature >= 0):
+            raise ValueError(f"sample_temperature must be a number of at least 0, got {self.sample_temperature}")
         if isinstance(self.corpus, (tuple, list)):  # one path stands for itself
             several = tuple(map(str, self.corpus))
             object.__setattr__(self, "corpus", several if len(several) > 1 else several[0] if several else None)
@@ -177,7 +240,7 @@ class TextOptions(RunOptions):
         return [Path(path) for path in ((self.corpus,) if isinstance(self.corpus, str) else self.corpus)]
 
     def resolved(self) -> "Self":
-        every = self.sample_every or min(max(1, self.steps // 4), 2000)
+        every = min(max(1, self.steps // 4), 2000) if self.sample_every is None else self.sample_every
         return dataclasses.replace(super().resolved(), sample_every=every)
 
 

@@ -1,6 +1,7 @@
 """How a run begins, whatever its recipe: what the training loop asks of a recipe, and what all runs on text share."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -8,7 +9,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 import numpy as np
 
 from toy.config import LanguageModelConfig, ModelConfig, RecipeOptions
+from toy.data.encoding import Encoder
 from toy.data.open_tokenizer import load_tokenizer
+from toy.data.records import Conversation
 from toy.data.sources import open_source
 from toy.data.tokenizers import Tokenizer
 from toy.data.training_data import TextData
@@ -26,7 +29,7 @@ from toy.models.generation import generate
 from toy.trained.load import first_prompt
 from toy.training.options import FromModelOptions, RunOptions, TextOptions
 
-SAMPLE_TEMPERATURE = 0.8
+_SAMPLED_TOKENS = 8  # of which the time of a sample is estimated
 
 
 class Decision(NamedTuple):
@@ -78,7 +81,13 @@ class Start:
         """The `RecipeOptions` that follow from the run's options."""
         o = self.options
         return RecipeOptions(
-            t_seq=t_seq, t_batch=o.batch, seed=o.seed, grad_clip=o.clip or None, weight_dtype=o.weight_dtype, **more
+            t_seq=t_seq,
+            t_batch=o.batch,
+            accumulate=o.accumulate,
+            seed=o.seed,
+            grad_clip=o.clip or None,
+            weight_dtype=o.weight_dtype,
+            **more,
         )
 
     # -- while it trains ----------------------------------------------------------------------------------------------
@@ -93,6 +102,11 @@ class Start:
         """How many tokens (images) there are to train on."""
         raise NotImplementedError
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """How many steps see as much as there is to train on."""
+        return self.n_train / self.per_step
+
     def training_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, labels) of a step, a function of (seed, step) alone."""
         raise NotImplementedError
@@ -101,12 +115,24 @@ class Start:
         """dict of the fields of an `Evaluation` besides its step: the mean loss over the validation part, and more."""
         raise NotImplementedError
 
-    def sample(self, step: int) -> str | None:
-        """What the model makes at this step, as text; None for recipes that show nothing."""
+    def sample(self, step: int, n_tokens: int | None = None) -> str | None:
+        """What the model makes at this step, as text; None for recipes that show nothing. n_tokens: None = as the options
+        say."""
         return None
 
-    def draw(self, folder: Path) -> None:
-        """Pictures of the trained model, into the run directory."""
+    def validation_seconds(self) -> float:
+        """How long a validation takes, measured."""
+        started = time.perf_counter()
+        self.validate()
+        return time.perf_counter() - started
+
+    def sample_seconds(self) -> float:
+        """How long a sample takes, measured on part of one; 0 for recipes that show nothing."""
+        return 0.0
+
+    def draw(self, folder: Path) -> dict[str, Path]:
+        """Pictures of the trained model, into the run directory -> what they show, and their paths."""
+        return {}
 
     def notices(self) -> Sequence[str]:
         """Sentences about the data that a user should know."""
@@ -171,7 +197,8 @@ class TextStart(Start):
             self.source,
             self.tokenizer,
             context=cast(int, o.context),
-            batch=o.batch,
+            batch=o.rows,
+            validation_batch=o.batch,
             val_fraction=o.val_fraction,
             seed=o.seed,
             valid=valid,
@@ -182,14 +209,23 @@ class TextStart(Start):
         self.options = dataclasses.replace(o, corpus=self.source.path, valid=None if valid is None else valid.path)
         self.config = self.model_config(self.tokenizer.vocab_size)
         self._validation = self.data.validation_batches(o.eval_batches)
+        self._prompt = self.sample_prompt()
+        labels = np.concatenate([batch.labels.reshape(-1) for batch in self._validation])
+        ids, counts = np.unique(labels[labels >= 0], return_counts=True)
+        lengths = [len(self.tokenizer.token_bytes(i)) for i in ids.tolist()]
+        self._bytes_per_token = float(np.dot(lengths, counts) / counts.sum())  # of what is validated: for bits per byte
 
     @property
     def per_step(self) -> int:
-        return self.options.batch * cast(int, self.options.context)
+        return self.options.rows * cast(int, self.options.context)
 
     @property
     def n_train(self) -> int:
         return self.data.n_train_tokens
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.data.steps_per_epoch
 
     def training_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         return self.data.training_batch(step)
@@ -199,21 +235,40 @@ class TextStart(Start):
         losses = [self.recipe.evaluate(batch.token_ids, labels=batch.labels) for batch in self._validation]
         return {"loss": sum(loss * count for loss, count in zip(losses, counts)) / sum(counts)}
 
-    def sample(self, step: int) -> str:
+    def sample(self, step: int, n_tokens: int | None = None) -> str:
         o = self.options
         ids = generate(
             cast(LanguageModel, self.recipe.model_copy()),
-            self.sample_prompt(),
-            o.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
+            self._prompt,
+            n_tokens or o.sample_tokens,
+            temperature=o.sample_temperature,
             seed=[o.seed, step],
             stop_ids=getattr(self.tokenizer, "stop_ids", ()),
         )
         return self.tokenizer.decode(list(ids))
 
+    def validation_seconds(self) -> float:
+        batch, started = self._validation[0], time.perf_counter()
+        self.recipe.evaluate(batch.token_ids, labels=batch.labels)
+        return (time.perf_counter() - started) * len(self._validation)
+
+    def sample_seconds(self) -> float:
+        n = min(_SAMPLED_TOKENS, self.options.sample_tokens)
+        started = time.perf_counter()
+        self.sample(0, n)
+        return (time.perf_counter() - started) * self.options.sample_tokens / n
+
     def sample_prompt(self) -> np.ndarray:
-        """What a sample goes on from: of examples the first prompt to validate on, of a text a new line."""
-        first = self._validation[0]
+        """What a sample goes on from: what was asked for, or of examples the first prompt to validate on, of a text a new
+        line. Raises ValueError for a prompt that the tokenizer has no ids for, or the chat template refuses."""
+        asked, first, encoder = self.options.sample_prompt, self._validation[0], Encoder(self.tokenizer)
+        if asked is not None:
+            examples = self.data.family == "examples"
+            conversations = examples and isinstance(next(self.source.records()), Conversation)
+            ids = encoder.chat([{"role": "user", "content": asked}]) if conversations else encoder.prompt(asked)
+            if not len(ids):
+                raise ValueError("sample_prompt is empty: give some text, or leave it out")
+            return ids
         if self.data.family == "examples":
             return first.token_ids[0, : int((first.labels[0] >= 0).argmax()) + 1]
         return first_prompt(self.tokenizer, first.token_ids[0])
@@ -238,7 +293,8 @@ class TextStart(Start):
         return []
 
     def describe(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": self.data.describe()}
+        corpus = self.data.describe() | {"bytes_per_token": self._bytes_per_token}
+        return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": corpus}
 
     def check_same(self, run: Run) -> None:
         try:

@@ -100,7 +100,7 @@ class ViTTinyStart(Start):
 
     @property
     def per_step(self) -> int:
-        return self.options.batch
+        return self.options.rows
 
     @property
     def n_train(self) -> int:
@@ -109,7 +109,7 @@ class ViTTinyStart(Start):
     def training_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Every image once an epoch; the epochs follow each other without a gap, so that every step is full."""
         o, n = self.options, self.n_train
-        places = np.arange(step * o.batch, (step + 1) * o.batch)
+        places = np.arange(step * o.rows, (step + 1) * o.rows)
         orders = {epoch: epoch_order(n, o.seed, int(epoch)) for epoch in np.unique(places // n)}
         chosen = self.train[[orders[place // n][place % n] for place in places]]
         images = self.data.images[chosen]
@@ -130,11 +130,11 @@ class ViTTinyStart(Start):
         loss, accuracy = score(self.logits(), self.data.labels[self.test])
         return {"loss": loss, "accuracy": accuracy}
 
-    def draw(self, folder: Path) -> None:
+    def draw(self, folder: Path) -> dict[str, Path]:
         from toy.plots import plot_confusion
 
         counts = confusion(self.logits(), self.data.labels[self.test], len(self.data.classes))
-        plot_confusion(counts, self.data.classes, folder / "confusion.png")
+        return {"confusion": plot_confusion(counts, self.data.classes, folder / "confusion.png")}
 
     def decisions(self) -> list[Decision]:
         c, d = self.config, self.data

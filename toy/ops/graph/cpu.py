@@ -340,7 +340,7 @@ class CpuGraphOps(GraphOps):
         return self._node(self.kernels.NORM_AND_FACTOR, [whole], (2,), params=numbers, n_tasks=1)
 
     def scaled(self, gradient, factor):
-        """The gradient times the factor of `norm_and_factor`."""
+        """The gradient times factor[1], of `norm_and_factor` for one."""
         return self._node(self.kernels.SCALED, [gradient, factor], gradient.shape)
 
     def finish_gradient(self, gradient):

@@ -18,7 +18,8 @@ class NativeGraphOps(GraphOps):
     def __init__(self, graph, slots=None, finished=None):
         super().__init__(graph, slots, finished)
         self.masks = {}  # by (T_q, T_k)
-        self.rows = {}  # by what it is: a row of equal numbers, at most as wide as the widest trained parameter
+        # by what it is, or the tensor with the number: a row of equal numbers, as wide as the widest trained parameter
+        self.rows = {}
         self.row_parts = {}  # by (what, columns)
 
     # -- embedding ----------------------------------------------------------------------------------------------------
@@ -211,10 +212,10 @@ class NativeGraphOps(GraphOps):
         return g.concat(norm, g.div(g.full((1,), clip), at_least_clip), axis=0)
 
     def scaled(self, gradient, factor):
-        """The gradient times the factor of `norm_and_factor`."""
-        if "clip" not in self.rows:
-            self.rows["clip"] = self.graph.repeat(self.graph.slice(factor, 0, 1, 2), (1, self._widest()))
-        return self._times("clip", gradient)
+        """The gradient times factor[1], of `norm_and_factor` for one."""
+        if factor not in self.rows:
+            self.rows[factor] = self.graph.repeat(self.graph.slice(factor, 0, 1, 2), (1, self._widest()))
+        return self._times(factor, gradient)
 
     def adamw_step(self, weight, gradient, m, v, hp):
         self.graph.opt_step_adamw(weight, gradient, m, v, hp)
