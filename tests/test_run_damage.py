@@ -48,7 +48,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "text.txt").write_text(TEXT)
     with _chdir(folder):
-        options = FromScratchOptions(corpus="text.txt", backend="numpy", steps=8, save_every=1, keep=3, **SIZES)
+        options = FromScratchOptions(
+            corpus="text.txt", backend="numpy", steps=8, warmup=0, save_every=1, keep=3, **SIZES
+        )
         for _ in Training(options, out="run").run():
             pass
     return folder
@@ -154,7 +156,6 @@ def test_the_rest_of_config_json_is_compared_too(run, toy_command, name):
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(run, toy_command):
-    assert sorted(os.listdir("run/weights"))[0] == "latest" and Path("run/weights/step_7.safetensors").exists()
     os.replace("run/weights/step_7.safetensors", "run/weights/step_8.safetensors")
     for command in (
         [*TRAIN, "--resume=run", "--steps=9"],
@@ -234,6 +235,7 @@ def test_latest_is_read_again_when_the_run_saved_in_between(run, monkeypatch):
     """Between the reading of `latest` and of the checkpoint, and that twice; a checkpoint that is only gone is an error."""
     from toy.files import checkpoints
 
+    Path("run/weights/best").unlink()  # what it names is not deleted
     real, saver, saves = checkpoints.read_checkpoint, Run.open(run), [10, 9]
     newest = saver.read_checkpoint()
 
@@ -252,6 +254,7 @@ def test_latest_is_read_again_when_the_run_saved_in_between(run, monkeypatch):
 @posix
 def test_a_run_that_saves_at_the_moment_can_be_read(run):
     """With --keep 1 the checkpoint that `latest` named is gone a moment later."""
+    Path("run/weights/best").unlink()  # what it names is not deleted
     saver = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(run, 8), daemon=True)
     saver.start()
     try:
