@@ -31,7 +31,7 @@ with the reason. TOY_GGML_DIR names a ggml build of your own; TOY_GGML_LOG=1 pri
 
 from typing import TYPE_CHECKING, Any
 
-from ggml_bridge.library import available, devices, find_device, load, start, version
+from ggml_bridge.library import available, devices, find_device, load, quantize, start, version
 from ggml_bridge.loading import LoadError
 from ggml_bridge.records import Device, Explanation, Node, Source
 
@@ -55,6 +55,7 @@ __all__ = [
     "find_device",
     "load",
     "metal_unsupported",
+    "quantize",
     "version",
 ]
 

@@ -226,6 +226,35 @@ cdef int type_number(dtype) except -1:
     raise ValueError(f"dtype {dtype!r} is unknown; f32, f16, bf16, i32 and ggml's quantized types are known")
 
 
+# what ggml can make of numbers alone: the other types need a table of which numbers matter, or only serve its products
+cdef tuple QUANTIZABLE = (
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+)
+
+
+def quantize(array, dtype):
+    """float32 (rows, n) -> uint8 (rows, bytes of a row) in one of ggml's types, by ggml's own quantiser."""
+    need_library()
+    if not isinstance(dtype, str) or dtype.lower() not in QUANTIZABLE:
+        raise ValueError(f"dtype must be one of {', '.join(QUANTIZABLE)}, got {dtype!r}")
+    cdef ggml_type kind = <ggml_type>type_number(dtype)
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != 2 or array.size == 0:
+        raise ValueError("quantize takes a float32 array (rows, n) that is not empty")
+    if array.shape[1] % ggml_blck_size(kind):
+        raise ValueError(f"rows of {dtype} are a multiple of {ggml_blck_size(kind)} numbers, not {array.shape[1]}")
+    if not np.isfinite(array).all():  # ggml would assert
+        raise ValueError("quantize takes finite numbers")
+    cdef const float[:, ::1] numbers = np.ascontiguousarray(array)
+    cdef int64_t rows = numbers.shape[0], n = numbers.shape[1]
+    cdef size_t row_bytes = ggml_type_size(kind) * (n // ggml_blck_size(kind))
+    cdef uint8_t[:, ::1] out = np.empty((rows, row_bytes), np.uint8)
+    with nogil:
+        ggml_quantize_chunk(kind, &numbers[0, 0], &out[0, 0], 0, rows, n, NULL)
+    if not ggml_validate_row_data(kind, &out[0, 0], rows * row_bytes):
+        raise ValueError(f"{dtype} cannot hold these numbers: they are too large")
+    return np.asarray(out)
+
+
 cdef tuple checked_shape(shape, ggml_type kind):
     """A shape of 1 to 4 axes, every one at least 1, as a tuple of ints."""
     if isinstance(shape, (int, np.integer)):

@@ -27,7 +27,7 @@ typedef void (*bridge_set_threadpool_t)(ggml_backend_t, struct ggml_threadpool *
     X(ggml_version) X(ggml_log_set) X(ggml_status_to_string) \
     X(ggml_type_size) X(ggml_blck_size) X(ggml_type_name) X(ggml_is_quantized) \
     X(ggml_op_name) X(ggml_op_desc) X(ggml_nelements) X(ggml_nbytes) X(ggml_tensor_overhead) \
-    X(ggml_fp32_to_bf16_row) X(ggml_validate_row_data) \
+    X(ggml_fp32_to_bf16_row) X(ggml_validate_row_data) X(ggml_quantize_chunk) \
     X(ggml_is_contiguous) X(ggml_is_contiguous_1) X(ggml_is_transposed) \
     X(ggml_init) X(ggml_free) X(ggml_new_tensor) X(ggml_set_name) X(ggml_set_input) X(ggml_set_output) X(ggml_set_param) \
     X(ggml_new_graph_custom) X(ggml_graph_overhead_custom) X(ggml_build_forward_expand) \

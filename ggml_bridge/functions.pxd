@@ -164,6 +164,9 @@ cdef extern from "functions.h" nogil:
     size_t ggml_nbytes "bridge_ggml_nbytes"(const ggml_tensor *t)
     size_t ggml_tensor_overhead "bridge_ggml_tensor_overhead"()
     void ggml_fp32_to_bf16_row "bridge_ggml_fp32_to_bf16_row"(const float *x, ggml_bf16_t *y, int64_t n)
+    size_t ggml_quantize_chunk "bridge_ggml_quantize_chunk"(
+        ggml_type type, const float *src, void *dst, int64_t start, int64_t nrows, int64_t n_per_row, const float *imatrix
+    )
     cbool ggml_validate_row_data "bridge_ggml_validate_row_data"(ggml_type type, const void *data, size_t nbytes)
     cbool ggml_is_contiguous "bridge_ggml_is_contiguous"(const ggml_tensor *t)
     cbool ggml_is_contiguous_1 "bridge_ggml_is_contiguous_1"(const ggml_tensor *t)

@@ -4,6 +4,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from ggml_bridge import loading
 from ggml_bridge.loading import LoadError
 from ggml_bridge.records import Device
@@ -64,6 +66,16 @@ def available() -> tuple[bool, str]:
 def version() -> str:
     """The version of the ggml library, for example "0.20.2". Raises LoadError."""
     return load().library_version()
+
+
+def quantize(array: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 (rows, n) -> uint8 (rows, bytes of a row) in one of ggml's types ("q4_k", "q8_0", ...), by ggml's own
+    quantiser.
+
+    Raises LoadError without ggml; ValueError for a type that cannot be made of numbers alone, rows that are no multiple of
+    its block, and numbers that are not finite.
+    """
+    return load().quantize(array, dtype)
 
 
 def devices() -> list[Device]:

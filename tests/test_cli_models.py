@@ -218,7 +218,7 @@ def test_eval_of_a_lora_run_without_a_text_is_of_its_validation_part(lora_run, t
 
 
 def test_eval_of_a_lora_run_and_of_its_merged_export_agree(lora_run, toy_command):
-    assert toy_command("export", "run", "--merge", "--out=merged.gguf")[0] == 0
+    assert toy_command("export", "run", "--merge", "--type=f32", "--out=merged.gguf")[0] == 0
     outputs = [toy_command("eval", model, "--corpus=text.txt")[1] for model in ("run", "merged.gguf", "llama.gguf")]
     losses = [float(re.search(r"loss +(\S+)", out)[1]) for out in outputs]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
@@ -322,7 +322,7 @@ def test_export_overwrites_only_when_told(files, toy_command):
         (["llama.gguf", "--merge"], "llama.gguf has no adapter of its own: leave out --merge"),
         (["llama.gguf", "--adapter"], "llama.gguf has no adapter of its own: leave out --adapter"),
         (["run", "--adapter", "--merge"], "choose one"),
-        (["llama.gguf", "--type=q4_0"], "'q4_0' is not one of"),
+        (["llama.gguf", "--type=q4_9"], "'q4_9' is not one of"),
         (["llama.gguf", "--out=nowhere/a.gguf"], "nowhere is not a directory"),
         (["llama.gguf", "--out=.", "--force"], "it is a directory"),
         (["llama.gguf", "--lora=other.gguf"], "an adapter for another base"),

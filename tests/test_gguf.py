@@ -165,8 +165,8 @@ def test_what_cannot_be_written(tmp_path):
     transformer = toy.TransformerConfig(11, 32, 4, 64, 2, 8)
     with pytest.raises(ValueError, match="no architecture for a TransformerConfig"):
         write_gguf(path, transformer, random_parameters(transformer))
-    with pytest.raises(ValueError, match="type must be one of f32, f16, q8_0"):
-        write_gguf(path, config, parameters, type="q4_0")
+    with pytest.raises(ValueError, match="type must be one of f32, f16, bf16, q8_0"):
+        write_gguf(path, config, parameters, type="q4_9")
     with pytest.raises(ValueError, match="the tokenizer has 256 ids, the model 11"):
         write_gguf(path, config, parameters, ByteTokenizer())
     with pytest.raises(ValueError, match=r"missing: output_norm\.weight"):
@@ -176,13 +176,12 @@ def test_what_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unwritable_place_leaves_the_old_file(tmp_path, monkeypatch):
+def test_an_unwritable_place_leaves_the_old_file(tmp_path):
     config, path = CONFIGS["llama"], tmp_path / "m.gguf"
     write_gguf(path, config, random_parameters(config))
     before = path.read_bytes()
-    monkeypatch.setattr("toy.files.gguf_write.quantize", _full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_gguf(path, config, random_parameters(config, seed=1))
+        write_gguf(path, config, random_parameters(config, seed=1), quantizer=_full_disk)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -864,7 +863,12 @@ LIES = {
     "the first not at 0": (with_tensors(("w", [8], 0, 32)), with_tensors(("w", [8], 0, 0), data=32), "'w' is at offset 32"),
     "beyond the end": (with_tensors(("w", [17], 0, 0)), ONE_TENSOR, "is cut off: tensor 'w' ends at byte"),
     "a byte short": (ONE_TENSOR[:-1], ONE_TENSOR, "is cut off: tensor 'w' ends at byte"),
-    "bytes after the end": (ONE_TENSOR + bytes(32), ONE_TENSOR + bytes(31), "goes on for 32 bytes after its last tensor"),
+    "bytes after the end": (
+        ONE_TENSOR + bytes(32) + b"x",
+        ONE_TENSOR + bytes(33),
+        "goes on for 33 bytes after its last tensor",
+    ),
+    "zeros after the end": (ONE_TENSOR + bytes(2**17), ONE_TENSOR + bytes(2**16), "bytes after its last tensor"),
 }  # fmt: skip
 for n in (2**31, 2**32, 2**40, 2**62, 2**63, 2**64 - 1):
     LIES |= {

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "data": {"files", "optional"},
     "engines": SETTINGS | {"op_table", "models", "ops", "files", "ggml_bridge", "quantized"},
     "recipes": SETTINGS | {"models", "engines", "files", "quantized"},
-    "trained": SETTINGS | {"data", "engines", "files", "models", "quantized"},
+    "trained": SETTINGS | {"data", "engines", "files", "models", "quantized", "ggml_bridge"},
     "training": SETTINGS | {"data", "engines", "files", "models", "plots", "recipes", "trained"},
     "checks": SETTINGS | {"engines", "models", "ops", "recipes", "ggml_bridge"},
     "plots": {"files", "optional"},

@@ -18,7 +18,6 @@ from toy.data.encoding import Encoder
 from toy.trained import load as trained
 
 models = click.Group()
-WEIGHT_TYPES = ("f32", "f16", "q8_0")
 _ADAPTER = click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put on the model.")
 
 
@@ -374,7 +373,13 @@ def _write_tokens(path, rows):
 @click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone. [default for one]")
 @click.option("--merge", is_flag=True, help="Of a LoRA run: the whole model with the adapter in it.")
 @click.option("--lora", type=PATH, metavar="FILE.gguf", help="Merge the adapter in this file into the model.")
-@click.option("--type", "kind", type=click.Choice(WEIGHT_TYPES), default="f32", show_default=True, help="Of matrices.")
+@click.option(
+    "--type",
+    "kind",
+    metavar="TYPE",
+    help="Of matrices: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q5_0, q5_1, q4_0, q4_1, iq4_nl, or "
+    "keep: as they are.  [default: f32; of --merge and --lora: keep]",
+)
 @click.option("--out", type=PATH, metavar="FILE.gguf", help="The file to write. [default: named after MODEL, here]")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 @CHECKPOINT
@@ -394,9 +399,14 @@ def export(model, adapter, merge, lora, kind, out, force, checkpoint, debug):
         if (merge or adapter) and not stored.adapters:
             raise ValueError(f"{model} has no adapter of its own: leave out --{'merge' if merge else 'adapter'}")
         whole = merge or lora is not None or not stored.adapters
+        if kind not in (None, *exports.EXPORT_TYPES):
+            raise ValueError(f"--type {kind!r} is not one of {', '.join(exports.EXPORT_TYPES)}")
+        kind = kind or ("keep" if whole and stored.adapters else "f32")
         if not whole and kind != "f32":
             raise ValueError(f"an adapter is always written as f32: add --merge to export a whole model as {kind}")
         out = out or Path(f"{_name_of(model)}-{kind if whole else 'adapter'}.gguf")
+        if out.suffix != ".gguf" and not out.is_dir():
+            raise ValueError(f"what is written is a GGUF file, and {out} does not end with .gguf: give it that ending")
         if out.exists() and not force:
             raise ValueError(f"{out} is there already: choose another --out, or overwrite it with --force")
         _check_folder(out)

@@ -12,6 +12,7 @@ import contextlib
 import math
 import mmap
 import os
+import re
 import stat
 import struct
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ MAX_TENSORS = 2**16
 MAX_NAME = 63  # bytes, as in ggml
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 2**16
+MAX_PARTS = 999  # files of a split model
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS = {
@@ -63,7 +66,8 @@ class TensorRecord(NamedTuple):
 
 
 class GGUF:
-    """An open GGUF file: `GGUF.open(path)`, then `close()`, or a `with` block.
+    """An open GGUF file: `GGUF.open(path)`, then `close()`, or a `with` block. A model that llama.cpp's gguf-split has cut
+    into NAME-00001-of-00003.gguf and so on is opened as one, by any of its parts.
 
     metadata: read-only mapping of keys to int, float, bool, str, list of str, or 1-D array. tensors: read-only mapping of
     names to `TensorRecord`. architecture: `general.architecture`.
@@ -73,32 +77,38 @@ class GGUF:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        mapped: mmap.mmap,
+        mapped: Sequence[mmap.mmap],
         metadata: dict[str, Any],
         tensors: dict[str, TensorRecord],
+        parts: Mapping[str, int] | None = None,
     ) -> None:
-        """Use `GGUF.open`."""
+        """Use `GGUF.open`. parts: in which of the mappings a tensor is, None: in the only one."""
         self.path = Path(path)
         self.metadata = MappingProxyType(metadata)
         self.tensors = MappingProxyType(tensors)
-        self._mapped: mmap.mmap | None = mapped
-        self._bytes: Any = np.frombuffer(mapped, np.uint8)  # read-only, as the mapping is; None when it is closed
+        self._part_of = dict.fromkeys(tensors, 0) if parts is None else parts
+        self._mapped = list(mapped)
+        # read-only, as the mappings are, one for each part; None when it is closed
+        self._bytes: list[np.ndarray] | None = [np.frombuffer(part, np.uint8) for part in mapped]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "GGUF":
         """Map the file at `path` and read its header.
 
-        Raises BadFileError for a file that is not whole, sound GGUF (version 2 or 3, little-endian), and FileNotFoundError
-        for a path where nothing is.
+        Raises BadFileError for a file that is not whole, sound GGUF (version 2 or 3, little-endian) and for a missing part
+        of a split model, FileNotFoundError for a path where nothing is.
         """
-        path = Path(path)
-        mapped = _map(path)
+        path, mapped, parts = Path(path), [], None
         try:
-            metadata, tensors = _Header(path, mapped).read()
+            mapped.append(_map(path))
+            metadata, tensors = _Header(path, mapped[0]).read()
+            if metadata.get("split.count", 1) != 1 or metadata.get("split.no", 0) != 0:
+                _close(mapped)
+                metadata, tensors, parts = _read_parts(path, metadata, mapped)
         except BaseException:
-            mapped.close()
+            _close(mapped)
             raise
-        return cls(path, mapped, metadata, tensors)
+        return cls(path, mapped, metadata, tensors, parts)
 
     @property
     def architecture(self) -> str:
@@ -119,7 +129,8 @@ class GGUF:
         Shape: that of the tensor, the last axis in bytes. Raises ValueError for an unknown name and for a closed file.
         """
         record = self._record(name)
-        data = self._bytes[record.offset : record.offset + record.n_bytes]
+        assert self._bytes is not None  # `_record` says so
+        data = self._bytes[self._part_of[name]][record.offset : record.offset + record.n_bytes]
         return data.reshape(*record.shape[:-1], -1)
 
     def dequantize(
@@ -192,12 +203,7 @@ class GGUF:
     def close(self) -> None:
         """Let go of the file. Arrays that `raw` gave out keep their part of it mapped until they go too."""
         self._bytes = None
-        mapped, self._mapped = self._mapped, None
-        if mapped is not None:
-            with contextlib.suppress(
-                BufferError
-            ):  # such arrays are still there: the mapping ends with the last of them
-                mapped.close()
+        _close(self._mapped)
 
     def __enter__(self) -> "GGUF":
         return self
@@ -233,6 +239,56 @@ def _checked_rows(rows: slice | Sequence[int] | np.ndarray, record: TensorRecord
     if index.size and (index.min() < 0 or index.max() >= n_rows):
         raise ValueError(f"rows of {record.name} must lie in [0, {n_rows}), got {index.min()} to {index.max()}")
     return index
+
+
+def _close(mapped: list[mmap.mmap]) -> None:
+    """Unmap what is not looked at any more: of the others the mapping ends with the last array over it."""
+    while mapped:
+        with contextlib.suppress(BufferError):
+            mapped.pop().close()
+
+
+def _read_parts(
+    path: Path, found: dict[str, Any], mapped: list[mmap.mmap]
+) -> tuple[dict[str, Any], dict[str, TensorRecord], dict[str, int]]:
+    """The metadata and the tensors of a split model, and which part each is in.
+
+    found: the metadata of the part at `path`. mapped: gets every part.
+    """
+    count, number = found.get("split.count"), found.get("split.no")
+    match = _PART.fullmatch(path.name)
+    if type(count) is not int or type(number) is not int or not 0 <= number < count <= MAX_PARTS:
+        raise BadFileError(path, f"is part {number!r} of {count!r} of a split model: these are not numbers of parts")
+    if match is None or (int(match[2]), int(match[3])) != (number + 1, count):
+        raise BadFileError(
+            path,
+            f"is part {number + 1} of the {count} of a split model, and they are found by their names: call it "
+            f"NAME-{number + 1:05}-of-{count:05}.gguf again, beside the others",
+        )
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, TensorRecord] = {}
+    parts: dict[str, int] = {}
+    for i in range(count):
+        part = path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf")
+        try:
+            mapped.append(_map(part))
+        except FileNotFoundError:
+            raise BadFileError(
+                part, f"is missing: the model consists of {count} parts, and this is part {i + 1}"
+            ) from None
+        keys, records = _Header(part, mapped[-1]).read()
+        if (keys.get("split.no"), keys.get("split.count")) != (i, count):
+            raise BadFileError(part, f"is not part {i + 1} of {count}: it is of another model, or was renamed")
+        metadata = keys if i == 0 else metadata
+        for name, record in records.items():
+            if name in tensors:
+                raise BadFileError(part, f"has the tensor {name!r}, which an earlier part has already")
+            tensors[name], parts[name] = record, i
+    if "general.architecture" not in metadata:
+        raise BadFileError(path, "names no architecture in its first part (general.architecture)")
+    if (n := metadata.get("split.tensors.count", len(tensors))) != len(tensors):
+        raise BadFileError(path, f"is of a model of {n} tensors, and its {count} parts have {len(tensors)}")
+    return metadata, tensors, parts
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -279,7 +335,8 @@ class _Header:
                 raise self.bad(f"has the metadata key {key!r} twice" if key else "has an empty metadata key")
             metadata[key] = self.value(self.number("<I", f"the type of {key!r}"), key)
         architecture = metadata.get("general.architecture")
-        if not isinstance(architecture, str) or not 0 < len(architecture) <= MAX_NAME:
+        later = architecture is None and metadata.get("split.no", 0) != 0  # the first part of a split model names it
+        if not later and (not isinstance(architecture, str) or not 0 < len(architecture) <= MAX_NAME):
             raise self.bad("names no architecture (general.architecture)")
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
@@ -323,7 +380,8 @@ class _Header:
                 raise self.bad(f"has the tensor {name!r} twice")
             records[name] = TensorRecord(name, shape, type_name, n_bytes, start + offset)
         last = max((record.offset + record.n_bytes for record in records.values()), default=self.position)
-        if self.size - last >= alignment:
+        more = self.size - last  # a few zeros are padding
+        if more >= alignment and (more > MAX_ALIGNMENT or self.data[last:].strip(b"\0")):
             raise self.bad(f"goes on for {self.size - last} bytes after its last tensor")
         return records
 

@@ -1,10 +1,12 @@
 """Writing GGUF files that llama.cpp loads: whole models, and LoRA adapters."""
 
+import collections
 import hashlib
+import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,14 +17,16 @@ from toy.files import gguf_models
 from toy.files.atomic import StrPath, replacing
 from toy.files.errors import BadFileError
 from toy.files.gguf import ARRAY, BOOL, GGUF, SCALARS, STRING
+from toy.files.gguf_types import MIXES, is_plain, tensor_types
 from toy.files.gguf_vocabulary import tokenizer_metadata
 from toy.models.parameters import check_arrays
-from toy.quantized import TYPES, Leaf, quantize
+from toy.quantized import TYPES, Leaf, QuantizedMatrix, quantize
 
-WEIGHT_TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7)}  # tensor type, general.file_type
-LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}  # Q8_0: a float16 scale times a byte
+# beyond these a number or the float16 scale of a block is infinite: a scale times the largest whole number of the type
+LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0, "Q5_0": 16 * 65504.0}
 ALIGNMENT = 32
 _ROWS = 2**20  # numbers converted at a time
+Quantizer = Callable[[np.ndarray, str], np.ndarray]  # as `toy.quantized.quantize`
 _TYPE_CODES = {np.dtype(form): code for code, form in SCALARS.items()}
 
 
@@ -31,26 +35,38 @@ def write_gguf(
     config: LanguageModelConfig,
     parameters: Mapping[str, npt.ArrayLike],
     tokenizer: Any = None,
-    type: str = "f32",
+    type: str | Mapping[str, str] = "f32",
     metadata: Mapping[str, Any] | None = None,
+    quantizer: Quantizer = quantize,
 ) -> None:
     """Write a model as a GGUF file for llama.cpp and `toy.GGUF`; atomically, so that `path` is never half a file.
 
     config: LlamaConfig or GPT2Config. parameters: mapping of this library's names to arrays (adapters merged in).
     tokenizer: one of `toy.data`, or None (llama.cpp then takes token ids alone); what llama.cpp cannot be told about it is
-    in `toy.files.gguf_vocabulary.tokenizer_metadata`. type: of the matrices, "f32", "f16" or "q8_0" (f16 for a matrix whose
-    rows are no multiple of 32); vectors and GPT-2's positions stay F32, as llama.cpp wants them. metadata: further keys,
-    such as general.name; general.* or of your own prefix.
-    Raises ValueError for a config without a GGUF architecture (TransformerLM), parameters or a tokenizer that do not fit it,
-    and numbers beyond the range of f16; OSError when the file cannot be written.
+    in `toy.files.gguf_vocabulary.tokenizer_metadata`. type: of the matrices, a name in `toy.files.gguf_types.MIXES` (f16
+    for a matrix whose rows are no multiple of the type's block), or a mapping of names to tensor types ("Q4_K"); vectors
+    and GPT-2's positions are F32, as llama.cpp wants them. A parameter that is a `toy.quantized.QuantizedMatrix` of the
+    type that it is to have keeps its bytes. metadata: further keys, such as general.name; general.* or of your own prefix.
+    quantizer: makes bytes of float32 rows and the name of a type, for types that `toy.quantized.quantize` has not. Raises
+    ValueError for a config without a GGUF architecture (TransformerLM), parameters or a tokenizer that do not fit it, and
+    numbers beyond the range of f16; OSError when the file cannot be written.
     """
-    if type not in WEIGHT_TYPES:
-        raise ValueError(f"type must be one of {', '.join(WEIGHT_TYPES)}, got {type!r}")
+    if isinstance(type, str) and type not in MIXES:
+        raise ValueError(f"type must be one of {', '.join(MIXES)}, got {type!r}")
     shapes = gguf_models.parameter_shapes(config)
-    check_arrays(shapes, parameters)
+    quantized = {name: leaf.shape for name, leaf in parameters.items() if isinstance(leaf, QuantizedMatrix)}
+    fitting = {name for name, shape in quantized.items() if shape == shapes.get(name)}  # `_write` checks their numbers
+    check_arrays(
+        {name: shape for name, shape in shapes.items() if name not in fitting},
+        {name: leaf for name, leaf in parameters.items() if name not in fitting},
+    )
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-    matrix_type, file_type = WEIGHT_TYPES[type]
+    if isinstance(type, str):
+        types, file_type = tensor_types(shapes, type, config.n_layers), MIXES[type].file_type
+    else:
+        types = {name: "F32" if is_plain(name, shape) else type[name] for name, shape in shapes.items()}
+        file_type = _file_type(types, shapes)
     architecture = gguf_models.architecture_of(config)
     entries = {
         "general.type": "model",
@@ -61,10 +77,22 @@ def write_gguf(
         **tokenizer_metadata(tokenizer),
     }
     _add_own(entries, metadata, "general.name")
-    tensors = [
-        (name, np.asarray(parameters[name]), _type_of(name, shape, matrix_type)) for name, shape in shapes.items()
-    ]
-    _write(path, entries, tensors)
+    tensors = [(name, _leaf(parameters[name]), types[name]) for name in shapes]
+    _write(path, entries, tensors, quantizer)
+
+
+def _file_type(types, shapes):
+    """general.file_type, which is told to readers only: that of the mix whose base is the commonest type, by numbers."""
+    counts = collections.Counter()
+    for name, kind in types.items():
+        if len(shapes[name]) >= 2:
+            counts[kind] += math.prod(shapes[name])
+    commonest = counts.most_common(1)[0][0]
+    return next((mix.file_type for mix in reversed(MIXES.values()) if mix.base == commonest), 0)
+
+
+def _leaf(leaf):
+    return leaf if isinstance(leaf, QuantizedMatrix) else np.asarray(leaf)
 
 
 class Adapter(NamedTuple):
@@ -210,12 +238,6 @@ def check_adapter(parameters: Mapping[str, np.ndarray], config: LanguageModelCon
     return ranks.pop()
 
 
-def _type_of(name, shape, matrix_type):
-    if len(shape) < 2 or name == "position_embd.weight":
-        return "F32"
-    return "F16" if shape[-1] % TYPES[matrix_type].block else matrix_type
-
-
 def _add_own(entries, metadata, *replaceable):
     for key, value in (metadata or {}).items():
         taken = key in entries and key not in replaceable
@@ -224,8 +246,9 @@ def _add_own(entries, metadata, *replaceable):
         entries[key] = value
 
 
-def _write(path, entries, tensors):
-    """tensors: list of (name, array, type name). Matrices are converted some rows at a time."""
+def _write(path, entries, tensors, quantizer=quantize):
+    """tensors: list of (name, array or QuantizedMatrix, type name). Matrices are converted some rows at a time; those that
+    are of the type already are written as they are."""
     header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)))
     for key, value in entries.items():
         header += _string(key) + _value(key, value)
@@ -240,13 +263,22 @@ def _write(path, entries, tensors):
         file.write(bytes(_padded(len(header)) - len(header)))
         for name, array, kind in tensors:
             start = file.tell()
-            rows = array.reshape(-1, array.shape[-1])
-            step = max(1, _ROWS // rows.shape[1])
-            for first in range(0, len(rows), step):
-                part = np.ascontiguousarray(rows[first : first + step], np.float32)
+            width = array.shape[-1]
+            step, n_rows = max(1, _ROWS // width), array.size // width
+            for first in range(0, n_rows, step):
+                last = min(first + step, n_rows)
+                if isinstance(array, QuantizedMatrix):
+                    part = array.rows(first, last)
+                    if not np.isfinite(part).all():
+                        raise ValueError(f"{name} holds numbers that are not finite: the file it is from is damaged")
+                    if array.type == kind:
+                        file.write(array.raw[first:last].data)
+                        continue
+                else:
+                    part = np.ascontiguousarray(array.reshape(-1, width)[first:last], np.float32)
                 if max(part.max(), -part.min()) > LARGEST.get(kind, np.inf):
                     raise ValueError(f"{name} has numbers beyond the range of {kind}: write the model as f32")
-                file.write(quantize(part, kind).data)
+                file.write(quantizer(part, kind).data)
             file.write(bytes(_padded(file.tell() - start) - (file.tell() - start)))
         file.flush()
         os.fsync(file.fileno())

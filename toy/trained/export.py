@@ -8,10 +8,13 @@ import numpy as np
 from toy.config import LanguageModelConfig, LlamaConfig
 from toy.files.atomic import StrPath
 from toy.files.gguf_models import architecture_of
+from toy.files.gguf_types import MIXES
 from toy.files.gguf_write import write_adapter, write_gguf
 from toy.models.lens import without_lens
-from toy.quantized import Leaf, dequantized
+from toy.quantized import Leaf, QuantizedMatrix, dequantized, quantize
 from toy.trained.load import Stored
+
+_PLAIN = ("F32", "F16", "BF16", "Q8_0")
 
 
 def check_exportable(stored: Stored) -> None:
@@ -19,16 +22,43 @@ def check_exportable(stored: Stored) -> None:
     architecture_of(stored.config)
 
 
+KEEP = "keep"
+EXPORT_TYPES = (*MIXES, KEEP)
+
+
 def export_model(stored: Stored, path: StrPath, type: str = "f32") -> None:
     """Write the whole model, its adapters merged in, as a GGUF file; atomically.
 
-    stored: a `toy.trained.Stored`. type: of the matrices, "f32", "f16" or "q8_0". Raises the errors of `write_gguf`.
+    stored: a `toy.trained.Stored`. type: of the matrices, one of EXPORT_TYPES; "keep": each in the type that it is stored
+    in, where nothing was merged into it byte for byte. Raises the errors of `write_gguf`, and ValueError for a type that
+    ggml alone can make where ggml is missing.
     """
     check_exportable(stored)
     config, leaves = plain_model(stored)
-    parameters = {name: dequantized(leaf) for name, leaf in leaves.items()}
+    types: str | dict[str, str] = type
+    if type == KEEP:
+        kept = {name: leaf.type for name, leaf in stored.parameters.items() if isinstance(leaf, QuantizedMatrix)}
+        types = {name: kept.get(name, "F32") for name in leaves}
     name = stored.name or f"toy {stored.arch}"
-    write_gguf(path, config, parameters, stored.tokenizer, type=type, metadata={"general.name": name})
+    metadata = {"general.name": name}
+    write_gguf(path, config, leaves, stored.tokenizer, type=types, metadata=metadata, quantizer=_quantize)  # type: ignore[arg-type]
+
+
+def _quantize(array: np.ndarray, type: str) -> np.ndarray:
+    """float32 rows in the bytes of a type, by ggml's own quantiser where it has one and ggml is there."""
+    if type in _PLAIN:
+        return quantize(array, type)
+    import ggml_bridge
+
+    there, why = ggml_bridge.available()
+    if there:
+        return ggml_bridge.quantize(array, type.lower())
+    try:
+        return quantize(array, type)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"{type} is made by ggml's own quantiser, which is not there ({why}); or choose q8_0"
+        ) from error
 
 
 def plain_model(stored: Stored) -> tuple[LanguageModelConfig, Mapping[str, Leaf]]:
