@@ -124,7 +124,7 @@ class Terminal:
 
     def _line(self):
         """One message, which may be several lines; None at the end of the input."""
-        lines = []
+        lines: list[str] = []
         while True:
             try:
                 line = input(("> " if not lines else ". ") if self.is_terminal else "")

@@ -39,8 +39,10 @@ class Chat:
         if template is None:
             raise ValueError("this model has no chat template: toy generate goes on from a plain text")
         check_sampling(temperature, top_k, top_p)
-        self.model, self.tokenizer, self.encoder = model, tokenizer, Encoder(tokenizer)
-        self.n_tokens, self.sampling = n_tokens, {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.model, self.encoder = model, Encoder(tokenizer)
+        self.tokenizer: Any = tokenizer  # one with special tokens, as it has a template
+        self.n_tokens = n_tokens
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.rng = np.random.default_rng(seed)
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.n_read = self.forgotten = 0
