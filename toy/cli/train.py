@@ -1,10 +1,12 @@
 """The commands toy train RECIPE: one run each, with the same loop and display. The flags are the fields of the recipe's
 options."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
 import signal
+import sys
 import types
 import typing
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from toy.cli.base import Phase, command, program, quoted
+from toy.cli.base import Phase, as_json, command, program, quoted
 from toy.cli.progress import EncodingBar, Progress, show_choices
 from toy.files.runs import new_folder
 from toy.training import RECIPES, Training
@@ -87,13 +89,21 @@ def recipe_command(start):
     """The `toy train` command of a recipe, a `toy.training.start.Start`; its docstring is the help."""
     fields = dataclasses.fields(start.options_class)
 
-    def body(out, resume, branch, checkpoint, config, dry_run, debug, **values):
-        return _train(start.options_class, Where(out, resume, branch, checkpoint, config), dry_run, debug, values)
+    def body(out, resume, branch, checkpoint, config, dry_run, json_wanted, debug, **values):
+        where = Where(out, resume, branch, checkpoint, config)
+        if not json_wanted:
+            return _train(start.options_class, where, dry_run, debug, values)
+        stdout = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):  # everything but the events
+            return _train(start.options_class, where, dry_run, debug, values, lambda e: as_json(e.to_json(), stdout))
 
     body.__doc__ = inspect.getdoc(start)
     folder = click.Path(path_type=Path)
     for field in reversed(fields):
         body = flag_of(field)(body)
+    body = click.option("--json", "json_wanted", is_flag=True, help="Events as JSON, one a line, alone on stdout.")(
+        body
+    )
     body = click.option(
         "--dry-run", is_flag=True, help="Show the choices and what they take, train nothing and write nothing."
     )(body)
@@ -165,7 +175,8 @@ def _make_training(kind, where, options):
     return Training(kind(**given), out=out, progress=EncodingBar())
 
 
-def _train(kind, where, dry_run, debug, options):
+def _train(kind, where, dry_run, debug, options, on_event=None):
+    """One run, shown. on_event: called with every event."""
     with Phase(2, debug):
         job = _make_training(kind, where, options)
     go_on = resume_command(kind, job.out)
@@ -186,6 +197,8 @@ def _train(kind, where, dry_run, debug, options):
             with progress:
                 for event in job.run(on_stop=_say_stopping):
                     progress.show(event)
+                    if on_event is not None:
+                        on_event(event)
         except KeyboardInterrupt:
             click.echo(f"toy: stopped at once, without saving{hint()}", err=True)
             return 128 + signal.SIGINT
