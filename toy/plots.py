@@ -278,9 +278,10 @@ def _bytes_per_token(config: dict[str, Any]) -> float | None:
     said = corpus.get("bytes_per_token") if isinstance(corpus, dict) else None
     if isinstance(said, (int, float)) and 0 < said < math.inf:
         return float(said)
-    kind = tokenizer.get("kind") if isinstance(tokenizer, dict) else None
-    is_one = kind == "bytes" or (kind == "char" and str(tokenizer.get("characters")).isascii())
-    return 1.0 if is_one else None
+    if not isinstance(tokenizer, dict):
+        return None
+    kind, characters = tokenizer.get("kind"), str(tokenizer.get("characters"))
+    return 1.0 if kind == "bytes" or (kind == "char" and characters.isascii()) else None
 
 
 def smooth(values, span):
