@@ -127,7 +127,8 @@ def test_selftest(said, monkeypatch, kernels):
 def test_fetch(said, monkeypatch):
     Path("model.gguf").write_bytes(b"12345")
     monkeypatch.setattr(fetching, "fetch", lambda model, file, progress: progress(1, 2) or Path("model.gguf"))
-    ((record,), _) = said("fetch", "some-model")
+    ((record,), err) = said("fetch", "some-model")
+    assert err == ""
     assert record == {"model": "some-model", "file": None, "path": "model.gguf", "bytes": 5}
 
 

@@ -214,7 +214,8 @@ def fetch(model, file, json_wanted, debug):
     from toy.files.fetch import FetchError
     from toy.files.fetch import fetch as download
 
-    bar = Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), transient=True, console=Console(stderr=True))
+    columns, console = (BarColumn(), DownloadColumn(), TransferSpeedColumn()), Console(stderr=True)
+    bar = Progress(*columns, transient=True, console=console, disable=not console.is_terminal)
     with Phase(2, debug), bar as progress:
         task = progress.add_task(model, total=None)
         try:
