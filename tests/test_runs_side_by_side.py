@@ -79,6 +79,7 @@ def test_one_object_a_run_with_everything(toy_command):
 
 def test_the_state_of_a_run(toy_command):
     make("done")
+    make("early", 3, 9, reason="patience")
     make("stopped", 3, 9, reason="interrupted")
     make("diverged", 3, 9, reason="diverged")
     make("killed", 3, 9, reason=None)
@@ -86,7 +87,8 @@ def test_the_state_of_a_run(toy_command):
     Run.create("runs/new", {"training": {"steps": 5}, "model": {"n_classes": 3}})
     with only_process(busy):
         states = {record["run"]: record["state"] for record in listed(toy_command)}
-    assert states == {name: name for name in ("done", "stopped", "diverged", "killed", "running")} | {"new": "killed"}
+    wanted = {name: name for name in ("done", "stopped", "diverged", "killed", "running")}
+    assert states == wanted | {"new": "killed", "early": "done"}
     new = next(record for record in listed(toy_command) if record["run"] == "new")
     assert (new["steps"], new["best_loss"], new["per_second"], new["unit"]) == (0, None, None, "image")
 

@@ -5,6 +5,7 @@ import errno
 import functools
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ CHECKPOINT = click.option(
     show_default=True,
     help="Of a run: which of its checkpoints.",
 )
+JSON = click.option("--json", "json_wanted", is_flag=True, help="One JSON object, on stdout.")
 BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(BACKEND_NAMES)}.")
 
 
@@ -152,9 +154,18 @@ def note(sentence):
     click.echo(f"note: {sentence}", err=True)
 
 
-def as_json(record):
-    """Print one JSON object, on a line of its own."""
-    click.echo(json.dumps(record, ensure_ascii=False))
+def as_json(record, file=None):
+    """Print one JSON object, on a line of its own, into an open file (None: stdout)."""
+    click.echo(json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False), file=file)
+
+
+def _without_nan(value):
+    """The same with None for the numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def program():

@@ -112,7 +112,7 @@ class Terminal:
         if not self.conversation.messages:
             return self._say("there is nothing to save yet")
         try:
-            with open(Path(name).expanduser(), "a", encoding="utf-8") as file:
+            with open(Path(name).expanduser(), "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps({"messages": self.conversation.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             return self._say(f"{name} cannot be written: {error.strerror}")

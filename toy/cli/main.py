@@ -21,7 +21,7 @@ from toy.cli import images as cli_images
 from toy.cli import models as cli_models
 from toy.cli import runs as cli_runs
 from toy.cli import train as cli_train
-from toy.cli.base import Failure, Phase, command, drop_stdout, in_words, named_stdout
+from toy.cli.base import JSON, Failure, Phase, as_json, command, drop_stdout, in_words, named_stdout
 from toy.config import VERSION
 from toy.files import RunWarning
 
@@ -105,8 +105,17 @@ for _group in (cli_models.models, cli_chat.chats, cli_runs.runs, cli_images.imag
 
 
 @command(cli, "backends")
-def backends(debug):
+@JSON
+def backends(json_wanted, debug):
     """List the backends: available or not, threads, versions, speed."""
+    if json_wanted:
+        with Phase(2, debug):  # TOY_BACKEND may name one that is not there
+            choice = switch.resolve()
+        with Phase(1, debug):
+            rows = [row._asdict() | {"gflops": _gflops(row)} for row in switch.backends()]
+            devices = [{"name": d.name, "kind": d.kind, "description": d.description} for d in ggml_devices()]
+            auto = {"backend": choice.backend, "reason": choice.reason}
+            return as_json({"backends": rows, "devices": devices, "auto": auto})
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -115,7 +124,7 @@ def backends(debug):
         table = Table("backend", "available", "threads", "GFLOP/s")
         table.add_column("version, or why it is not there", overflow="fold")
         for row in switch.backends():
-            speed = f"{matmul_gflops(row.name):.0f}" if row.available else ""
+            speed = f"{_gflops(row):.0f}" if row.available else ""
             available, threads = "yes" if row.available else "no", str(row.threads or "")
             table.add_row(row.name, available, threads, speed, escape(row.version or row.reason))
         console = Console(highlight=False)
@@ -126,6 +135,10 @@ def backends(debug):
     with Phase(2, debug):  # TOY_BACKEND may name one that is not there
         choice = switch.resolve()
         console.print(f"--backend auto means {choice.backend} here ({choice.reason})", markup=False)
+
+
+def _gflops(row):
+    return matmul_gflops(row.name) if row.available else None
 
 
 def ggml_devices():
@@ -151,7 +164,8 @@ def matmul_gflops(backend, n=512, seconds=0.2):
 
 @command(cli, "gradcheck")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the random inputs.")
-def gradcheck(seed, debug):
+@JSON
+def gradcheck(seed, json_wanted, debug):
     """Compare every hand-written backward with central differences. Ends with 1 when one is wrong."""
     from rich.console import Console
     from rich.markup import escape
@@ -161,6 +175,10 @@ def gradcheck(seed, debug):
 
     with Phase(1, debug):
         rows = checks.check_all(seed=seed)
+        if json_wanted:
+            ok = all(row.ok for row in rows)
+            as_json({"ok": bool(ok), "seed": seed, "gradients": [_plain_row(row) for row in rows]})
+            return 0 if ok else 1
         table = Table("layer", "gradient", "error", "bar", "")
         for row, following in zip(rows, [*rows[1:], None]):
             verdict = "ok" if row.ok else "[bold red]WRONG[/]"
@@ -177,12 +195,18 @@ def gradcheck(seed, debug):
     return 1 if wrong else 0
 
 
+def _plain_row(row):
+    """A row of the check in types that JSON has."""
+    return row._asdict() | {"rel_error": float(row.rel_error), "bar": float(row.bar), "ok": bool(row.ok)}
+
+
 @command(cli, "selftest")
 @click.option(
     "--device", default="cpu", show_default=True, help="cpu, cpu-native, metal, vulkan or another ggml device."
 )
 @click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Of each loss curve.")
-def selftest(device, steps, debug):
+@JSON
+def selftest(device, steps, json_wanted, debug):
     """Train on a ggml device and on numpy and compare: a report to paste. Ends with 1 when they differ too much."""
     from toy.checks import selftest as tests
 
@@ -190,33 +214,45 @@ def selftest(device, steps, debug):
         switch.resolve("ggml", device)
     with Phase(1, debug):
         report = tests.run(device, steps)
-        click.echo(str(report))
+        if json_wanted:
+            checks = [check._asdict() | {"value": float(check.value), "ok": bool(check.ok)} for check in report.checks]
+            as_json(report._asdict() | {"checks": checks})
+        else:
+            click.echo(str(report))
     return 0 if report.ok else 1
 
 
 @command(cli, "describe")
 @click.argument("file", type=click.Path(path_type=Path))
-def describe(file, debug):
+@JSON
+def describe(file, json_wanted, debug):
     """Show what is in a GGUF file: sizes, tensor types, tokenizer, and the algorithm with this model's numbers."""
     from rich.console import Console
 
     from toy.trained.describe import describe as card
+    from toy.trained.describe import facts
 
     with Phase(2, debug):
+        if json_wanted:
+            return as_json(facts(file))
         Console(highlight=False).print(card(file))
 
 
 @command(cli, "fetch")
 @click.argument("model")
 @click.argument("file", required=False)
-def fetch(model, file, debug):
+@JSON
+def fetch(model, file, json_wanted, debug):
     """Download a model into the cache and print its path: a known name (smollm2-135m), or OWNER/REPO and FILE."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
     from toy.files.fetch import FetchError
     from toy.files.fetch import fetch as download
 
-    with Phase(2, debug), Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), transient=True) as progress:
+    columns, console = (BarColumn(), DownloadColumn(), TransferSpeedColumn()), Console(stderr=True)
+    bar = Progress(*columns, transient=True, console=console, disable=not console.is_terminal)
+    with Phase(2, debug), bar as progress:
         task = progress.add_task(model, total=None)
         try:
             path = download(
@@ -224,4 +260,6 @@ def fetch(model, file, debug):
             )
         except FetchError as error:  # the name was fine, the download was not
             raise Failure(str(error), 1, debug) from error
+    if json_wanted:
+        return as_json({"model": model, "file": file, "path": str(path), "bytes": path.stat().st_size})
     click.echo(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, CHECKPOINT, MODEL, PATH, Phase, as_json, command, note, quoted, tell_checkpoint
+from toy.cli.base import BACKEND, CHECKPOINT, JSON, MODEL, PATH, Phase, as_json, command, note, quoted, tell_checkpoint
 from toy.cli.progress import clock, compact, printable
 from toy.data.encoding import Encoder
 from toy.trained import load as trained
@@ -229,7 +229,7 @@ class Speed:
     help="What to do about characters that the model has no token for.",
 )
 @click.option("--tokens-out", type=PATH, metavar="FILE", help="Write every token's log-probability (.csv or .jsonl).")
-@click.option("--json", "json_wanted", is_flag=True, help="One JSON object, on stdout.")
+@JSON
 @CHECKPOINT
 @BACKEND
 def evaluate(
@@ -382,8 +382,9 @@ def _write_tokens(path, rows):
 )
 @click.option("--out", type=PATH, metavar="FILE.gguf", help="The file to write. [default: named after MODEL, here]")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@JSON
 @CHECKPOINT
-def export(model, adapter, merge, lora, kind, out, force, checkpoint, debug):
+def export(model, adapter, merge, lora, kind, out, force, json_wanted, checkpoint, debug):
     """Write a model as a GGUF file for llama.cpp.
 
     MODEL is as in toy generate. A LoRA run gives its adapter alone, for llama.cpp's --lora, or with --merge a whole model. A
@@ -416,8 +417,12 @@ def export(model, adapter, merge, lora, kind, out, force, checkpoint, debug):
             exports.export_model(stored, out, kind)
         else:
             exports.export_adapter(stored, out)
-        click.echo(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
-        click.echo(llama_cpp_command(stored, out, whole))
+        n_bytes, to_type = out.stat().st_size, llama_cpp_command(stored, out, whole)
+        if json_wanted:
+            written = {"path": str(out), "bytes": n_bytes, "adapter": not whole, "type": kind}
+            return as_json(written | {"command": to_type, "checkpoint": stored.step})
+        click.echo(f"{out} ({n_bytes / 1e6:.1f} MB)")
+        click.echo(to_type)
 
 
 def llama_cpp_command(stored, out, whole):

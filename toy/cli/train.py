@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import signal
+import sys
 import types
 import typing
 from pathlib import Path
@@ -14,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from toy import switch
-from toy.cli.base import Phase, command, program, quoted
+from toy.cli.base import Phase, as_json, command, program, quoted
 from toy.cli.progress import EncodingBar, Progress, show_choices
 from toy.files.runs import DamagedCheckpointError, new_folder
 from toy.training import RECIPES, Training
@@ -89,14 +90,21 @@ def recipe_command(start):
     """The `toy train` command of a recipe, a `toy.training.start.Start`; its docstring is the help."""
     fields = dataclasses.fields(start.options_class)
 
-    def body(out, resume, branch, checkpoint, from_step, config, dry_run, debug, **values):
+    def body(out, resume, branch, checkpoint, from_step, config, dry_run, json_wanted, debug, **values):
         where = Where(out, resume, branch, checkpoint, from_step, config)
-        return _train(start.options_class, where, dry_run, debug, values)
+        if not json_wanted:
+            return _train(start.options_class, where, dry_run, debug, values)
+        stdout = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):  # everything but the events
+            return _train(start.options_class, where, dry_run, debug, values, lambda e: as_json(e.to_json(), stdout))
 
     body.__doc__ = inspect.getdoc(start)
     folder = click.Path(path_type=Path)
     for field in reversed(fields):
         body = flag_of(field)(body)
+    body = click.option("--json", "json_wanted", is_flag=True, help="Events as JSON, one a line, alone on stdout.")(
+        body
+    )
     body = click.option(
         "--dry-run", is_flag=True, help="Show the choices and what they take, train nothing and write nothing."
     )(body)
@@ -180,7 +188,8 @@ def _make_training(kind, where, options):
     return Training(kind(**given), out=out, progress=EncodingBar())
 
 
-def _train(kind, where, dry_run, debug, options):
+def _train(kind, where, dry_run, debug, options, on_event=None):
+    """One run, shown. on_event: called with every event."""
     with Phase(2, debug):
         job = _make_training(kind, where, options)
     go_on = resume_command(kind, job.out)
@@ -205,6 +214,8 @@ def _train(kind, where, dry_run, debug, options):
             with contextlib.closing(job.run(on_stop=_say_stopping)) as events, progress:
                 for event in events:
                     progress.show(event)
+                    if on_event is not None:
+                        on_event(event)
         except KeyboardInterrupt:
             click.echo(f"toy: stopped at once, without saving{hint()}", err=True)
             return 128 + signal.SIGINT

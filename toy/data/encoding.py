@@ -93,7 +93,7 @@ class Encoder:
         """The ids of a conversation up to where the assistant's next answer begins. Errors as `conversation`."""
         return self._template_ids(self.chat_text(messages, tools))
 
-    def chat_text(self, messages, tools=None):
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> str:
         """The text of a conversation up to there."""
         return self._render(messages, tools, add_generation_prompt=True)
 

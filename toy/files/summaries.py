@@ -15,7 +15,7 @@ from toy.files.runs import FORMAT, Run
 STATES = ("done", "stopped", "diverged", "running", "killed")
 _LATEST = 253402300800  # seconds: the year 10000, beyond which no calendar here goes
 _DEEPEST = 4  # folders below the one that was named
-_REASONS = {"completed": "done", "interrupted": "stopped", "diverged": "diverged"}
+_REASONS = {"completed": "done", "patience": "done", "interrupted": "stopped", "diverged": "diverged"}
 
 
 @dataclass

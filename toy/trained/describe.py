@@ -68,6 +68,29 @@ def _left_out(write, config):
             yield field.name, getattr(config, field.name)
 
 
+def facts(path):
+    """What `describe` shows of a GGUF file, for programs: a dict of what JSON can hold. Errors as `describe`.
+
+    config: of the model, None (and `problem` says why) when this library cannot run it. metadata: without the arrays.
+    """
+    with GGUF.open(path) as gguf:
+        config, problem = None, None
+        try:
+            config = dataclasses.asdict(gguf.config())
+        except gguf_models.UnsupportedModelError as error:
+            problem = str(error).removeprefix(f"{gguf.path} ")
+        tensors = {
+            name: {"type": record.type, "shape": list(record.shape), "bytes": record.n_bytes}
+            for name, record in gguf.tensors.items()
+        }
+        plain = {key: value for key, value in gguf.metadata.items() if isinstance(value, (bool, int, float, str))}
+        return {
+            "file": str(gguf.path), "bytes": gguf.path.stat().st_size, "architecture": gguf.architecture,
+            "adapter": _is_adapter(gguf), "n_parameters": gguf.n_parameters, "config": config, "problem": problem,
+            "tokenizer": None if _is_adapter(gguf) else _tokenizer(gguf), "metadata": plain, "tensors": tensors,
+        }  # fmt: skip
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 

@@ -222,8 +222,8 @@ def training_text_in_words(config: dict[str, Any], source: Source) -> str | None
     if described.get("valid"):
         return f"the run was trained on all of {source.words}: this says how well it remembers"
     return (
-        f"the run was trained on most of {source.words}: without a text to evaluate, the part that it kept for validation "
-        "is measured"
+        f"the run was trained on most of {source.words}: without --corpus and other options, toy eval measures the part "
+        "that was kept for validation"
     )
 
 
