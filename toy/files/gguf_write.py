@@ -7,7 +7,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ _TYPE_CODES = {np.dtype(form): code for code, form in SCALARS.items()}
 def write_gguf(
     path: StrPath,
     config: LanguageModelConfig,
-    parameters: Mapping[str, npt.ArrayLike],
+    parameters: Mapping[str, npt.ArrayLike | QuantizedMatrix],
     tokenizer: Any = None,
     type: str | Mapping[str, str] = "f32",
     metadata: Mapping[str, Any] | None = None,
@@ -58,7 +58,7 @@ def write_gguf(
     fitting = {name for name, shape in quantized.items() if shape == shapes.get(name)}  # `_write` checks their numbers
     check_arrays(
         {name: shape for name, shape in shapes.items() if name not in fitting},
-        {name: leaf for name, leaf in parameters.items() if name not in fitting},
+        {name: cast(npt.ArrayLike, leaf) for name, leaf in parameters.items() if name not in fitting},
     )
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
@@ -83,7 +83,7 @@ def write_gguf(
 
 def _file_type(types, shapes):
     """general.file_type, which is told to readers only: that of the mix whose base is the commonest type, by numbers."""
-    counts = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for name, kind in types.items():
         if len(shapes[name]) >= 2:
             counts[kind] += math.prod(shapes[name])

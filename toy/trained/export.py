@@ -41,7 +41,7 @@ def export_model(stored: Stored, path: StrPath, type: str = "f32") -> None:
         types = {name: kept.get(name, "F32") for name in leaves}
     name = stored.name or f"toy {stored.arch}"
     metadata = {"general.name": name}
-    write_gguf(path, config, leaves, stored.tokenizer, type=types, metadata=metadata, quantizer=_quantize)  # type: ignore[arg-type]
+    write_gguf(path, config, leaves, stored.tokenizer, type=types, metadata=metadata, quantizer=_quantize)
 
 
 def _quantize(array: np.ndarray, type: str) -> np.ndarray:
