@@ -252,7 +252,7 @@ cdef void rope_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept n
     cdef const ggml_tensor* x = dst.src[0]
     cdef const int64_t* numbers = <const int64_t*> params
     a.n, a.n_heads, a.d_head = x.ne[1], numbers[0], x.ne[0] // numbers[0]
-    a.direction = numbers[1]
+    a.direction, a.halves = numbers[1], numbers[2]
     a.positions = <const long long*> dst.src[1].data
     a.cosines = data(dst.src[2])
     a.sines = data(dst.src[3])

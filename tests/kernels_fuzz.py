@@ -254,7 +254,11 @@ def embedding(p):
 def rope(p):
     n, heads, half = p.size(), p.pick([1, 2, 3]), p.pick([1, 2, 4])
     x, positions = p.matrix(n, 2 * heads * half), p.integers(n, 0, p.pick([9, 3000, 2**24]))
-    p.call("y, c", "ops.rope", x, positions, p.count(heads), p.number(10000.0))
+    factors = p.pick(
+        ["None", f"({1.5 * half},) * {half}", f"(1.0,) * {half + 1}", f"[2] * {half}", "[0.0]", "'f'", "[{}]"]
+    )
+    options = [p.pick(["False", "True", "None"]), factors, p.number(1.25)] if p.rarely(2) else []
+    p.call("y, c", "ops.rope", x, positions, p.count(heads), p.number(10000.0), *options)
     p.disturb(x, positions)
     p.backward("ops.rope_backward", p.matrix(n, 2 * heads * half), "c")
 

@@ -33,6 +33,8 @@ OWN_SHAPES = {
             "n_heads": st.integers(1, 4),
             "d_head": st.sampled_from([2, 4, 6, 16, 18, 34]),
             "base": st.sampled_from([10000.0, 100000.0]),
+            "halves": st.booleans(),
+            "scaled": st.booleans(),
         }
     ),
     "attention": st.builds(

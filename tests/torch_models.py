@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from toy.models.rotation import rotation
+
 torch.set_num_threads(1)  # the shapes are tiny, and waiting threads take time from the library under test
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,14 +45,21 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-def rope(x, positions, n_heads, base):
+def rope(x, positions, n_heads, base, halves=False, factors=None, magnitude=1.0):
     """Pairs as complex numbers: a rotation is a multiplication by e^(i angle)."""
     rows, width = x.shape
     half = width // n_heads // 2
     frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    if factors is not None:
+        frequencies = frequencies / torch.as_tensor(factors, dtype=torch.float64)
     angles = torch.as_tensor(positions, dtype=torch.float64)[:, None, None] * frequencies  # (N, 1, half)
+    turn = torch.polar(torch.full_like(angles, magnitude), angles)
+    if halves:
+        a, b = x.reshape(rows, n_heads, 2, half).unbind(2)
+        turned = torch.complex(a, b) * turn
+        return torch.cat([turned.real, turned.imag], dim=2).reshape(rows, width)
     pairs = torch.view_as_complex(x.reshape(rows, n_heads, half, 2))
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).reshape(rows, width)
+    return torch.view_as_real(pairs * turn).reshape(rows, width)
 
 
 def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
@@ -165,26 +174,38 @@ def vit(p, config, images):
 
 
 def llama(p, config, token_ids):
-    """Where there are parameters `<name>.lora_a` and `<name>.lora_b`, an adapter of scale 1 joins the projection."""
+    """Where there are parameters `<name>.lora_a` and `<name>.lora_b`, an adapter of scale 1 joins the projection.
+
+    How far RoPE turns is taken from the library: tests/test_llama_relatives.py compares that with llama.cpp."""
     batch, t_seq = token_ids.shape
     positions = torch.arange(t_seq).repeat(batch)
-    eps, base = config.rms_eps, config.rope_base
+    eps, turn, residual = config.rms_eps, {"base": config.rope_base, **rotation(config)}, config.residual_scale
+    scores = 1.0 if config.attention_scale is None else config.attention_scale * config.d_head**0.5
 
     def project(x, name):
         y = F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
         return y + x @ p[f"{name}.lora_a"].T @ p[f"{name}.lora_b"].T if f"{name}.lora_a" in p else y
 
-    x = embed(p, token_ids).reshape(batch * t_seq, -1)
+    def place(x, name, heads, layer):
+        """x: (B*T, heads*d_head) as attention sees it."""
+        if f"{name}_norm.weight" in p:
+            x = F.rms_norm(x.reshape(len(x), heads, -1), (config.d_head,), p[f"{name}_norm.weight"], eps).flatten(1)
+        if config.rope_skips and layer % config.rope_skips == config.rope_skips - 1:
+            return x
+        return rope(x, positions, heads, **turn)
+
+    x = config.embedding_scale * embed(p, token_ids).reshape(batch * t_seq, -1)
     for i in range(config.n_layers):
         block = f"blk.{i}"
         h = rms_norm(x, p[f"{block}.attn_norm.weight"], eps)
         q, k, v = (project(h, f"{block}.attn_{name}") for name in "qkv")
-        q, k = rope(q, positions, config.n_heads, base), rope(k, positions, config.n_kv_heads, base)
-        x = x + project(attention(q, k, v, batch, config.n_heads, config.n_kv_heads), f"{block}.attn_output")
+        q, k = place(q, f"{block}.attn_q", config.n_heads, i), place(k, f"{block}.attn_k", config.n_kv_heads, i)
+        a = attention(scores * q, k, v, batch, config.n_heads, config.n_kv_heads)
+        x = x + residual * project(a, f"{block}.attn_output")
         h = rms_norm(x, p[f"{block}.ffn_norm.weight"], eps)
         h = swiglu(project(h, f"{block}.ffn_gate"), project(h, f"{block}.ffn_up"))
-        x = x + project(h, f"{block}.ffn_down")
-    return unembed(p, rms_norm(x, p["output_norm.weight"], eps))
+        x = x + residual * project(h, f"{block}.ffn_down")
+    return unembed(p, rms_norm(x, p["output_norm.weight"], eps)) / config.logit_scale
 
 
 MODELS = {"transformer": transformer, "gpt2": gpt2, "llama": llama, "vit": vit}  # by the `arch` of a model

@@ -54,7 +54,16 @@ class OpTable(Protocol):
     def swiglu(self, gate: Array, up: Array) -> tuple[Array, OpCache]: ...
     def swiglu_backward(self, d_y: Array, cache: OpCache) -> tuple[Array, Array]: ...
 
-    def rope(self, x: Array, positions: Array, n_heads: int, base: float = 10000.0) -> tuple[Array, OpCache]: ...
+    def rope(
+        self,
+        x: Array,
+        positions: Array,
+        n_heads: int,
+        base: float = 10000.0,
+        halves: bool = False,
+        factors: Sequence[float] | None = None,
+        magnitude: float = 1.0,
+    ) -> tuple[Array, OpCache]: ...
     def rope_backward(self, d_y: Array, cache: OpCache) -> Array: ...
 
     def attention(

@@ -277,36 +277,53 @@ def swiglu_backward(d_y: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# RoPE (Su et al. 2021, eq. 34), interleaved pairs as in GGUF "llama" files:
-# the pair (x[2i], x[2i+1]) of every head is turned by the angle position * base^(-2i/d_head)
+# RoPE (Su et al. 2021, eq. 34): pair i of every head is turned by the angle position * base^(-2i/d_head) / factors[i].
+# Which two numbers are a pair: (x[2i], x[2i+1]), interleaved, as in GGUF "llama" files, or (x[i], x[i + d_head/2]), halves,
+# as in "qwen2" files
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class RopeCache(NamedTuple):
     cos: np.ndarray  # (N, 1, d_head/2)
     sin: np.ndarray  # (N, 1, d_head/2)
+    halves: bool
 
 
-def rope(x: Array, positions: Array, n_heads: int, base: float = 10000.0) -> tuple[Array, RopeCache]:
-    """x: (N, n_heads*d_head), positions: int (N,) -> (N, n_heads*d_head). d_head must be even."""
+def rope(
+    x: Array,
+    positions: Array,
+    n_heads: int,
+    base: float = 10000.0,
+    halves: bool = False,
+    factors: Sequence[float] | None = None,
+    magnitude: float = 1.0,
+) -> tuple[Array, RopeCache]:
+    """x: (N, n_heads*d_head), positions: int (N,) -> (N, n_heads*d_head). d_head must be even.
+
+    halves: which numbers are a pair, see above. factors: (d_head/2,) numbers above 0 that divide the frequencies, None: 1
+    each. magnitude: multiplies what was turned (Peng et al. 2023 make attention sharper with it).
+    """
     d_head = x.shape[1] // n_heads
     frequencies = float(base) ** (-np.arange(0, d_head, 2) / d_head)  # (d_head/2,) float64
+    if factors is not None:
+        frequencies = frequencies / np.asarray(factors, np.float64)
     angles = np.asarray(positions)[:, None] * frequencies  # (N, d_head/2)
-    cos = np.cos(angles)[:, None, :].astype(x.dtype)
-    sin = np.sin(angles)[:, None, :].astype(x.dtype)
-    return _rotate_pairs(x, cos, sin), RopeCache(cos, sin)
+    cos = (magnitude * np.cos(angles))[:, None, :].astype(x.dtype)
+    sin = (magnitude * np.sin(angles))[:, None, :].astype(x.dtype)
+    return _rotate_pairs(x, cos, sin, halves), RopeCache(cos, sin, halves)
 
 
 def rope_backward(d_y: Array, cache: RopeCache) -> Array:
     """d_y: (N, n_heads*d_head) -> d_x. A rotation is orthogonal: its transpose turns back by the same angle."""
-    return _rotate_pairs(d_y, cache.cos, -cache.sin)
+    return _rotate_pairs(d_y, cache.cos, -cache.sin, cache.halves)
 
 
-def _rotate_pairs(x: Array, cos: Array, sin: Array) -> Array:
+def _rotate_pairs(x: Array, cos: Array, sin: Array, halves: bool) -> Array:
     n, half = x.shape[0], cos.shape[2]
-    pairs = x.reshape(n, x.shape[1] // (2 * half), half, 2)  # (N, heads, d_head/2, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    of_a_pair = 2 if halves else 3  # the axis of the two numbers
+    pairs = x.reshape(n, x.shape[1] // (2 * half), *((2, half) if halves else (half, 2)))  # (N, heads, ...)
+    a, b = pairs.take(0, of_a_pair), pairs.take(1, of_a_pair)  # (N, heads, d_head/2) each
+    turned = np.stack([a * cos - b * sin, a * sin + b * cos], axis=of_a_pair)
     return turned.reshape(x.shape)
 
 

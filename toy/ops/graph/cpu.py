@@ -29,7 +29,7 @@ class CpuGraphOps(GraphOps):
         self.kernels = kernels
         self.n_threads = graph.backend.n_threads
         self.scratch = {}  # by size: nodes that need some use the same memory, one after the other
-        self.rope_tables = {}  # by (positions, d_head, base)
+        self.rope_tables = {}  # by the arguments of `rope_tables`
         self.again = {}  # by id: (cheap result, what records it once more)
         self.nodes = {}  # by name of a kernel: how many nodes there are of it
 
@@ -251,17 +251,18 @@ class CpuGraphOps(GraphOps):
 
     # -- rope ---------------------------------------------------------------------------------------------------------
 
-    def rope(self, x, positions, n_heads, base=10000.0):
-        cosines, sines = self._turns(positions.limit, x.shape[1] // n_heads, float(base))
-        cache = (positions, cosines, sines, n_heads)
+    def rope(self, x, positions, n_heads, base=10000.0, halves=False, factors=None, magnitude=1.0):
+        factors = None if factors is None else tuple(factors)
+        cosines, sines = self._turns(positions.limit, x.shape[1] // n_heads, float(base), factors, float(magnitude))
+        cache = (positions, cosines, sines, n_heads, halves)
         return self._turn(x, cache, 1), cache
 
     def rope_backward(self, d_y, cache):
         return self._turn(d_y, cache, -1)
 
     def _turn(self, x, cache, direction):
-        positions, cosines, sines, n_heads = cache
-        numbers = struct.pack("2q", n_heads, direction)
+        positions, cosines, sines, n_heads, halves = cache
+        numbers = struct.pack("3q", n_heads, direction, halves)
         return self._node(self.kernels.ROPE, [x, positions.tensor, cosines, sines], x.shape, params=numbers)
 
     def _turns(self, *key):
@@ -365,11 +366,12 @@ class CpuGraphOps(GraphOps):
         slot.tensor = self._node_into(kernel, slot.tensor, inputs)
 
 
-def rope_tables(n_positions, d_head, base):
-    """cos and sin of position * base^(-2i/d_head), float32 (n_positions, d_head/2) each, computed in double precision."""
-    frequencies = base ** (-np.arange(0, d_head, 2) / d_head)
+def rope_tables(n_positions, d_head, base, factors=None, magnitude=1.0):
+    """cos and sin of position * base^(-2i/d_head) / factors[i], times the magnitude, float32 (n_positions, d_head/2) each,
+    computed in double precision."""
+    frequencies = base ** (-np.arange(0, d_head, 2) / d_head) / (1.0 if factors is None else np.array(factors))
     angles = np.arange(n_positions)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    return (magnitude * np.cos(angles)).astype(np.float32), (magnitude * np.sin(angles)).astype(np.float32)
 
 
 class _Columns(tuple):

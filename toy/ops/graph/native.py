@@ -18,6 +18,7 @@ class NativeGraphOps(GraphOps):
     def __init__(self, graph, slots=None, finished=None):
         super().__init__(graph, slots, finished)
         self.masks = {}  # by (T_q, T_k)
+        self.rope_factors = {}  # by their values
         # by what it is, or the tensor with the number: a row of equal numbers, as wide as the widest trained parameter
         self.rows = {}
         self.row_parts = {}  # by (what, columns)
@@ -108,15 +109,25 @@ class NativeGraphOps(GraphOps):
 
     # -- rope ---------------------------------------------------------------------------------------------------------
 
-    def rope(self, x, positions, n_heads, base=10000.0):
-        heads = self.graph.reshape(self._contiguous(x), (x.shape[0], n_heads, x.shape[1] // n_heads))
-        turned = self.graph.rope(heads, positions.tensor, base=base)
-        return self.graph.reshape(turned, x.shape), (positions, n_heads, base)
+    def rope(self, x, positions, n_heads, base=10000.0, halves=False, factors=None, magnitude=1.0):
+        if factors is not None:
+            factors = self._rope_factors(tuple(factors))
+        options = {"base": base, "halves": halves, "factors": factors, "magnitude": magnitude}
+        cache = (positions, n_heads, options)
+        return self._turned(self.graph.rope, x, cache), cache
 
     def rope_backward(self, d_y, cache):
-        positions, n_heads, base = cache
-        heads = self.graph.reshape(self._contiguous(d_y), (d_y.shape[0], n_heads, d_y.shape[1] // n_heads))
-        return self.graph.reshape(self.graph.rope_back(heads, positions.tensor, base=base), d_y.shape)
+        return self._turned(self.graph.rope_back, d_y, cache)
+
+    def _turned(self, rotate, x, cache):
+        positions, n_heads, options = cache
+        heads = self.graph.reshape(self._contiguous(x), (x.shape[0], n_heads, x.shape[1] // n_heads))
+        return self.graph.reshape(rotate(heads, positions.tensor, **options), x.shape)
+
+    def _rope_factors(self, factors):
+        if factors not in self.rope_factors:
+            self.rope_factors[factors] = self.constant(np.array(factors, np.float32))
+        return self.rope_factors[factors]
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
