@@ -19,6 +19,7 @@ from toy.files import gguf_models, gguf_write
 from toy.files.gguf import GGUF
 from toy.files.gguf_models import UnsupportedModelError
 from toy.files.gguf_write import write_adapter, write_gguf
+from toy.models.architectures import language_models
 from toy.models.parameters import ParameterTree
 from toy.trained import load_trained, read_trained
 from toy.trained.export import export_adapter, export_model
@@ -408,6 +409,26 @@ def test_it_learns_from_scratch_as_on_numpy(backend, relative):
     np.testing.assert_allclose(curve, losses(("numpy", "cpu")), atol=1e-3)
 
 
+@pytest.mark.parametrize("arch", [name for name, (_, fields) in language_models().items() if fields])
+def test_a_run_of_that_name(toy_command, tmp_path, arch):
+    """From random weights on the command line: the run opens again, and its file is of that architecture."""
+    (tmp_path / "text.txt").write_text("to be or not to be, " * 200)
+    sizes = ["--d-model", 24, "--heads", 3, "--kv-heads", 1, "--layers", 4, "--d-ff", 40, "--context", 16, "--batch", 2]
+    code, _, error = toy_command(
+        "train", "from-scratch", "--arch", arch, "--corpus", tmp_path / "text.txt", "--out", tmp_path / "run", *sizes,
+        "--steps", 5, "--sample-tokens", 3, "--backend", "numpy",
+    )  # fmt: skip
+    assert code == 0, error
+    config = read_trained(tmp_path / "run").config
+    row, fields = language_models()[arch]
+    assert type(config) is row.config and {name: getattr(config, name) for name in fields} == fields
+    assert toy_command("export", tmp_path / "run", "--out", tmp_path / "m.gguf")[0] == 0
+    with GGUF.open(tmp_path / "m.gguf") as gguf:
+        assert gguf.architecture == arch and gguf.config() == config
+    code, written, error = toy_command("generate", tmp_path / "run", "--prompt", "to ", "--tokens", 3)
+    assert code == 0 and written, error
+
+
 # -- what cannot be ----------------------------------------------------------------------------------------------------
 
 
@@ -437,7 +458,7 @@ def test_a_config_refuses(fields, message):
 
 def test_a_model_that_llama_cpp_does_not_have_is_not_written(tmp_path):
     config = make_config(Relative("", {"rope_halves": True, "rope_skips": 3}), ODD)
-    with pytest.raises(ValueError, match="GGUF and llama[.]cpp have no architecture for this model: LlamaConfig"):
+    with pytest.raises(ValueError, match=r"GGUF and llama\.cpp have no architecture for this model: LlamaConfig"):
         write_gguf(tmp_path / "m.gguf", config, random_parameters(config))
     assert not (tmp_path / "m.gguf").exists()
 

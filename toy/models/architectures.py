@@ -74,6 +74,17 @@ ARCHITECTURES = {
 }
 
 
+def language_models() -> dict[str, tuple[Architecture, dict[str, Any]]]:
+    """dict of the names of models that read text to their rows, and the fields of the config that make a relative of a row's
+    model what its name says: "qwen3" is a Llama with two of them."""
+    found: dict[str, tuple[Architecture, dict[str, Any]]] = {}
+    for row in ARCHITECTURES.values():
+        if row.reads_text:
+            found[row.name] = (row, {})
+            found |= {f.name: (row, f.fixed | f.typical) for f in row.gguf_forms if f.typical is not None}
+    return found
+
+
 def architecture_of(config: ModelConfig) -> Architecture:
     """The row of a config's type. Raises TypeError for an object that is not a model config."""
     for row in ARCHITECTURES.values():

@@ -39,7 +39,8 @@ class Form(NamedTuple):
     vectors: fields of the config -> the tensor whose numbers they are; without it they are None. fixed: fields of the config
     that are the same in all its files. constants: keys of numbers that the model's own code has. harmless: keys that change
     what llama.cpp computes, or are meant to, and the values with which they do not; a missing key means the first. only: a
-    function of the config: whether llama.cpp reads such a model in this form.
+    function of the config: whether llama.cpp reads such a model in this form. typical: fields of the config in a model of
+    this name from random weights, beside those of `fixed` (None: it has no name of its own there).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Form(NamedTuple):
     harmless: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012 (never changed)
     vectors: dict[str, str] = {}  # noqa: RUF012 (never changed)
     only: Callable[[Any], bool] = lambda config: True
+    typical: dict[str, Any] | None = None
 
 
 # what every language model is made of

@@ -316,14 +316,15 @@ def _form(name: str, keys: tuple[Key, ...] = _SCALED_ROPE, tensors: dict[str, st
 
 GGUF_FORMS = (
     _form("llama", tensors=_EVERY_BIAS, vectors=_FREQUENCIES),
-    _form("qwen2", fixed={"rope_halves": True}, only=_heads_fill_the_width),
-    _form("qwen3", fixed={"rope_halves": True, "qk_norm": True}),
+    _form("qwen2", fixed={"rope_halves": True}, only=_heads_fill_the_width, typical={"qkv_bias": True}),
+    _form("qwen3", fixed={"rope_halves": True, "qk_norm": True}, typical={}),
     # Granite files without RoPE say so by this key
     _form(
         "granite", keys=(*_SCALED_ROPE, *_SCALES), tensors=_EVERY_BIAS, vectors=_FREQUENCIES,
         harmless=PLAIN | {"rope.scaling.finetuned": (True,)},
+        typical={"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0},
     ),
-    _form("smollm3", fixed={"rope_skips": 4}),
+    _form("smollm3", fixed={"rope_skips": 4}, typical={}),
     # Ministral 3 without its scaled RoPE and its attention temperature computes what llama does
     _form(
         "mistral3", keys=(), tensors=_EVERY_BIAS, vectors=_FREQUENCIES,
