@@ -508,7 +508,7 @@ def test_mistral3_is_read_as_the_llama_it_is(ministral, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("attention.temperature_scale", 0.5), ("rope.scaling.type", "yarn"), ("rope.scaling.attn_factor", 1.5)],
+    [("rope.scaling.yarn_beta_fast", 8.0), ("rope.scaling.yarn_beta_slow", 0.5), ("nextn_predict_layers", 1)],
 )
 def test_what_a_llama_cannot_do_is_refused_by_name(ministral, key, value):
     path, *_ = ministral

@@ -83,6 +83,7 @@ class LlamaConfig:
     goes without RoPE (SmolLM3: 4), 0 = none. rope_factors: head_dim/2 numbers that divide the frequencies (Llama 3.1).
     rope_scaling: "none", "linear" or "yarn", how the angles are stretched for a context rope_scale times as long as that of
     training, which for yarn is rope_original_context (None: context_length). rope_attn_factor: multiplies what was turned.
+    yarn_log_multiplier: how much of yarn's sharper attention is taken back (Mistral 3: 1, all of it).
 
     embedding_scale, residual_scale: multiply the embeddings, and what a block adds to the residual stream. logit_scale:
     divides the logits. attention_scale: multiplies the scores, None = 1 / sqrt(head_dim) (Granite).
@@ -113,6 +114,7 @@ class LlamaConfig:
     rope_scale: float = 1.0
     rope_original_context: int | None = None
     rope_attn_factor: float = 1.0
+    yarn_log_multiplier: float = 0.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -156,8 +158,12 @@ class LlamaConfig:
         if self.rope_scaling == "none" or self.rope_scale == 1:
             object.__setattr__(self, "rope_scaling", "none")
             object.__setattr__(self, "rope_scale", 1.0)
+        if not (math.isfinite(self.yarn_log_multiplier) and self.yarn_log_multiplier >= 0):
+            raise ValueError(f"yarn_log_multiplier must be a number of at least 0, got {self.yarn_log_multiplier!r}")
         context = None
-        if self.rope_scaling == "yarn":
+        if self.rope_scaling != "yarn":
+            object.__setattr__(self, "yarn_log_multiplier", 0.0)
+        else:
             context = check_positive_int("rope_original_context", self.rope_original_context or self.context_length)
             if self.rope_base == 1:
                 raise ValueError("rope_base must not be 1 with yarn: all pairs would turn alike")

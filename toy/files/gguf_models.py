@@ -159,6 +159,9 @@ def _fields(gguf, keys, row, form):
         fields[field] = any(fnmatch.fnmatchcase(name, pattern) for name in gguf.tensors)
     for field, name in form.vectors.items():
         fields[field] = tuple(gguf.dequantize(name).ravel().tolist()) if name in gguf.tensors else None
+    longest = form.longest(keys.get)
+    if type(longest) is int and longest > 0:
+        fields["context_length"] = min(fields["context_length"], longest)
     return fields | {"vocab_size": _vocab_size(gguf, keys)}
 
 

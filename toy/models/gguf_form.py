@@ -40,7 +40,8 @@ class Form(NamedTuple):
     that are the same in all its files. constants: keys of numbers that the model's own code has. harmless: keys that change
     what llama.cpp computes, or are meant to, and the values with which they do not; a missing key means the first. only: a
     function of the config: whether llama.cpp reads such a model in this form. typical: fields of the config in a model of
-    this name from random weights, beside those of `fixed` (None: it has no name of its own there).
+    this name from random weights, beside those of `fixed` (None: it has no name of its own there). longest: a function of
+    what looks up a key (None: missing): the longest context for which this library computes what llama.cpp does, or None.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Form(NamedTuple):
     vectors: dict[str, str] = {}  # noqa: RUF012 (never changed)
     only: Callable[[Any], bool] = lambda config: True
     typical: dict[str, Any] | None = None
+    longest: Callable[[Callable[[str], Any]], int | None] = lambda get: None
 
 
 # what every language model is made of
@@ -68,11 +70,4 @@ SIZES = (
 PLAIN: dict[str, tuple[Any, ...]] = {
     "nextn_predict_layers": (0,),
     "attention.causal": (True,),
-}
-# scaled RoPE, for forms that have none
-UNSCALED: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0, 1),
-    "rope.scaling.attn_factor": (1,),
-    "rope.scale_linear": (0, 1),
 }

@@ -13,13 +13,13 @@ Its relatives (Qwen, Granite, SmolLM3, ...) are this model with fields of the co
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from toy.adamw import AdamW
 from toy.config import ROPE_SCALINGS, LlamaConfig
 from toy.models.base import KeyValueCache, LanguageModel, backward_order
-from toy.models.gguf_form import PLAIN, SIZES, UNSCALED, Form, Key
+from toy.models.gguf_form import PLAIN, SIZES, Form, Key
 from toy.models.lens import embed, embed_backward, unembed, unembed_backward
 from toy.models.lora import project, project_backward
 from toy.models.parameters import Block, GradientTree, Namespace, ParameterTree, Shapes, Stds, residual_stream_stds
@@ -261,6 +261,11 @@ def _heads_fill_the_width(config: LlamaConfig) -> bool:
     return config.n_heads * config.d_head == config.d_model
 
 
+def _before_the_temperature(get: Callable[[str], Any]) -> int | None:
+    """Mistral 3 sharpens the attention of queries that stand after the original context, with a temperature: not here."""
+    return get("rope.scaling.original_context_length") if get("attention.temperature_scale") else None
+
+
 def _is_scaled(config: LlamaConfig) -> bool:
     return config.rope_scaling != "none"
 
@@ -300,6 +305,10 @@ _SCALES = (
         unless=lambda c: c.attention_scale is None,
     ),
 )
+_LOG_MULTIPLIER = Key(
+    "yarn_log_multiplier", "rope.scaling.yarn_log_multiplier", number=True, default=0.0, zero=True,
+    unless=lambda c: c.yarn_log_multiplier == 0,
+)  # fmt: skip
 _QKV_BIAS = {"untied": "output.weight", "qkv_bias": "blk.*.attn_[qkv].bias"}
 _EVERY_BIAS = _QKV_BIAS | {"attn_output_bias": "blk.*.attn_output.bias", "mlp_bias": "blk.*.ffn_*.bias"}
 _FREQUENCIES = {"rope_factors": "rope_freqs.weight"}
@@ -325,9 +334,9 @@ GGUF_FORMS = (
         typical={"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0},
     ),
     _form("smollm3", fixed={"rope_skips": 4}, typical={}),
-    # Ministral 3 without its scaled RoPE and its attention temperature computes what llama does
     _form(
-        "mistral3", keys=(), tensors=_EVERY_BIAS, vectors=_FREQUENCIES,
-        harmless=PLAIN | UNSCALED | {"attention.temperature_scale": (0,)},
+        "mistral3", keys=(*_SCALED_ROPE, _LOG_MULTIPLIER), tensors=_EVERY_BIAS, vectors=_FREQUENCIES,
+        harmless=PLAIN | {"rope.scaling.yarn_beta_fast": (32,), "rope.scaling.yarn_beta_slow": (1,)},
+        longest=_before_the_temperature,
     ),
 )  # fmt: skip

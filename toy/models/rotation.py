@@ -28,7 +28,8 @@ def rotation(c: LlamaConfig) -> dict[str, Any]:
         factors *= c.rope_scale
     elif c.rope_scaling == "yarn":
         factors /= stretch(c)
-        magnitude *= 1 + 0.1 * math.log(c.rope_scale) if c.rope_scale > 1 else 1.0
+        sharper = 0.1 * math.log(max(c.rope_scale, 1))
+        magnitude *= (1 + sharper) / (1 + c.yarn_log_multiplier * sharper)
     if (factors != 1).any():
         arguments["factors"] = tuple(factors.tolist())
     if magnitude != 1:
