@@ -298,7 +298,7 @@ def test_every_key_is_used_or_refused_by_name(llama_cpp, tmp_path, name):
         assert theirs is not None and np.abs(theirs[:t] - ours).max() <= BAR, keys
         assert t == T or np.abs(theirs[t:] - plain[t:]).max() > 0.1, f"strict: {keys}"
         outcomes["same" if np.abs(theirs - plain).max() < 1e-5 else "used"] += 1
-    assert outcomes["same"] >= 20 and outcomes["refused"] <= 5, outcomes
+    assert outcomes["same"] >= 20 and outcomes["refused"] <= 7, outcomes
     assert outcomes["used"] >= 8, outcomes
 
 
