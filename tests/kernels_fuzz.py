@@ -235,11 +235,14 @@ def norm(p):
 def elementwise(p):
     n, d = p.size(), p.size()
     x, up = p.matrix(n, d), p.matrix(n, d)
-    kind = p.pick(["gelu", "silu", "swiglu"])
-    p.call("y, c", f"ops.{kind}", *([x, up] if kind == "swiglu" else [x]))
+    kind = p.pick(["gelu", "geglu", "silu", "softcap", "swiglu"])
+    more = [up] if kind.endswith("glu") else [p.number(2.5)] if kind == "softcap" else []
+    p.call("y, c", f"ops.{kind}", x, *more)
     p.call("y", "ops.add", x, up)
     p.disturb(x, up)
-    p.backward(f"ops.{p.pick(['gelu', 'silu', 'swiglu']) if p.rarely(10) else kind}_backward", p.matrix(n, d), "c")
+    p.backward(
+        f"ops.{p.pick(['gelu', 'geglu', 'softcap', 'swiglu']) if p.rarely(10) else kind}_backward", p.matrix(n, d), "c"
+    )
     p.call("y", "ops.scale", x, p.number(0.5))
 
 

@@ -45,6 +45,14 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
+def geglu(gate, up):
+    return gelu(gate) * up
+
+
+def softcap(x, cap=30.0):
+    return cap * torch.tanh(x / cap)
+
+
 def rope(x, positions, n_heads, base, halves=False, factors=None, magnitude=1.0):
     """Pairs as complex numbers: a rotation is a multiplication by e^(i angle)."""
     rows, width = x.shape
@@ -62,7 +70,7 @@ def rope(x, positions, n_heads, base, halves=False, factors=None, magnitude=1.0)
     return torch.view_as_real(pairs * turn).reshape(rows, width)
 
 
-def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
+def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True, window=None, softcap=None):
     kv = n_kv_heads or n_heads
     q = q.reshape(batch, -1, n_heads, q.shape[1] // n_heads).transpose(1, 2)  # (B, heads, Tq, d_head)
     k, v = (
@@ -71,7 +79,13 @@ def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
     )
     t_q, t_k = q.shape[2], k.shape[2]
     seen = torch.ones(t_q, t_k, dtype=torch.bool).tril(t_k - t_q) if causal else None
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    if window is not None:
+        seen = seen.triu(t_k - t_q - window + 1)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    else:
+        scores = softcap * torch.tanh(q @ k.transpose(2, 3) / (softcap * q.shape[3] ** 0.5))
+        out = torch.softmax(scores if seen is None else scores.masked_fill(~seen, -torch.inf), dim=3) @ v
     return out.transpose(1, 2).reshape(batch * t_q, -1)
 
 
@@ -84,7 +98,21 @@ def cross_entropy(logits, labels):
 
 
 OPS = {
-    f.__name__: f for f in (embedding, linear, rms_norm, layer_norm, gelu, silu, swiglu, rope, attention, cross_entropy)
+    f.__name__: f
+    for f in (
+        embedding,
+        linear,
+        rms_norm,
+        layer_norm,
+        gelu,
+        geglu,
+        softcap,
+        silu,
+        swiglu,
+        rope,
+        attention,
+        cross_entropy,
+    )
 }
 
 

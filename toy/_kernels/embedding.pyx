@@ -155,7 +155,10 @@ cdef object checked_factors(object factors, Py_ssize_t d_head):
     """The factors as a tuple of floats, which a table can be found by. ValueError unless they are d_head/2 positive numbers."""
     if type(factors) is tuple and len(factors) == d_head // 2 and all(type(f) is float and 0 < f < INFINITY for f in factors):
         return factors  # the common case, a config's
-    numbers = np.asarray(factors, np.float64)
+    try:
+        numbers = np.asarray(factors, np.float64)
+    except (TypeError, ValueError):
+        numbers = np.empty(0)
     if numbers.shape != (d_head // 2,) or not (np.isfinite(numbers) & (numbers > 0)).all():
         raise ValueError(
             f"rope: factors must be {d_head // 2} numbers above 0, one for each pair of a head, given {str(factors)[:60]}. "

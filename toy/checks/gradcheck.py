@@ -161,7 +161,9 @@ def rope_case(rng, rows=5, n_heads=2, d_head=4, base=10000.0, halves=False, scal
     return Case(f"rope{kind}", "rope", {"x": rng.normal(size=(rows, n_heads * d_head))}, settings)
 
 
-def attention_case(rng, batch=2, t_q=3, t_k=None, n_heads=2, n_kv_heads=None, d_head=4, causal=True):
+def attention_case(
+    rng, batch=2, t_q=3, t_k=None, n_heads=2, n_kv_heads=None, d_head=4, causal=True, window=None, softcap=None
+):
     t_k, kv = t_k or t_q, n_kv_heads or n_heads
     kind = ("causal" if causal else "full") + (", grouped" if kv < n_heads else "") + (", Tq < Tk" if t_k > t_q else "")
     inputs = {
@@ -170,6 +172,10 @@ def attention_case(rng, batch=2, t_q=3, t_k=None, n_heads=2, n_kv_heads=None, d_
         "v": rng.normal(size=(batch * t_k, kv * d_head)),
     }
     settings = {"batch": batch, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "causal": causal}
+    for name, value in (("window", window), ("softcap", softcap)):
+        if value is not None:
+            settings[name] = value
+            kind += f", {name}"
     return Case(f"attention ({kind})", "attention", inputs, settings)
 
 
@@ -207,7 +213,13 @@ def op_cases(rng):
     variants: dict[str, list[dict[str, Any]]] = {
         "linear": [{}, {"bias": False}],
         "rope": [{}, {"halves": True, "scaled": True}],
-        "attention": [{}, {"causal": False}, {"n_heads": 4, "n_kv_heads": 2}, {"t_q": 2, "t_k": 5}],
+        "attention": [
+            {},
+            {"causal": False},
+            {"n_heads": 4, "n_kv_heads": 2},
+            {"t_q": 2, "t_k": 5},
+            {"t_q": 5, "window": 3, "softcap": 1.5},
+        ],
         "cross_entropy": [{}, {"dense": True}],
     }
     for op in differentiable_ops():
