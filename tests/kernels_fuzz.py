@@ -279,6 +279,8 @@ def attention(p):
     causal = p.pick(["True", "False", "True", "None", "np.zeros(2)", "0"])
     p.run(f"flag = {causal}")
     arguments = [q, k, v, p.count(batch), p.count(kv_heads * group), p.count(kv_heads), "flag"]
+    if p.rarely(2):
+        arguments += [p.pick(["None", "1", "3", "0", "'w'"]), p.pick(["None", "0.5", "0.0", "-1", "'c'"])]
     if causal == "np.zeros(2)":
         p.run(f"y, c = ops.attention({', '.join(arguments)})")
     else:

@@ -463,10 +463,27 @@ def test_the_keys_that_are_written(name):
 
 
 def test_every_field_of_a_config_is_said_by_every_form():
-    assert list(gguf_models.FORMS) == ["llama", "qwen2", "qwen3", "granite", "smollm3", "mistral3", "gpt2"]
+    assert list(gguf_models.FORMS) == [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "granite",
+        "smollm3",
+        "gemma2",
+        "gemma3",
+        "mistral3",
+        "gpt2",
+    ]
     for name, (row, form) in gguf_models.FORMS.items():
         fields = {field.name for field in dataclasses.fields(row.config)}
-        said = {"vocab_size", *(key.field for key in form.keys), *form.tensors, *form.vectors, *form.fixed}
+        said = {
+            "vocab_size",
+            *(key.field for key in form.keys),
+            *form.tensors,
+            *form.vectors,
+            *form.derived,
+            *form.fixed,
+        }
         assert said == fields, name
         keys = [key.key for key in form.keys] + [*form.constants, *form.harmless]
         assert len(keys) == len(set(keys)), name

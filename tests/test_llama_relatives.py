@@ -6,6 +6,7 @@ activations too: what it computes is compared on the same numbers written as F32
 """
 
 import dataclasses
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from toy.files.gguf_models import UnsupportedModelError
 from toy.files.gguf_write import write_adapter, write_gguf
 from toy.models.architectures import language_models
 from toy.models.parameters import ParameterTree
+from toy.ops import reference
 from toy.trained import load_trained, read_trained
 from toy.trained.export import export_adapter, export_model
 
@@ -32,11 +34,12 @@ IDS = np.arange(T) ** 2 * 7 % V
 
 
 class Relative(NamedTuple):
-    """architecture: of GGUF. fields: of the config. odd: what is different in the odd sizes."""
+    """architecture: of GGUF. fields: of the config. odd: what is different in the odd sizes. heads: untied or not."""
 
     architecture: str
     fields: dict
     odd: dict = {"head_dim": 14}  # noqa: RUF012 (never changed)
+    heads: tuple = (False, True)
 
 
 HALVES = {"rope_halves": True}
@@ -68,7 +71,29 @@ RELATIVES = {
     "smollm3, linear": Relative(
         "smollm3", {"rope_skips": 4, "n_layers": 4, "rope_scaling": "linear", "rope_scale": 2.0}
     ),
-}
+    "gemma2": Relative(
+        "gemma2",
+        {
+            **HALVES, "geglu": True, "post_norms": True, "window_pattern": 2, "sliding_window": 5, "attention_softcap": 4.0,
+            "logit_softcap": 6.0, "embedding_scale": lambda c: c.d_model**0.5, "n_layers": 3,
+        },
+        heads=(False,),
+    ),
+    "gemma3": Relative(
+        "gemma3",
+        {
+            **HALVES, "geglu": True, "post_norms": True, "qk_norm": True, "window_pattern": 6, "sliding_window": 4,
+            "rope_local_base": 10000.0, "rope_base": 300.0, "embedding_scale": lambda c: c.d_model**0.5, "n_layers": 7,
+        },
+    ),
+    "gemma3, all of it": Relative(
+        "gemma3",
+        {
+            **HALVES, "geglu": True, "post_norms": True, "qk_norm": True, "window_pattern": 6, "rope_local_base": 10000.0,
+            "rope_scaling": "linear", "rope_scale": 8.0, "embedding_scale": lambda c: c.d_model**0.5,
+        },
+    ),
+}  # fmt: skip
 ODD = {"d_model": 21, "n_heads": 3, "n_kv_heads": 1, "d_ff": 29, "n_layers": 2}  # no multiple of anything
 EVEN = {"d_model": 96, "n_heads": 3, "n_kv_heads": 3, "d_ff": 64, "n_layers": 2}  # rows in whole blocks of Q8_0
 
@@ -79,12 +104,14 @@ def relative(request):
 
 
 def make_config(relative, sizes, untied=False):
+    if untied not in relative.heads:
+        pytest.skip(f"{relative.architecture} is always tied")
     sizes = {"vocab_size": V, "context_length": CONTEXT, "untied": untied, "rms_eps": 1e-6, **sizes}
     if sizes["d_model"] == ODD["d_model"]:
         sizes |= relative.odd
     fields = {name: value for name, value in relative.fields.items() if not callable(value)}
     config = toy.LlamaConfig(**{**sizes, **fields})
-    derived = {name: tuple(value(config)) for name, value in relative.fields.items() if callable(value)}
+    derived = {name: value(config) for name, value in relative.fields.items() if callable(value)}
     return dataclasses.replace(config, **derived)
 
 
@@ -112,6 +139,20 @@ def log_softmax(logits):
     logits = np.asarray(logits, np.float64)
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def as_there(loaded):
+    """The log-probabilities of IDS by a `toy.load`ed model, with llama.cpp's GELU, a table of float16 numbers, in the place
+    of ours. Its own way of rounding is up to 4e-3 of what Gemma gives."""
+    if loaded.config.geglu:
+        loaded.model.ops = types.SimpleNamespace(**(vars(reference) | {"geglu": geglu_of_a_table}))
+    return log_softmax(loaded.logits(IDS[: loaded.config.context_length]))
+
+
+def geglu_of_a_table(gate, up):
+    from test_llama_cpp import half_precision_gelu
+
+    return half_precision_gelu(gate)[0] * up, None
 
 
 def relative_l2(given, expected):
@@ -183,9 +224,10 @@ def test_log_probabilities_and_greedy_text(relative, llama_cpp, tmp_path, untied
     )
     if unset(relative):  # and without its flags it is another model
         assert np.abs(theirs - log_softmax(plain.forward(IDS)[0])).max() > 0.05
+    assert np.abs(theirs - as_there(toy.load(path, backend="numpy"))).max() <= BAR
     for backend in ("numpy", "cython"):
         loaded = toy.load(path, backend=backend)
-        assert np.abs(theirs - log_softmax(loaded.logits(IDS))).max() <= BAR
+        assert np.abs(theirs - log_softmax(loaded.logits(IDS))).max() <= (5 * BAR if config.geglu else BAR)
         for prompt in ("The ", "b = "):
             assert loaded.generate(prompt, 64, temperature=0) == judge.write(prompt, 64)
 
@@ -206,7 +248,7 @@ def test_a_quantised_file(relative, llama_cpp, tmp_path, untied):
     with GGUF.open(tmp_path / "q8_0.gguf") as gguf:
         assert gguf.tensors["blk.1.ffn_down.weight"].type == "Q8_0"
         write_gguf(tmp_path / "f32.gguf", config, gguf.parameters(), TOKENIZER)
-    ours = log_softmax(toy.load(tmp_path / "q8_0.gguf").logits(IDS))
+    ours = as_there(toy.load(tmp_path / "q8_0.gguf", backend="numpy"))
     assert np.abs(llama_cpp(tmp_path / "f32.gguf").log_probabilities(IDS, V) - ours).max() <= BAR
     rounded = np.abs(llama_cpp(tmp_path / "q8_0.gguf").log_probabilities(IDS, V) - ours)
     assert np.median(rounded) < 0.1  # it rounds the activations
@@ -222,7 +264,7 @@ def test_an_adapter_and_the_merged_model(relative, llama_cpp, tmp_path, untied):
     with GGUF.open(base) as gguf:
         write_adapter(adapter, config, random_adapters(config), alpha, base=gguf)
     loaded = toy.load(base, adapter)
-    ours = log_softmax(loaded.logits(IDS))
+    ours = as_there(toy.load(base, adapter, backend="numpy"))
     theirs = llama_cpp(base, adapter=adapter).log_probabilities(IDS, V)
     assert np.abs(theirs - ours).max() <= BAR
     assert np.abs(theirs - log_softmax(toy.load(base).logits(IDS))).max() > 0.1  # the adapter does something
@@ -241,7 +283,8 @@ KEYS = {
     "rope.scaling.original_context_length": 16, "rope.scaling.yarn_ext_factor": 0.5, "rope.scaling.yarn_attn_factor": 1.5,
     "rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 0.25, "rope.scaling.yarn_log_multiplier": 0.5,
     "rope.scaling.finetuned": False, "rope.scaling.alpha": 2.0, "rope.freq_base": 77.0, "rope.freq_base_swa": 77.0,
-    "rope.dimension_count_swa": 4, "attention.sliding_window": 3, "attention.sliding_window_pattern": 2,
+    "rope.dimension_count_swa": 4, "attention.key_length_swa": 4, "attention.sliding_window": 3,
+    "attention.sliding_window_pattern": 3,
     "attention.clamp_kqv": 0.2, "attention.max_alibi_bias": 1.0, "attention.scale": 0.9, "attention.output_scale": 2.0,
     "attention.value_scale": 2.0, "attention.temperature_scale": 0.5, "attention.temperature_length": 4,
     "attention.layer_norm_rms_epsilon": 0.5, "attention.layer_norm_epsilon": 0.5, "attention.causal": False,
@@ -272,7 +315,7 @@ CAUTION = {
 
 
 @pytest.mark.llama_cpp
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "granite", "smollm3", "mistral3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "granite", "smollm3", "mistral3", "gemma2", "gemma3"])
 def test_every_key_is_used_or_refused_by_name(llama_cpp, tmp_path, name):
     row = RELATIVES["llama" if name == "mistral3" else name]
     row = row._replace(odd={"d_model": 24, "head_dim": 8}) if name != "qwen2" else row
@@ -293,13 +336,13 @@ def test_every_key_is_used_or_refused_by_name(llama_cpp, tmp_path, name):
             assert theirs is None or CAUTION & keys.keys() or np.abs(theirs - plain).max() > 1e-3, f"strict: {keys}"
             outcomes["refused"] += 1
             continue
-        t = min(T, loaded.config.context_length)  # a context may be shorter than the file says
-        ours = log_softmax(loaded.logits(IDS[:t]))
+        ours = as_there(loaded)
+        t = len(ours)  # a context may be shorter than the file says
         assert theirs is not None and np.abs(theirs[:t] - ours).max() <= BAR, keys
         assert t == T or np.abs(theirs[t:] - plain[t:]).max() > 0.1, f"strict: {keys}"
         outcomes["same" if np.abs(theirs - plain).max() < 1e-5 else "used"] += 1
-    assert outcomes["same"] >= 20 and outcomes["refused"] <= 7, outcomes
-    assert outcomes["used"] >= 8, outcomes
+    most = {"gemma2": 14, "gemma3": 10}.get(name, 7)
+    assert outcomes["same"] >= 20 and outcomes["refused"] <= most and outcomes["used"] >= 7, outcomes
 
 
 def with_keys(folder, name, keys):
@@ -324,8 +367,10 @@ def test_tensors_that_an_architecture_does_not_have_are_refused(llama_cpp, tmp_p
     ones = np.ones(config.d_head, np.float32)
     extra = {
         "output.bias": np.ones(V, np.float32), "rope_factors_long.weight": ones[:4], "blk.0.attn_q.scale": ones[:1],
-        "blk.0.attn_sinks.weight": ones[:3], "blk.0.post_attention_norm.weight": np.ones(24, np.float32),
+        "blk.0.attn_sinks.weight": ones[:3],
     }  # fmt: skip
+    if not config.post_norms:
+        extra |= {"blk.0.post_attention_norm.weight": np.ones(24, np.float32)}
     if "rope_factors" not in gguf_models.FORMS[name][1].vectors:
         extra["rope_freqs.weight"] = ones[:4]
     if not config.qk_norm:

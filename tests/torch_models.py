@@ -207,7 +207,7 @@ def llama(p, config, token_ids):
     How far RoPE turns is taken from the library: tests/test_llama_relatives.py compares that with llama.cpp."""
     batch, t_seq = token_ids.shape
     positions = torch.arange(t_seq).repeat(batch)
-    eps, turn, residual = config.rms_eps, {"base": config.rope_base, **rotation(config)}, config.residual_scale
+    eps, turns, residual = config.rms_eps, (rotation(config), rotation(config, True)), config.residual_scale
     scores = 1.0 if config.attention_scale is None else config.attention_scale * config.d_head**0.5
 
     def project(x, name):
@@ -220,7 +220,13 @@ def llama(p, config, token_ids):
             x = F.rms_norm(x.reshape(len(x), heads, -1), (config.d_head,), p[f"{name}_norm.weight"], eps).flatten(1)
         if config.rope_skips and layer % config.rope_skips == config.rope_skips - 1:
             return x
-        return rope(x, positions, heads, **turn)
+        return rope(x, positions, heads, **turns[windows[layer] is not None])
+
+    def leave(x, name):
+        return residual * (rms_norm(x, p[name], eps) if name in p else x)
+
+    pattern = config.window_pattern or config.n_layers + 1
+    windows = [None if i % pattern == pattern - 1 else config.sliding_window for i in range(config.n_layers)]
 
     x = config.embedding_scale * embed(p, token_ids).reshape(batch * t_seq, -1)
     for i in range(config.n_layers):
@@ -228,12 +234,16 @@ def llama(p, config, token_ids):
         h = rms_norm(x, p[f"{block}.attn_norm.weight"], eps)
         q, k, v = (project(h, f"{block}.attn_{name}") for name in "qkv")
         q, k = place(q, f"{block}.attn_q", config.n_heads, i), place(k, f"{block}.attn_k", config.n_kv_heads, i)
-        a = attention(scores * q, k, v, batch, config.n_heads, config.n_kv_heads)
-        x = x + residual * project(a, f"{block}.attn_output")
+        a = attention(
+            scores * q, k, v, batch, config.n_heads, config.n_kv_heads, True, windows[i], config.attention_softcap
+        )
+        x = x + leave(project(a, f"{block}.attn_output"), f"{block}.post_attention_norm.weight")
         h = rms_norm(x, p[f"{block}.ffn_norm.weight"], eps)
-        h = swiglu(project(h, f"{block}.ffn_gate"), project(h, f"{block}.ffn_up"))
-        x = x + residual * project(h, f"{block}.ffn_down")
-    return unembed(p, rms_norm(x, p["output_norm.weight"], eps)) / config.logit_scale
+        gated = geglu if config.geglu else swiglu
+        h = gated(project(h, f"{block}.ffn_gate"), project(h, f"{block}.ffn_up"))
+        x = x + leave(project(h, f"{block}.ffn_down"), f"{block}.post_ffw_norm.weight")
+    logits = unembed(p, rms_norm(x, p["output_norm.weight"], eps)) / config.logit_scale
+    return logits if config.logit_softcap is None else softcap(logits, config.logit_softcap)
 
 
 MODELS = {"transformer": transformer, "gpt2": gpt2, "llama": llama, "vit": vit}  # by the `arch` of a model

@@ -88,6 +88,12 @@ class LlamaConfig:
     embedding_scale, residual_scale: multiply the embeddings, and what a block adds to the residual stream. logit_scale:
     divides the logits. attention_scale: multiplies the scores, None = 1 / sqrt(head_dim) (Granite).
 
+    geglu: GELU in place of SiLU in the MLP. post_norms: an RMSNorm on what attention and MLP add to the residual stream.
+    attention_softcap, logit_softcap: bounds of the scores and of the logits, reached through a tanh, None = none.
+    sliding_window: of a token's predecessors and itself, attention sees the last so many, None = all; every
+    window_pattern-th layer sees all (0 = none does). rope_local_base: rope_base of the layers with a window, where RoPE is
+    not scaled, None = as the others (Gemma 2 and 3).
+
     Raises ValueError for a value below 1, heads that do not divide, an odd head_dim (RoPE turns pairs), and numbers that are
     not above 0.
     """
@@ -119,6 +125,13 @@ class LlamaConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     attention_scale: float | None = None
+    geglu: bool = False
+    post_norms: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    sliding_window: int | None = None
+    window_pattern: int = 0
+    rope_local_base: float | None = None
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_layers", "context_length")
@@ -137,13 +150,19 @@ class LlamaConfig:
         for name in ("rope_base", "rms_eps", *_FACTORS):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
-        if self.attention_scale is not None and not (math.isfinite(self.attention_scale) and self.attention_scale > 0):
-            raise ValueError(f"attention_scale must be a positive number or None, got {self.attention_scale!r}")
+        for name in ("attention_scale", "attention_softcap", "logit_softcap", "rope_local_base"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+        for name in ("rope_skips", "window_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        if self.sliding_window is not None:
+            object.__setattr__(self, "sliding_window", check_positive_int("sliding_window", self.sliding_window))
         self._check_rope()
 
     def _check_rope(self) -> None:
-        if isinstance(self.rope_skips, bool) or not hasattr(self.rope_skips, "__index__") or self.rope_skips < 0:
-            raise ValueError(f"rope_skips must be a whole number of at least 0, got {self.rope_skips!r}")
         if self.rope_factors is not None:
             factors = tuple(array.array("f", self.rope_factors))  # rounded as in a file
             if len(factors) != self.d_head // 2 or not all(math.isfinite(f) and f > 0 for f in factors):

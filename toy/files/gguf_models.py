@@ -5,6 +5,7 @@ named; here is how they are read and written. Rows of attn_q and attn_k stand in
 the config), in GGUF files as in `toy.Llama`: nothing is permuted.
 """
 
+import dataclasses
 import fnmatch
 import math
 import re
@@ -55,6 +56,7 @@ def config_of(gguf: Any) -> LanguageModelConfig:
         raise BadFileError(gguf.path, f"claims {n_layers} layers and has {len(gguf.tensors)} tensors")
     try:
         config = cast(LanguageModelConfig, row.config(**_fields(gguf, keys, row, form)))
+        config = dataclasses.replace(config, **_derived(form, config))
     except (BadFileError, UnsupportedModelError):
         raise
     except ValueError as error:
@@ -118,7 +120,12 @@ def _row_and_form(config: ModelConfig) -> tuple[architectures.Architecture, Form
 
 
 def _fits(form, config):
-    return all(getattr(config, field) == value for field, value in form.fixed.items()) and form.only(config)
+    values = form.fixed | _derived(form, config)
+    return all(getattr(config, field) == value for field, value in values.items()) and form.only(config)
+
+
+def _derived(form, config):
+    return {field: value(config) for field, value in form.derived.items()}
 
 
 def _what_there_is():

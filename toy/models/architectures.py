@@ -85,6 +85,13 @@ def language_models() -> dict[str, tuple[Architecture, dict[str, Any]]]:
     return found
 
 
+def derived_fields(name: str, config: ModelConfig) -> dict[str, Any]:
+    """The fields of a config that follow from its others in a model of this name, as `language_models` has it."""
+    row, _ = language_models()[name]
+    derived = {form.name: form.derived for form in row.gguf_forms}.get(name, {})
+    return {field: value(config) for field, value in derived.items()}
+
+
 def architecture_of(config: ModelConfig) -> Architecture:
     """The row of a config's type. Raises TypeError for an object that is not a model config."""
     for row in ARCHITECTURES.values():

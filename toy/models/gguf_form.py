@@ -42,6 +42,7 @@ class Form(NamedTuple):
     function of the config: whether llama.cpp reads such a model in this form. typical: fields of the config in a model of
     this name from random weights, beside those of `fixed` (None: it has no name of its own there). longest: a function of
     what looks up a key (None: missing): the longest context for which this library computes what llama.cpp does, or None.
+    derived: fields of the config -> functions of it: what they are in this form.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Form(NamedTuple):
     vectors: dict[str, str] = {}  # noqa: RUF012 (never changed)
     only: Callable[[Any], bool] = lambda config: True
     typical: dict[str, Any] | None = None
+    derived: dict[str, Callable[[Any], Any]] = {}  # noqa: RUF012 (never changed)
     longest: Callable[[Callable[[str], Any]], int | None] = lambda get: None
 
 
@@ -70,4 +72,10 @@ SIZES = (
 PLAIN: dict[str, tuple[Any, ...]] = {
     "nextn_predict_layers": (0,),
     "attention.causal": (True,),
+}
+# scaled RoPE, for forms that have none
+UNSCALED: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none", "linear", "yarn"),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
 }

@@ -8,18 +8,21 @@
 The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = d_model, F = d_ff, V = vocab_size,
 H = n_heads * d_head, K = n_kv_heads * d_head. Every matrix goes through `project`, where a bias and LoRA adapters may join.
 
-Its relatives (Qwen, Granite, SmolLM3, ...) are this model with fields of the config set. What such a field adds stands in
-`place` (queries and keys before attention) and `scaled`; on a plain Llama both do nothing but RoPE.
+Its relatives (Qwen, Granite, Gemma, ...) are this model with fields of the config set. What such a field adds stands in
+`place` (queries and keys before attention), `leave` (what goes to the residual stream) and `scaled`; on a plain Llama they do
+nothing but RoPE.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from toy.adamw import AdamW
 from toy.config import ROPE_SCALINGS, LlamaConfig
 from toy.models.base import KeyValueCache, LanguageModel, backward_order
-from toy.models.gguf_form import PLAIN, SIZES, Form, Key
+from toy.models.gguf_form import PLAIN, SIZES, UNSCALED, Form, Key
 from toy.models.lens import embed, embed_backward, unembed, unembed_backward
 from toy.models.lora import project, project_backward
 from toy.models.parameters import Block, GradientTree, Namespace, ParameterTree, Shapes, Stds, residual_stream_stds
@@ -46,8 +49,10 @@ class BlockCache(NamedTuple):
     ffn_norm: OpCache
     ffn_gate: OpCache
     ffn_up: OpCache
-    swiglu: OpCache
+    gated: OpCache
     ffn_down: OpCache
+    post_attention_norm: OpCache | None  # None: no post_norms
+    post_ffw_norm: OpCache | None
 
 
 class Cache(NamedTuple):
@@ -55,6 +60,7 @@ class Cache(NamedTuple):
     blocks: list[BlockCache | None]  # None: not kept
     output_norm: OpCache
     unembed: OpCache
+    softcap: OpCache | None  # None: no logit_softcap
 
 
 class Llama(LanguageModel):
@@ -68,7 +74,7 @@ class Llama(LanguageModel):
     def __init__(self, config: LlamaConfig, seed: int = 0, *, lora_scale: float = 1.0, **options: Any) -> None:
         super().__init__(config, seed, **options)
         self.lora_scale = lora_scale
-        self.rotation = rotation(config)
+        self.rotations = {windowed: rotation(config, windowed) for windowed in (False, True)}
         # the op `attention` divides by the root of d_head: what q is multiplied with for another scale
         self.query_scale = 1.0 if config.attention_scale is None else config.attention_scale * config.d_head**0.5
 
@@ -97,6 +103,8 @@ class Llama(LanguageModel):
                 shapes |= {f"blk.{i}.ffn_{n}.bias": (d if n == "down" else c.d_ff,) for n in ("gate", "up", "down")}
             if c.qk_norm:
                 shapes |= {f"blk.{i}.attn_{n}_norm.weight": (c.d_head,) for n in "qk"}
+            if c.post_norms:
+                shapes |= {f"blk.{i}.{name}.weight": (d,) for name in ("post_attention_norm", "post_ffw_norm")}
         shapes["output_norm.weight"] = (d,)
         if c.untied:
             shapes["output.weight"] = (c.vocab_size, d)
@@ -120,8 +128,8 @@ class Llama(LanguageModel):
     ) -> tuple[Array, Cache]:
         """token_ids, positions: int (N,) -> logits (N, V), cache."""
         x, token_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
-        logits, norm_cache, unembed_cache = self.unembed_rows(x)  # (N, V)
-        return logits, Cache(token_cache, block_caches, norm_cache, unembed_cache)
+        logits, *caches = self.unembed_rows(x)  # (N, V)
+        return logits, Cache(token_cache, block_caches, *caches)
 
     def hidden_rows(
         self,
@@ -144,14 +152,23 @@ class Llama(LanguageModel):
             block_caches.append(cache if keep_cache else None)
         return x, token_cache, block_caches
 
-    def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache]:
-        """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
+    def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache, OpCache | None]:
+        """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache, softcap_cache."""
         ops, p, c = self.ops, self.parameters, self.config
         x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
         x = self.scaled(x, 1 / c.logit_scale)  # (N, D), which is less than the logits are
         weight, lens = self.head(p)
         logits, unembed_cache = unembed(ops, x, weight, lens)  # (N, V)
-        return logits, norm_cache, unembed_cache
+        softcap_cache = None
+        if c.logit_softcap is not None:
+            logits, softcap_cache = ops.softcap(logits, c.logit_softcap)  # (N, V)
+        return logits, norm_cache, unembed_cache, softcap_cache
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens the attention of a layer sees, None: all."""
+        c = self.config
+        sees_all = c.window_pattern > 0 and (layer + 1) % c.window_pattern == 0
+        return None if sees_all else c.sliding_window
 
     def block_forward(
         self, layer: int, block: Block, x: Array, positions: Array, batch: int, kv_cache: KeyValueCache | None = None
@@ -167,19 +184,23 @@ class Llama(LanguageModel):
         q = self.scaled(q, self.query_scale)  # (N, H)
         if kv_cache is not None:
             k, v = kv_cache.extend(layer, k, v)  # (T_past + T, K)
-        a, attention = ops.attention(q, k, v, batch, c.n_heads, c.n_kv_heads, causal=True)  # (N, H)
+        a, attention = ops.attention(
+            q, k, v, batch, c.n_heads, c.n_kv_heads, causal=True, window=self.window(layer), softcap=c.attention_softcap
+        )  # (N, H)
         a, attn_output = project(ops, a, block.attn_output, scale)  # (N, D)
-        x = ops.add(x, self.scaled(a, c.residual_scale))  # (N, D)
+        a, post_attention_norm = self.leave(a, getattr(block, "post_attention_norm", None))  # (N, D)
+        x = ops.add(x, a)  # (N, D)
 
         h, ffn_norm = ops.rms_norm(x, block.ffn_norm.weight, c.rms_eps)  # (N, D)
         gate, ffn_gate = project(ops, h, block.ffn_gate, scale)  # (N, F)
         up, ffn_up = project(ops, h, block.ffn_up, scale)  # (N, F)
-        f, swiglu = ops.swiglu(gate, up)  # (N, F)
+        f, gated = ops.geglu(gate, up) if c.geglu else ops.swiglu(gate, up)  # (N, F)
         f, ffn_down = project(ops, f, block.ffn_down, scale)  # (N, D)
-        x = ops.add(x, self.scaled(f, c.residual_scale))  # (N, D)
+        f, post_ffw_norm = self.leave(f, getattr(block, "post_ffw_norm", None))  # (N, D)
+        x = ops.add(x, f)  # (N, D)
         return x, BlockCache(
             attn_norm, attn_q, attn_k, attn_v, place_q, place_k, attention, attn_output,
-            ffn_norm, ffn_gate, ffn_up, swiglu, ffn_down,
+            ffn_norm, ffn_gate, ffn_up, gated, ffn_down, post_attention_norm, post_ffw_norm,
         )  # fmt: skip
 
     def place(
@@ -193,8 +214,15 @@ class Llama(LanguageModel):
             x, norm_cache = ops.rms_norm(x, norm.weight, c.rms_eps)
             x = ops.reshape(x, rows)
         if c.rope_skips == 0 or (layer + 1) % c.rope_skips:
-            x, rope_cache = ops.rope(x, positions, n_heads, **self.rotation)
+            x, rope_cache = ops.rope(x, positions, n_heads, **self.rotations[self.window(layer) is not None])
         return x, PlaceCache(norm_cache, rope_cache)
+
+    def leave(self, x: Array, norm: Namespace | None) -> tuple[Array, OpCache | None]:
+        """x: (N, D), what attention or MLP gave -> what is added to the residual stream, cache."""
+        cache = None
+        if norm is not None:
+            x, cache = self.ops.rms_norm(x, norm.weight, self.config.rms_eps)
+        return self.scaled(x, self.config.residual_scale), cache
 
     def scaled(self, x: Array, factor: float) -> Array:
         return x if factor == 1 else self.ops.scale(x, factor)
@@ -204,6 +232,8 @@ class Llama(LanguageModel):
     def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
         """d_logits: (N, V). Adds the gradient of every parameter to `grads` (None there: frozen)."""
         ops, blocks = self.ops, self.parameters.blk
+        if cache.softcap is not None:
+            d_logits = ops.softcap_backward(d_logits, cache.softcap)  # (N, V)
         d_x = unembed_backward(ops, d_logits, cache.unembed, *self.head(grads))  # (N, D)
         d_x = self.scaled(d_x, 1 / self.config.logit_scale)  # (N, D)
         d_x = ops.rms_norm_backward(d_x, cache.output_norm, grads.output_norm.weight)  # (N, D)
@@ -215,15 +245,15 @@ class Llama(LanguageModel):
     def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
         ops, c, scale = self.ops, self.config, self.lora_scale
-        d_f = self.scaled(d_x, c.residual_scale)  # (N, D)
+        d_f = self.leave_backward(d_x, cache.post_ffw_norm, getattr(grads, "post_ffw_norm", None))  # (N, D)
         d_f = project_backward(ops, d_f, cache.ffn_down, grads.ffn_down, scale)  # (N, F)
-        d_gate, d_up = ops.swiglu_backward(d_f, cache.swiglu)  # (N, F) each
+        d_gate, d_up = (ops.geglu_backward if c.geglu else ops.swiglu_backward)(d_f, cache.gated)  # (N, F) each
         d_h = project_backward(ops, d_gate, cache.ffn_gate, grads.ffn_gate, scale)  # (N, D)
         d_h = ops.add(d_h, project_backward(ops, d_up, cache.ffn_up, grads.ffn_up, scale))  # h was read twice
         d_h = ops.rms_norm_backward(d_h, cache.ffn_norm, grads.ffn_norm.weight)  # (N, D)
         d_x = ops.add(d_x, d_h)  # the residual stream and the branch
 
-        d_a = self.scaled(d_x, c.residual_scale)  # (N, D)
+        d_a = self.leave_backward(d_x, cache.post_attention_norm, getattr(grads, "post_attention_norm", None))  # (N, D)
         d_a = project_backward(ops, d_a, cache.attn_output, grads.attn_output, scale)  # (N, H)
         d_q, d_k, d_v = ops.attention_backward(d_a, cache.attention)  # (N, H), (N, K), (N, K)
         d_q = self.scaled(d_q, self.query_scale)  # (N, H)
@@ -247,6 +277,11 @@ class Llama(LanguageModel):
             d_x = ops.reshape(d_x, rows)
         return d_x
 
+    def leave_backward(self, d_x: Array, cache: OpCache | None, norm: Namespace | None) -> Array:
+        """d_x: gradient of what `leave` gave (N, D) -> that of what it was given. norm: of the gradients."""
+        d_x = self.scaled(d_x, self.config.residual_scale)
+        return d_x if norm is None else self.ops.rms_norm_backward(d_x, cache, norm.weight)
+
 
 # -- in GGUF files ----------------------------------------------------------------------------------------------------
 
@@ -264,6 +299,15 @@ def _heads_fill_the_width(config: LlamaConfig) -> bool:
 def _before_the_temperature(get: Callable[[str], Any]) -> int | None:
     """Mistral 3 sharpens the attention of queries that stand after the original context, with a temperature: not here."""
     return get("rope.scaling.original_context_length") if get("attention.temperature_scale") else None
+
+
+def _root_of_the_width(c: LlamaConfig) -> float:
+    return math.sqrt(c.d_model)
+
+
+def _scale_of_gemma(layers_of_27b: int, c: LlamaConfig) -> float | None:
+    """llama.cpp knows Gemma's largest model by its layers."""
+    return (c.d_model // c.n_heads) ** -0.5 if c.n_layers == layers_of_27b else None
 
 
 def _is_scaled(config: LlamaConfig) -> bool:
@@ -309,15 +353,43 @@ _LOG_MULTIPLIER = Key(
     "yarn_log_multiplier", "rope.scaling.yarn_log_multiplier", number=True, default=0.0, zero=True,
     unless=lambda c: c.yarn_log_multiplier == 0,
 )  # fmt: skip
+_LOCAL_BASE = Key("rope_local_base", "rope.freq_base_swa", number=True, default=10000.0)
+_LOGIT_CAP = Key(
+    "logit_softcap", "final_logit_softcapping", number=True, default=None, zero=True,
+    unless=lambda c: c.logit_softcap is None,
+)  # fmt: skip
+_CAPS = (
+    Key("attention_softcap", "attn_logit_softcapping", number=True, default=50.0),
+    Key("logit_softcap", "final_logit_softcapping", number=True, default=30.0),
+)
 _QKV_BIAS = {"untied": "output.weight", "qkv_bias": "blk.*.attn_[qkv].bias"}
 _EVERY_BIAS = _QKV_BIAS | {"attn_output_bias": "blk.*.attn_output.bias", "mlp_bias": "blk.*.ffn_*.bias"}
 _FREQUENCIES = {"rope_factors": "rope_freqs.weight"}
 
 
+def _windows(pattern: int, window: int | None) -> tuple[Key, ...]:
+    """The keys of an architecture with sliding windows; pattern, window: what they are where the file does not say."""
+    return (
+        Key(
+            "window_pattern", "attention.sliding_window_pattern", default=pattern,
+            unless=lambda c: c.window_pattern == pattern,
+        ),
+        Key(
+            "sliding_window", "attention.sliding_window", default=window, zero=window is None,
+            unless=lambda c: c.sliding_window is None,
+        ),
+        Key("head_dim", "attention.key_length_swa", says="heads of", unless=lambda c: True),
+        Key("head_dim", "attention.value_length_swa", says="heads of", unless=lambda c: True),
+        Key("head_dim", "rope.dimension_count_swa", says="heads of", unless=lambda c: True),
+    )  # fmt: skip
+
+
 def _form(name: str, keys: tuple[Key, ...] = _SCALED_ROPE, tensors: dict[str, str] = _QKV_BIAS, **more: Any) -> Form:
     """A form of this model: what neither keys, nor tensors, nor fixed and vectors in `more` say is as in a plain Llama."""
     keys = (*_SIZES, *keys)
-    said = {key.field for key in keys} | tensors.keys() | more.get("vectors", {}).keys()
+    said = (
+        {key.field for key in keys} | tensors.keys() | more.get("vectors", {}).keys() | more.get("derived", {}).keys()
+    )
     plain = {f.name: f.default for f in dataclasses.fields(LlamaConfig) if f.default is not dataclasses.MISSING}
     fixed = {field: value for field, value in plain.items() if field not in said} | more.pop("fixed", {})
     return Form(name, keys=keys, tensors=tensors, fixed=fixed, **{"harmless": PLAIN} | more)
@@ -334,6 +406,25 @@ GGUF_FORMS = (
         typical={"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0},
     ),
     _form("smollm3", fixed={"rope_skips": 4}, typical={}),
+    _form(
+        "gemma2", keys=(_SCALED_ROPE[-1], *_windows(2, 4096), *_CAPS), tensors={},
+        fixed={"rope_halves": True, "geglu": True, "post_norms": True},
+        derived={"embedding_scale": _root_of_the_width, "attention_scale": partial(_scale_of_gemma, 46)},
+        typical={"sliding_window": 4096, "window_pattern": 2, "attention_softcap": 50.0, "logit_softcap": 30.0},
+        harmless=PLAIN | UNSCALED | {"rope.freq_base_swa": (0,)},
+        only=lambda c: None not in (c.sliding_window, c.attention_softcap, c.logit_softcap),
+    ),
+    _form(
+        "gemma3",
+        keys=(
+            _SCALED_ROPE[0]._replace(words=("none", "linear")), *_SCALED_ROPE[1:], *_windows(6, None), _LOCAL_BASE,
+            _LOGIT_CAP,
+        ),
+        tensors={"untied": "output.weight"},
+        fixed={"rope_halves": True, "geglu": True, "post_norms": True, "qk_norm": True},
+        derived={"embedding_scale": _root_of_the_width, "attention_scale": partial(_scale_of_gemma, 62)},
+        typical={"sliding_window": 1024, "window_pattern": 6, "rope_local_base": 10000.0},
+    ),
     _form(
         "mistral3", keys=(*_SCALED_ROPE, _LOG_MULTIPLIER), tensors=_EVERY_BIAS, vectors=_FREQUENCIES,
         harmless=PLAIN | {"rope.scaling.yarn_beta_fast": (32,), "rope.scaling.yarn_beta_slow": (1,)},

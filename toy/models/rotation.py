@@ -17,11 +17,15 @@ from toy.config import LlamaConfig
 FAST, SLOW = 32, 1
 
 
-def rotation(c: LlamaConfig) -> dict[str, Any]:
-    """The arguments base, halves, factors and magnitude of `rope`; those that are at their default are left out."""
+def rotation(c: LlamaConfig, windowed: bool = False) -> dict[str, Any]:
+    """The arguments base, halves, factors and magnitude of `rope`; those that are at their default are left out. windowed: in
+    the layers with a window."""
     arguments: dict[str, Any] = {"base": c.rope_base}
     if c.rope_halves:
         arguments["halves"] = True
+    if windowed and c.rope_local_base is not None:
+        arguments["base"] = c.rope_local_base
+        return arguments | ({} if c.rope_attn_factor == 1 else {"magnitude": c.rope_attn_factor})
     factors = np.ones(c.d_head // 2) if c.rope_factors is None else np.array(c.rope_factors)
     magnitude = c.rope_attn_factor
     if c.rope_scaling == "linear":

@@ -11,7 +11,7 @@ from toy.data.open_tokenizer import make_tokenizer
 from toy.data.sources import Source as TextSource
 from toy.data.tokenizers import KINDS, CharTokenizer, Tokenizer
 from toy.data.training_data import training_texts
-from toy.models.architectures import language_models
+from toy.models.architectures import derived_fields, language_models
 from toy.training.options import DATA, MODEL, TextOptions, again, option
 from toy.training.start import TextStart
 
@@ -67,7 +67,8 @@ class FromScratchOptions(TextOptions):
             sizes |= {name: True for name in ("untied", "qkv_bias") if getattr(self, name)}
         else:
             check_no_llama_sizes(self)
-        return cast(LanguageModelConfig, row.config(**sizes))
+        config = row.config(**sizes)
+        return cast(LanguageModelConfig, dataclasses.replace(config, **derived_fields(self.arch, config)))
 
 
 def new_tokenizer(options: Any, source: TextSource) -> Tokenizer:
