@@ -265,8 +265,8 @@ class CpuGraphOps(GraphOps):
     # -- rope ---------------------------------------------------------------------------------------------------------
 
     def rope(self, x, positions, n_heads, base=10000.0, halves=False, factors=None, magnitude=1.0):
-        factors = None if factors is None else tuple(factors)
-        cosines, sines = self._turns(positions.limit, x.shape[1] // n_heads, float(base), factors, float(magnitude))
+        stretched = () if factors is None and magnitude == 1 else (factors and tuple(factors), float(magnitude))
+        cosines, sines = self._turns(positions.limit, x.shape[1] // n_heads, float(base), *stretched)
         cache = (positions, cosines, sines, n_heads, halves)
         return self._turn(x, cache, 1), cache
 
