@@ -471,6 +471,7 @@ def test_every_field_of_a_config_is_said_by_every_form():
         "smollm3",
         "gemma2",
         "gemma3",
+        "olmo2",
         "mistral3",
         "gpt2",
     ]

@@ -93,6 +93,20 @@ RELATIVES = {
             "rope_scaling": "linear", "rope_scale": 8.0, "embedding_scale": lambda c: c.d_model**0.5,
         },
     ),
+    "olmo2": Relative(
+        "olmo2",
+        {
+            **HALVES, "qk_norm": True, "qk_norm_together": True, "no_pre_norms": True, "post_norms": True,
+        },
+        odd={"d_model": 30}, heads=(True,),
+    ),
+    "olmo2, yarn": Relative(
+        "olmo2",
+        {
+            **HALVES, **YARN, "qk_norm": True, "qk_norm_together": True, "no_pre_norms": True, "post_norms": True,
+        },
+        odd={"d_model": 30}, heads=(True,),
+    ),
 }  # fmt: skip
 ODD = {"d_model": 21, "n_heads": 3, "n_kv_heads": 1, "d_ff": 29, "n_layers": 2}  # no multiple of anything
 EVEN = {"d_model": 96, "n_heads": 3, "n_kv_heads": 3, "d_ff": 64, "n_layers": 2}  # rows in whole blocks of Q8_0
@@ -103,9 +117,10 @@ def relative(request):
     return RELATIVES[request.param]
 
 
-def make_config(relative, sizes, untied=False):
+def make_config(relative, sizes, untied=None):
+    untied = relative.heads[0] if untied is None else untied
     if untied not in relative.heads:
-        pytest.skip(f"{relative.architecture} is always tied")
+        pytest.skip(f"{relative.architecture} is always {'untied' if relative.heads[0] else 'tied'}")
     sizes = {"vocab_size": V, "context_length": CONTEXT, "untied": untied, "rms_eps": 1e-6, **sizes}
     if sizes["d_model"] == ODD["d_model"]:
         sizes |= relative.odd
@@ -234,7 +249,8 @@ def test_log_probabilities_and_greedy_text(relative, llama_cpp, tmp_path, untied
 
 def unset(relative):
     """The fields of a row back at their defaults, those of them that change no parameter."""
-    kept = {"qkv_bias", "attn_output_bias", "mlp_bias", "qk_norm", "n_layers", "rope_base"}
+    kept = {"qkv_bias", "attn_output_bias", "mlp_bias", "qk_norm", "qk_norm_together", "post_norms", "no_pre_norms"}
+    kept |= {"n_layers", "rope_base"}
     defaults = {field.name: field.default for field in dataclasses.fields(toy.LlamaConfig)}
     return {name: defaults[name] for name in relative.fields if name not in kept}
 
@@ -315,10 +331,12 @@ CAUTION = {
 
 
 @pytest.mark.llama_cpp
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "granite", "smollm3", "mistral3", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "granite", "smollm3", "mistral3", "gemma2", "gemma3", "olmo2"]
+)
 def test_every_key_is_used_or_refused_by_name(llama_cpp, tmp_path, name):
     row = RELATIVES["llama" if name == "mistral3" else name]
-    row = row._replace(odd={"d_model": 24, "head_dim": 8}) if name != "qwen2" else row
+    row = row._replace(odd={"d_model": 24, "head_dim": 8})
     config = make_config(row, {**ODD, "rope_base": 1000.0})
     write_gguf(tmp_path / "plain.gguf", config, random_parameters(config), TOKENIZER)
     plain = llama_cpp(tmp_path / "plain.gguf").log_probabilities(IDS, V)
@@ -440,7 +458,7 @@ def test_the_native_graph_is_one_piece_that_metal_runs(relative, tmp_path):
 
 
 def test_token_by_token_is_all_at_once(ops, relative):
-    config = make_config(relative, ODD, untied=True)
+    config = make_config(relative, ODD)
     model = toy.Llama(config, ops=ops, parameters=ParameterTree(random_parameters(config)))
     logits, _ = model.forward(IDS)
     cache = model.new_kv_cache()
@@ -501,6 +519,11 @@ def test_a_run_of_that_name(toy_command, tmp_path, arch):
         ({"rope_skips": -1}, "rope_skips must be a whole number of at least 0"),
         ({"logit_scale": float("nan")}, "logit_scale must be a positive number"),
         ({"attention_scale": -1.0}, "attention_scale must be a positive number or None"),
+        ({"logit_softcap": 0.0}, "logit_softcap must be a positive number or None, got 0.0"),
+        ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+        ({"window_pattern": 1.5}, "window_pattern must be a whole number of at least 0, got 1.5"),
+        ({"qk_norm_together": True}, "qk_norm_together is a kind of qk_norm: set both, or neither"),
+        ({"yarn_log_multiplier": float("nan")}, "yarn_log_multiplier must be a number of at least 0"),
     ],
 )
 def test_a_config_refuses(fields, message):

@@ -217,13 +217,17 @@ def llama(p, config, token_ids):
     def place(x, name, heads, layer):
         """x: (B*T, heads*d_head) as attention sees it."""
         if f"{name}_norm.weight" in p:
-            x = F.rms_norm(x.reshape(len(x), heads, -1), (config.d_head,), p[f"{name}_norm.weight"], eps).flatten(1)
+            gain = p[f"{name}_norm.weight"]
+            x = F.rms_norm(x.reshape(len(x), -1, len(gain)), (len(gain),), gain, eps).flatten(1)
         if config.rope_skips and layer % config.rope_skips == config.rope_skips - 1:
             return x
         return rope(x, positions, heads, **turns[windows[layer] is not None])
 
     def leave(x, name):
-        return residual * (rms_norm(x, p[name], eps) if name in p else x)
+        return residual * normed(x, name)
+
+    def normed(x, name):
+        return rms_norm(x, p[name], eps) if name in p else x
 
     pattern = config.window_pattern or config.n_layers + 1
     windows = [None if i % pattern == pattern - 1 else config.sliding_window for i in range(config.n_layers)]
@@ -231,14 +235,14 @@ def llama(p, config, token_ids):
     x = config.embedding_scale * embed(p, token_ids).reshape(batch * t_seq, -1)
     for i in range(config.n_layers):
         block = f"blk.{i}"
-        h = rms_norm(x, p[f"{block}.attn_norm.weight"], eps)
+        h = normed(x, f"{block}.attn_norm.weight")
         q, k, v = (project(h, f"{block}.attn_{name}") for name in "qkv")
         q, k = place(q, f"{block}.attn_q", config.n_heads, i), place(k, f"{block}.attn_k", config.n_kv_heads, i)
         a = attention(
             scores * q, k, v, batch, config.n_heads, config.n_kv_heads, True, windows[i], config.attention_softcap
         )
         x = x + leave(project(a, f"{block}.attn_output"), f"{block}.post_attention_norm.weight")
-        h = rms_norm(x, p[f"{block}.ffn_norm.weight"], eps)
+        h = normed(x, f"{block}.ffn_norm.weight")
         gated = geglu if config.geglu else swiglu
         h = gated(project(h, f"{block}.ffn_gate"), project(h, f"{block}.ffn_up"))
         x = x + leave(project(h, f"{block}.ffn_down"), f"{block}.post_ffw_norm.weight")

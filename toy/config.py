@@ -92,7 +92,8 @@ class LlamaConfig:
     attention_softcap, logit_softcap: bounds of the scores and of the logits, reached through a tanh, None = none.
     sliding_window: of a token's predecessors and itself, attention sees the last so many, None = all; every
     window_pattern-th layer sees all (0 = none does). rope_local_base: rope_base of the layers with a window, where RoPE is
-    not scaled, None = as the others (Gemma 2 and 3).
+    not scaled, None = as the others (Gemma 2 and 3). no_pre_norms: attention and MLP read the residual stream as it is.
+    qk_norm_together: qk_norm is one norm over all heads (OLMo 2).
 
     Raises ValueError for a value below 1, heads that do not divide, an odd head_dim (RoPE turns pairs), and numbers that are
     not above 0.
@@ -132,6 +133,8 @@ class LlamaConfig:
     sliding_window: int | None = None
     window_pattern: int = 0
     rope_local_base: float | None = None
+    no_pre_norms: bool = False
+    qk_norm_together: bool = False
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_layers", "context_length")
@@ -158,6 +161,8 @@ class LlamaConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        if self.qk_norm_together and not self.qk_norm:
+            raise ValueError("qk_norm_together is a kind of qk_norm: set both, or neither")
         if self.sliding_window is not None:
             object.__setattr__(self, "sliding_window", check_positive_int("sliding_window", self.sliding_window))
         self._check_rope()

@@ -38,7 +38,7 @@ class PlaceCache(NamedTuple):
 class BlockCache(NamedTuple):
     """What one block's backward needs: the cache of each op, in forward order."""
 
-    attn_norm: OpCache
+    attn_norm: OpCache | None  # None: no_pre_norms
     attn_q: OpCache
     attn_k: OpCache
     attn_v: OpCache
@@ -46,7 +46,7 @@ class BlockCache(NamedTuple):
     place_k: PlaceCache
     attention: OpCache
     attn_output: OpCache
-    ffn_norm: OpCache
+    ffn_norm: OpCache | None
     ffn_gate: OpCache
     ffn_up: OpCache
     gated: OpCache
@@ -101,8 +101,11 @@ class Llama(LanguageModel):
                 shapes[f"blk.{i}.attn_output.bias"] = (d,)
             if c.mlp_bias:
                 shapes |= {f"blk.{i}.ffn_{n}.bias": (d if n == "down" else c.d_ff,) for n in ("gate", "up", "down")}
+            if c.no_pre_norms:
+                del shapes[f"blk.{i}.attn_norm.weight"], shapes[f"blk.{i}.ffn_norm.weight"]
             if c.qk_norm:
-                shapes |= {f"blk.{i}.attn_{n}_norm.weight": (c.d_head,) for n in "qk"}
+                widths = {"q": h, "k": k} if c.qk_norm_together else {"q": c.d_head, "k": c.d_head}
+                shapes |= {f"blk.{i}.attn_{n}_norm.weight": (width,) for n, width in widths.items()}
             if c.post_norms:
                 shapes |= {f"blk.{i}.{name}.weight": (d,) for name in ("post_attention_norm", "post_ffw_norm")}
         shapes["output_norm.weight"] = (d,)
@@ -175,7 +178,7 @@ class Llama(LanguageModel):
     ) -> tuple[Array, BlockCache]:
         """x: (N, D) -> x (N, D), cache."""
         ops, c, scale = self.ops, self.config, self.lora_scale
-        h, attn_norm = ops.rms_norm(x, block.attn_norm.weight, c.rms_eps)  # (N, D)
+        h, attn_norm = self.normed(x, getattr(block, "attn_norm", None))  # (N, D)
         q, attn_q = project(ops, h, block.attn_q, scale)  # (N, H)
         k, attn_k = project(ops, h, block.attn_k, scale)  # (N, K)
         v, attn_v = project(ops, h, block.attn_v, scale)  # (N, K)
@@ -191,7 +194,7 @@ class Llama(LanguageModel):
         a, post_attention_norm = self.leave(a, getattr(block, "post_attention_norm", None))  # (N, D)
         x = ops.add(x, a)  # (N, D)
 
-        h, ffn_norm = ops.rms_norm(x, block.ffn_norm.weight, c.rms_eps)  # (N, D)
+        h, ffn_norm = self.normed(x, getattr(block, "ffn_norm", None))  # (N, D)
         gate, ffn_gate = project(ops, h, block.ffn_gate, scale)  # (N, F)
         up, ffn_up = project(ops, h, block.ffn_up, scale)  # (N, F)
         f, gated = ops.geglu(gate, up) if c.geglu else ops.swiglu(gate, up)  # (N, F)
@@ -207,22 +210,24 @@ class Llama(LanguageModel):
         self, layer: int, x: Array, norm: Namespace | None, positions: Array, n_heads: int
     ) -> tuple[Array, PlaceCache]:
         """x: queries or keys (N, n_heads*d_head) -> the same with norm, head by head, and position (RoPE); cache."""
-        ops, c, norm_cache, rope_cache = self.ops, self.config, None, None
-        if norm is not None:
-            rows = x.shape[0]
-            x = ops.reshape(x, rows * n_heads)  # (N*n_heads, d_head)
-            x, norm_cache = ops.rms_norm(x, norm.weight, c.rms_eps)
-            x = ops.reshape(x, rows)
+        ops, c, rope_cache = self.ops, self.config, None
+        rows = x.shape[0]
+        by_head = norm is not None and not c.qk_norm_together
+        x = ops.reshape(x, rows * n_heads) if by_head else x  # (N*n_heads, d_head)
+        x, norm_cache = self.normed(x, norm)
+        x = ops.reshape(x, rows) if by_head else x
         if c.rope_skips == 0 or (layer + 1) % c.rope_skips:
             x, rope_cache = ops.rope(x, positions, n_heads, **self.rotations[self.window(layer) is not None])
         return x, PlaceCache(norm_cache, rope_cache)
 
     def leave(self, x: Array, norm: Namespace | None) -> tuple[Array, OpCache | None]:
         """x: (N, D), what attention or MLP gave -> what is added to the residual stream, cache."""
-        cache = None
-        if norm is not None:
-            x, cache = self.ops.rms_norm(x, norm.weight, self.config.rms_eps)
+        x, cache = self.normed(x, norm)
         return self.scaled(x, self.config.residual_scale), cache
+
+    def normed(self, x: Array, norm: Namespace | None) -> tuple[Array, OpCache | None]:
+        """RMSNorm with the gain of `norm`, where there is one."""
+        return (x, None) if norm is None else self.ops.rms_norm(x, norm.weight, self.config.rms_eps)
 
     def scaled(self, x: Array, factor: float) -> Array:
         return x if factor == 1 else self.ops.scale(x, factor)
@@ -250,7 +255,7 @@ class Llama(LanguageModel):
         d_gate, d_up = (ops.geglu_backward if c.geglu else ops.swiglu_backward)(d_f, cache.gated)  # (N, F) each
         d_h = project_backward(ops, d_gate, cache.ffn_gate, grads.ffn_gate, scale)  # (N, D)
         d_h = ops.add(d_h, project_backward(ops, d_up, cache.ffn_up, grads.ffn_up, scale))  # h was read twice
-        d_h = ops.rms_norm_backward(d_h, cache.ffn_norm, grads.ffn_norm.weight)  # (N, D)
+        d_h = self.normed_backward(d_h, cache.ffn_norm, getattr(grads, "ffn_norm", None))  # (N, D)
         d_x = ops.add(d_x, d_h)  # the residual stream and the branch
 
         d_a = self.leave_backward(d_x, cache.post_attention_norm, getattr(grads, "post_attention_norm", None))  # (N, D)
@@ -262,7 +267,7 @@ class Llama(LanguageModel):
         d_h = project_backward(ops, d_q, cache.attn_q, grads.attn_q, scale)  # (N, D)
         d_h = ops.add(d_h, project_backward(ops, d_k, cache.attn_k, grads.attn_k, scale))  # h was read three times
         d_h = ops.add(d_h, project_backward(ops, d_v, cache.attn_v, grads.attn_v, scale))
-        d_h = ops.rms_norm_backward(d_h, cache.attn_norm, grads.attn_norm.weight)  # (N, D)
+        d_h = self.normed_backward(d_h, cache.attn_norm, getattr(grads, "attn_norm", None))  # (N, D)
         return ops.add(d_x, d_h)
 
     def place_backward(self, d_x: Array, cache: PlaceCache, norm: Namespace | None, n_heads: int) -> Array:
@@ -270,16 +275,17 @@ class Llama(LanguageModel):
         ops = self.ops
         if cache.rope is not None:
             d_x = ops.rope_backward(d_x, cache.rope)
-        if norm is not None:
-            rows = d_x.shape[0]
-            d_x = ops.reshape(d_x, rows * n_heads)  # (N*n_heads, d_head)
-            d_x = ops.rms_norm_backward(d_x, cache.norm, norm.weight)
-            d_x = ops.reshape(d_x, rows)
-        return d_x
+        rows = d_x.shape[0]
+        by_head = norm is not None and not self.config.qk_norm_together
+        d_x = ops.reshape(d_x, rows * n_heads) if by_head else d_x  # (N*n_heads, d_head)
+        d_x = self.normed_backward(d_x, cache.norm, norm)
+        return ops.reshape(d_x, rows) if by_head else d_x
 
     def leave_backward(self, d_x: Array, cache: OpCache | None, norm: Namespace | None) -> Array:
         """d_x: gradient of what `leave` gave (N, D) -> that of what it was given. norm: of the gradients."""
-        d_x = self.scaled(d_x, self.config.residual_scale)
+        return self.normed_backward(self.scaled(d_x, self.config.residual_scale), cache, norm)
+
+    def normed_backward(self, d_x: Array, cache: OpCache | None, norm: Namespace | None) -> Array:
         return d_x if norm is None else self.ops.rms_norm_backward(d_x, cache, norm.weight)
 
 
@@ -424,6 +430,15 @@ GGUF_FORMS = (
         fixed={"rope_halves": True, "geglu": True, "post_norms": True, "qk_norm": True},
         derived={"embedding_scale": _root_of_the_width, "attention_scale": partial(_scale_of_gemma, 62)},
         typical={"sliding_window": 1024, "window_pattern": 6, "rope_local_base": 10000.0},
+    ),
+    # with a window it is OLMo 3
+    _form(
+        "olmo2", tensors={}, only=_heads_fill_the_width, harmless=PLAIN | {"attention.sliding_window": (0,)},
+        fixed={
+            "rope_halves": True, "qk_norm": True, "qk_norm_together": True, "no_pre_norms": True, "post_norms": True,
+            "untied": True,
+        },
+        typical={},
     ),
     _form(
         "mistral3", keys=(*_SCALED_ROPE, _LOG_MULTIPLIER), tensors=_EVERY_BIAS, vectors=_FREQUENCIES,
