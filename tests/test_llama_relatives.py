@@ -53,6 +53,9 @@ RELATIVES = {
     "llama, yarn and factors": Relative(
         "llama", {**YARN, "rope_factors": lambda c: np.linspace(3, 1, c.d_head // 2), "rope_base": 500.0}
     ),
+    "llama, yarn of a long context": Relative(
+        "llama", {"rope_scaling": "yarn", "rope_scale": 8.0, "rope_original_context": 4096}, odd={"head_dim": 64}
+    ),
     "qwen2": Relative("qwen2", {**HALVES, "qkv_bias": True}, odd={"d_model": 30}),
     "qwen2, yarn": Relative("qwen2", {**HALVES, **YARN, "qkv_bias": True}, odd={"d_model": 30}),
     "qwen3": Relative("qwen3", {**HALVES, "qk_norm": True}),
@@ -477,6 +480,32 @@ def test_it_learns_from_scratch_as_on_numpy(backend, relative):
     curve = losses(backend)
     assert curve[0] == pytest.approx(np.log(V), abs=0.5) and curve[-1] < curve[0] - 1
     np.testing.assert_allclose(curve, losses(("numpy", "cpu")), atol=1e-3)
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "olmo2"])
+def test_runs_on_a_file_of_it(toy_command, llama_cpp, tmp_path, name):
+    """LoRA and full fine-tuning on the command line, and what they export, in llama.cpp."""
+    config = make_config(RELATIVES[name], EVEN)
+    write_gguf(tmp_path / "base.gguf", config, random_parameters(config), TOKENIZER)
+    (tmp_path / "text.txt").write_text("to be or not to be, " * 200)
+    start = ["--model", tmp_path / "base.gguf", "--corpus", tmp_path / "text.txt", "--steps", 8, "--context", 16]
+    start += ["--batch", 2, "--sample-tokens", 1, "--lr", 0.01]
+    for recipe, more in (("lora", ["--targets", "q,v,down"]), ("full-finetune", [])):
+        code, _, error = toy_command("train", recipe, *start, *more, "--out", tmp_path / recipe)
+        assert code == 0, error
+        merge = ["--merge"] if recipe == "lora" else []
+        assert toy_command("export", tmp_path / recipe, *merge, "--out", tmp_path / f"{recipe}.gguf")[0] == 0
+        ours = as_there(toy.load(tmp_path / recipe, backend="numpy"))
+        judge = llama_cpp(tmp_path / f"{recipe}.gguf")
+        assert np.abs(judge.log_probabilities(IDS, V) - ours).max() <= BAR
+        before = log_softmax(toy.load(tmp_path / "base.gguf").logits(IDS))
+        assert np.abs(ours - before).max() > 0.05  # the run did something
+    assert toy_command("export", tmp_path / "lora", "--out", tmp_path / "adapter.gguf")[0] == 0
+    theirs = llama_cpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf").log_probabilities(IDS, V)
+    assert np.abs(theirs - as_there(toy.load(tmp_path / "lora", backend="numpy"))).max() <= BAR
+    with GGUF.open(tmp_path / "adapter.gguf") as gguf:
+        assert gguf.architecture == RELATIVES[name].architecture
 
 
 @pytest.mark.parametrize("arch", [name for name, (_, fields) in language_models().items() if fields])
