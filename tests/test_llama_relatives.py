@@ -339,7 +339,7 @@ CAUTION = {
 )
 def test_every_key_is_used_or_refused_by_name(llama_cpp, tmp_path, name):
     row = RELATIVES["llama" if name == "mistral3" else name]
-    row = row._replace(odd={"d_model": 24, "head_dim": 8})
+    row = row._replace(odd={"d_model": 96, "head_dim": 32})  # heads wide enough for YaRN to tell contexts apart
     config = make_config(row, {**ODD, "rope_base": 1000.0})
     write_gguf(tmp_path / "plain.gguf", config, random_parameters(config), TOKENIZER)
     plain = llama_cpp(tmp_path / "plain.gguf").log_probabilities(IDS, V)
