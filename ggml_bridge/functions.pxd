@@ -9,6 +9,7 @@ cdef extern from "functions.h" nogil:
         GGML_MAX_N_THREADS
         GGML_N_TASKS_MAX
         GGML_TENSOR_FLAG_OUTPUT
+        GGML_ROPE_TYPE_NEOX
         GGML_STATUS_SUCCESS
 
     enum ggml_type:

@@ -696,7 +696,7 @@ cdef class Graph:
             raise ValueError(f"rms_norm: eps must not be negative: {eps}")
         return self.record(ggml_rms_norm(self.recording(), x.t, epsilon), x.ndim)
 
-    cdef tuple rope_args(self, a, positions, n_dims, base, str op):
+    cdef tuple rope_args(self, a, positions, n_dims, base, halves, factors, magnitude, str op):
         cdef Tensor x = self.arg_f32(a, op, "a")
         cdef Tensor p = self.arg(positions, op, "positions")
         if x.ndim < 3:
@@ -709,24 +709,40 @@ cdef class Graph:
         cdef double frequency = checked_float(base, f"{op}: base")
         if frequency <= 0:
             raise ValueError(f"{op}: base must be positive, not {base}")
-        return x, p, rotated, frequency
+        cdef Tensor f = None
+        if factors is not None:
+            f = self.arg_f32(factors, op, "factors")
+            if f.ndim != 1 or f.t.ne[0] != rotated // 2 or not ggml_is_contiguous(f.t):
+                raise ValueError(f"{op}: factors must be f32 ({rotated // 2},), one for each pair, not {f!r}")
+        cdef int mode = GGML_ROPE_TYPE_NEOX if halves else 0
+        return x, p, f, rotated, mode, frequency, checked_float(magnitude, f"{op}: magnitude")
 
-    def rope(self, a, positions, n_dims=None, base=10000.0):
-        """Rotary positions over interleaved pairs of the last axis: a (..., T, heads, d), positions i32 (T,)."""
-        x, p, rotated, frequency = self.rope_args(a, positions, n_dims, base, "rope")
+    def rope(self, a, positions, n_dims=None, base=10000.0, halves=False, factors=None, magnitude=1.0):
+        """Rotary positions over pairs of the last axis: a (..., T, heads, d), positions i32 (T,).
+
+        halves: pairs are (i, i + n_dims/2), not (2i, 2i+1). factors: f32 (n_dims/2,), they divide the frequencies, or None.
+        magnitude: multiplies what was turned.
+        """
+        x, p, f, rotated, mode, frequency, scale = self.rope_args(
+            a, positions, n_dims, base, halves, factors, magnitude, "rope"
+        )
         return self.record(
             ggml_rope_ext(
-                self.recording(), (<Tensor>x).t, (<Tensor>p).t, NULL, rotated, 0, 0, frequency, 1.0, 0.0, 1.0, 0.0, 0.0
+                self.recording(), (<Tensor>x).t, (<Tensor>p).t, NULL if f is None else (<Tensor>f).t, rotated, mode, 0,
+                frequency, 1.0, 0.0, scale, 0.0, 0.0
             ),
             x.ndim,
         )
 
-    def rope_back(self, d_y, positions, n_dims=None, base=10000.0):
+    def rope_back(self, d_y, positions, n_dims=None, base=10000.0, halves=False, factors=None, magnitude=1.0):
         """The gradient of `rope`: the opposite rotation."""
-        x, p, rotated, frequency = self.rope_args(d_y, positions, n_dims, base, "rope_back")
+        x, p, f, rotated, mode, frequency, scale = self.rope_args(
+            d_y, positions, n_dims, base, halves, factors, magnitude, "rope_back"
+        )
         return self.record(
             ggml_rope_ext_back(
-                self.recording(), (<Tensor>x).t, (<Tensor>p).t, NULL, rotated, 0, 0, frequency, 1.0, 0.0, 1.0, 0.0, 0.0
+                self.recording(), (<Tensor>x).t, (<Tensor>p).t, NULL if f is None else (<Tensor>f).t, rotated, mode, 0,
+                frequency, 1.0, 0.0, scale, 0.0, 0.0
             ),
             x.ndim,
         )

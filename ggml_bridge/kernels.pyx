@@ -224,6 +224,7 @@ cdef void add_partials_node(ggml_tensor* dst, int ith, int nth, void* params) no
 cdef struct ElementwiseNode:    # the params
     Kernel kernel
     int64_t is_backward
+    double factor
 
 
 cdef void elementwise_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
@@ -241,7 +242,7 @@ cdef void elementwise_node(ggml_tensor* dst, int ith, int nth, void* params) noe
         a.d_y, a.d_y_stride = data(dst.src[0]), stride(dst.src[0])
     a.out, a.out_stride = data(dst), stride(dst)
     a.out2, a.out2_stride = a.out + a.columns, stride(dst)
-    a.factor = 0
+    a.factor = node.factor
     node.kernel(&a, ith, nth)
 
 
@@ -252,7 +253,7 @@ cdef void rope_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept n
     cdef const ggml_tensor* x = dst.src[0]
     cdef const int64_t* numbers = <const int64_t*> params
     a.n, a.n_heads, a.d_head = x.ne[1], numbers[0], x.ne[0] // numbers[0]
-    a.direction = numbers[1]
+    a.direction, a.halves = numbers[1], numbers[2]
     a.positions = <const long long*> dst.src[1].data
     a.cosines = data(dst.src[2])
     a.sines = data(dst.src[3])
@@ -264,7 +265,8 @@ cdef void rope_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept n
 
 cdef inline void fill_attention(Attention* a, const int64_t* numbers, const ggml_tensor* q, const ggml_tensor* k,
                                 const ggml_tensor* v) noexcept nogil:
-    a.batch, a.n_heads, a.n_kv_heads, a.causal = numbers[0], numbers[1], numbers[2], numbers[3]
+    a.batch, a.n_heads, a.n_kv_heads, a.causal, a.window = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    a.softcap = (<double*> numbers)[5]
     a.t_q, a.t_k, a.d_head = q.ne[1] // a.batch, k.ne[1] // a.batch, q.ne[0] // a.n_heads
     a.q, a.q_stride, a.k, a.k_stride, a.v, a.v_stride = data(q), stride(q), data(k), stride(k), data(v), stride(v)
 
@@ -413,18 +415,20 @@ POOL = runner_capsule(run_on_pool)
 NAMES = {id(value): name.lower() for name, value in dict(globals()).items() if type(value).__name__ == "PyCapsule"}
 
 
-def attention_scratch_floats(t_k):
-    """Floats of scratch that one thread of the attention kernels needs for t_k keys."""
+def attention_scratch_floats(t_k, softcap=0.0):
+    """Floats of scratch that one thread of the attention kernels needs for t_k keys; softcap: 0 = none."""
     cdef Attention a
-    a.t_k = t_k
+    a.t_k, a.softcap = t_k, softcap
     return attention_scratch(&a)
 
 
-def elementwise(name):
-    """The params of an ELEMENTWISE node: "gelu", "gelu_backward", ... as `toy._kernels.elementwise` calls them."""
+def elementwise(name, factor=0.0):
+    """The params of an ELEMENTWISE node: "gelu", "gelu_backward", ... as `toy._kernels.elementwise` calls them. factor: the
+    number that some of them take."""
     cdef ElementwiseNode node
     node.kernel = elementwise_kernel(name)
     node.is_backward = name.endswith("_backward")
+    node.factor = factor
     return (<char*> &node)[:sizeof(ElementwiseNode)]
 
 

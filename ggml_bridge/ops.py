@@ -114,6 +114,30 @@ def gelu_backward(g: Graph, d_out: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor
     return (g.mul(d_out, g.add(g.scale(t, 0.5, 0.5), slope)),)
 
 
+def geglu(g: Graph, gate: Tensor, up: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """gelu(gate) * up (Shazeer 2020, eq. 5)."""
+    activation, t = gelu(g, contiguous(g, gate))
+    return g.mul(activation, up), (activation, t)
+
+
+def geglu_backward(
+    g: Graph, d_out: Tensor, cache: tuple[Tensor, Tensor], gate: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor]:
+    activation, t = cache
+    (d_gate,) = gelu_backward(g, g.mul(d_out, up), t, contiguous(g, gate))
+    return d_gate, g.mul(d_out, activation)
+
+
+def softcap(g: Graph, x: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """cap * tanh(x / cap)."""
+    t = g.tanh(g.scale(contiguous(g, x), 1.0 / cap))
+    return g.scale(t, cap), t
+
+
+def softcap_backward(g: Graph, d_out: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor]:
+    return (g.mul(d_out, g.scale(g.sqr(t), -1.0, 1.0)),)
+
+
 def silu(g: Graph, x: Tensor) -> tuple[Tensor, None]:
     """x * sigmoid(x)."""
     return g.silu(x), None

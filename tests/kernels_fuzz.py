@@ -235,11 +235,14 @@ def norm(p):
 def elementwise(p):
     n, d = p.size(), p.size()
     x, up = p.matrix(n, d), p.matrix(n, d)
-    kind = p.pick(["gelu", "silu", "swiglu"])
-    p.call("y, c", f"ops.{kind}", *([x, up] if kind == "swiglu" else [x]))
+    kind = p.pick(["gelu", "geglu", "silu", "softcap", "swiglu"])
+    more = [up] if kind.endswith("glu") else [p.number(2.5)] if kind == "softcap" else []
+    p.call("y, c", f"ops.{kind}", x, *more)
     p.call("y", "ops.add", x, up)
     p.disturb(x, up)
-    p.backward(f"ops.{p.pick(['gelu', 'silu', 'swiglu']) if p.rarely(10) else kind}_backward", p.matrix(n, d), "c")
+    p.backward(
+        f"ops.{p.pick(['gelu', 'geglu', 'softcap', 'swiglu']) if p.rarely(10) else kind}_backward", p.matrix(n, d), "c"
+    )
     p.call("y", "ops.scale", x, p.number(0.5))
 
 
@@ -254,7 +257,11 @@ def embedding(p):
 def rope(p):
     n, heads, half = p.size(), p.pick([1, 2, 3]), p.pick([1, 2, 4])
     x, positions = p.matrix(n, 2 * heads * half), p.integers(n, 0, p.pick([9, 3000, 2**24]))
-    p.call("y, c", "ops.rope", x, positions, p.count(heads), p.number(10000.0))
+    factors = p.pick(
+        ["None", f"({1.5 * half},) * {half}", f"(1.0,) * {half + 1}", f"[2] * {half}", "[0.0]", "'f'", "[{}]"]
+    )
+    options = [p.pick(["False", "True", "None"]), factors, p.number(1.25)] if p.rarely(2) else []
+    p.call("y, c", "ops.rope", x, positions, p.count(heads), p.number(10000.0), *options)
     p.disturb(x, positions)
     p.backward("ops.rope_backward", p.matrix(n, 2 * heads * half), "c")
 
@@ -272,6 +279,8 @@ def attention(p):
     causal = p.pick(["True", "False", "True", "None", "np.zeros(2)", "0"])
     p.run(f"flag = {causal}")
     arguments = [q, k, v, p.count(batch), p.count(kv_heads * group), p.count(kv_heads), "flag"]
+    if p.rarely(2):
+        arguments += [p.pick(["None", "1", "3", "0", "'w'"]), p.pick(["None", "0.5", "0.0", "-1", "'c'"])]
     if causal == "np.zeros(2)":
         p.run(f"y, c = ops.attention({', '.join(arguments)})")
     else:

@@ -180,6 +180,22 @@ def test_rope_rotates_interleaved_pairs_and_back():
     assert relative_error(back, x) < 1e-5
 
 
+def test_rope_rotates_halves_with_factors_and_a_magnitude_and_back():
+    x, positions, factors = normal(5, 3, 8), np.array([0, 1, 7, 2, 100]), np.array([1.0, 2.5, 8.0, 3.0], np.float32)
+    options = {"base": 1000.0, "halves": True, "magnitude": 1.5}
+    turned, back = run_graph(
+        lambda g, x, p, f: (y := g.rope(x, p, factors=f, **options), g.rope_back(y, p, factors=f, **options)),
+        x,
+        positions,
+        factors,
+    )
+    angle = positions[:, None, None] * 1000.0 ** (-np.arange(0, 8, 2) / 8) / factors
+    a, b = x[..., :4], x[..., 4:]
+    expected = 1.5 * np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
+    assert relative_error(turned, expected) < 1e-5
+    assert relative_error(back, 1.5**2 * x) < 1e-5
+
+
 def test_rope_of_a_part_of_the_head():
     x = normal(2, 1, 8)
     turned = run_graph(lambda g, x, p: g.rope(x, p, 4), x, np.array([3, 5]))
@@ -760,6 +776,11 @@ REFUSED = {
     "soft_max_ext": (lambda g, m: g.soft_max_ext(m, g.input((4, 8))), ValueError, "does not fit"),
     "rope": (lambda g, m: g.rope(m, g.input((5,), "i32")), ValueError, "heads"),
     "rope, odd": (lambda g, m: g.rope(g.input((5, 1, 7)), g.input((5,), "i32")), ValueError, "even"),
+    "rope, factors": (
+        lambda g, m: g.rope(g.input((5, 1, 8)), g.input((5,), "i32"), factors=g.input((8,))),
+        ValueError,
+        r"factors must be f32 \(4,\)",
+    ),
     "rope, positions": (lambda g, m: g.rope(g.input((5, 1, 8)), g.input((4,), "i32")), ValueError, "positions"),
     "get_rows with floats": (lambda g, m: g.get_rows(m, g.input((3,))), ValueError, "i32"),
     "get_rows by a wide argmax": (lambda g, m: g.get_rows(m, g.argmax(g.input((2, 6)))), ValueError, "<= 5"),

@@ -51,6 +51,10 @@ def test_a_model(tmp_path):
             toy.LlamaConfig(7, 32, 4, 4, 48, 3, 16, rope_base=5e5, untied=True, qkv_bias=True),
             ["RoPE(H W_qᵀ + b)", "K_hᵀ", "W_outᵀ", "500000"],
         ),
+        (
+            toy.LlamaConfig(7, 32, 4, 4, 48, 3, 16, rope_halves=True, qk_norm=True, qkv_bias=True),
+            ["Q ← RoPE(RMSNorm(H W_qᵀ + b, g_q))", "K ← RoPE(RMSNorm(H W_kᵀ + b, g_k));  V ← H W_vᵀ + b", "(i, i+4)"],
+        ),
         (toy.GPT2Config(7, 32, 4, 64, 3, 16), ["W_p is 16 x 32", "U ← GELU", "T x 64", "LayerNorm(X, g, b) Eᵀ"]),
     ],
 )

@@ -360,19 +360,22 @@ def rewritten(path, change):
     ("change", "error", "message"),
     [
         (
-            {"general.architecture": "qwen2"},
+            {"general.architecture": "falcon"},
             UnsupportedModelError,
-            "architecture 'qwen2'; this library has llama and gpt2",
+            "architecture 'falcon'; this library has llama and gpt2",
         ),
+        ({"general.architecture": "qwen3moe"}, UnsupportedModelError, "mixture of experts"),
         ({"general.type": "adapter"}, UnsupportedModelError, "general.type is 'adapter'"),
-        ({"llama.rope.scaling.type": "yarn"}, UnsupportedModelError, "rope.scaling.type = 'yarn'"),
-        ({"llama.rope.scaling.factor": 4.0}, UnsupportedModelError, "rope.scaling.factor = 4.0"),
+        ({"llama.rope.scaling.type": "longrope"}, UnsupportedModelError, "rope.scaling.type = 'longrope'"),
+        ({"llama.rope.scaling.factor": -4.0}, BadFileError, "rope.scaling.factor = -4.0"),
+        ({"llama.rope.scaling.factor": "4"}, BadFileError, "rope.scaling.factor = '4'"),
+        ({"llama.rope.scaling.attn_factor": float("inf")}, BadFileError, "attn_factor = inf"),
+        ({"llama.expert_count": 8}, UnsupportedModelError, r"mixture of experts \(llama.expert_count = 8\)"),
         (
-            {"llama.rope.scaling.attn_factor": 0.5},
+            {"llama.nextn_predict_layers": 1},
             UnsupportedModelError,
-            "attn_factor = 0.5, which this library's Llama",
+            "nextn_predict_layers = 1, which this library's Llama",
         ),
-        ({"llama.expert_count": 8}, UnsupportedModelError, "expert_count = 8"),
         ({"llama.rope.dimension_count": 4}, UnsupportedModelError, "rope.dimension_count = 4 and heads of 8"),
         ({"llama.block_count": None}, BadFileError, "no metadata key llama.block_count"),
         ({"llama.block_count": 2**31}, BadFileError, "llama.block_count = 2147483648"),
@@ -460,10 +463,28 @@ def test_the_keys_that_are_written(name):
 
 
 def test_every_field_of_a_config_is_said_by_every_form():
-    assert list(gguf_models.FORMS) == ["llama", "mistral3", "gpt2"]
+    assert list(gguf_models.FORMS) == [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "granite",
+        "smollm3",
+        "gemma2",
+        "gemma3",
+        "olmo2",
+        "mistral3",
+        "gpt2",
+    ]
     for name, (row, form) in gguf_models.FORMS.items():
         fields = {field.name for field in dataclasses.fields(row.config)}
-        said = {"vocab_size", *(key.field for key in form.keys), *form.tensors, *form.fixed}
+        said = {
+            "vocab_size",
+            *(key.field for key in form.keys),
+            *form.tensors,
+            *form.vectors,
+            *form.derived,
+            *form.fixed,
+        }
         assert said == fields, name
         keys = [key.key for key in form.keys] + [*form.constants, *form.harmless]
         assert len(keys) == len(set(keys)), name
@@ -505,7 +526,7 @@ def test_mistral3_is_read_as_the_llama_it_is(ministral, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("attention.temperature_scale", 0.5), ("rope.scaling.type", "yarn"), ("rope.scaling.attn_factor", 1.5)],
+    [("rope.scaling.yarn_beta_fast", 8.0), ("rope.scaling.yarn_beta_slow", 0.5), ("nextn_predict_layers", 1)],
 )
 def test_what_a_llama_cannot_do_is_refused_by_name(ministral, key, value):
     path, *_ = ministral

@@ -267,6 +267,22 @@ def test_zero_rows(n_threads):
     assert accelerated.sum_of_squares(nothing) == 0.0
 
 
+@pytest.mark.parametrize("window", [1, 40, 64, 70, 1000])
+@pytest.mark.parametrize("past", [0, 90])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_window_across_the_blocks_of_queries(window, past, softcap):
+    """Blocks whose first keys are hidden from all of their queries, and from some."""
+    q, k, v, d_out = (normal(2 * t, width) for t, width in ((150, 24), (150 + past, 8), (150 + past, 8), (150, 24)))
+    arguments = (2, 3, 1, True, window, softcap)
+    out, cache = accelerated.attention(q, k, v, *arguments)
+    expected, expected_cache = reference.attention(*(a.astype(np.float64) for a in (q, k, v)), *arguments)
+    assert np.abs(out - expected).max() <= 2e-6 * np.abs(expected).max()
+    given = accelerated.attention_backward(d_out, cache)
+    for d, wanted in zip(given, reference.attention_backward(d_out.astype(np.float64), expected_cache)):
+        assert np.abs(d - wanted).max() <= 4e-6 * np.abs(wanted).max()
+    assert np.abs(cache.probabilities - expected_cache.probabilities).max() < 1e-5
+
+
 def test_nan_stays_visible(n_threads):
     """One NaN in a row shows in everything that depends on the row, and in nothing else."""
     x = normal(70, 32)

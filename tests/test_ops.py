@@ -33,10 +33,12 @@ OWN_SHAPES = {
             "n_heads": st.integers(1, 4),
             "d_head": st.sampled_from([2, 4, 6, 16, 18, 34]),
             "base": st.sampled_from([10000.0, 100000.0]),
+            "halves": st.booleans(),
+            "scaled": st.booleans(),
         }
     ),
     "attention": st.builds(
-        lambda batch, t_q, past, kv, group, d_head, causal: {
+        lambda batch, t_q, past, kv, group, d_head, causal, window, softcap: {
             "batch": batch,
             "t_q": t_q,
             "t_k": t_q + past,
@@ -44,6 +46,8 @@ OWN_SHAPES = {
             "n_kv_heads": kv if group > 1 else None,
             "d_head": d_head,
             "causal": causal,
+            "window": window if causal else None,
+            "softcap": softcap,
         },
         st.integers(1, 3),
         st.sampled_from([1, 2, 3, 7, 8, 17, 33]),
@@ -52,6 +56,8 @@ OWN_SHAPES = {
         st.integers(1, 3),
         st.sampled_from([1, 2, 3, 8, 15, 16, 17, 32]),
         st.booleans(),
+        st.sampled_from([None, None, 1, 2, 7, 16, 40]),
+        st.sampled_from([None, None, 0.75, 20.0]),
     ),
     "cross_entropy": st.fixed_dictionaries({"rows": ROWS, "vocab": WIDTHS, "dense": st.booleans()}),
 }
@@ -119,6 +125,12 @@ def term_sizes(case, cotangent):
         }
     if case.op == "gelu":  # 1 + tanh, where the tanh is nearly -1
         return {"(output)": np.abs(inputs["x"]).max() / 2, "x": np.abs(cotangent).max()}
+    if case.op == "geglu":
+        return {
+            "(output)": np.abs(inputs["gate"]).max() / 2 * np.abs(inputs["up"]).max(),
+            "gate": np.abs(cotangent * inputs["up"]).max(),
+            "up": np.abs(cotangent * inputs["gate"]).max() / 2,
+        }
     if case.op == "silu":  # its derivative crosses 0
         return {"x": np.abs(cotangent).max()}
     if case.op == "swiglu":

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from toy.models.rotation import rotation
+
 torch.set_num_threads(1)  # the shapes are tiny, and waiting threads take time from the library under test
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,17 +45,32 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-def rope(x, positions, n_heads, base):
+def geglu(gate, up):
+    return gelu(gate) * up
+
+
+def softcap(x, cap=30.0):
+    return cap * torch.tanh(x / cap)
+
+
+def rope(x, positions, n_heads, base, halves=False, factors=None, magnitude=1.0):
     """Pairs as complex numbers: a rotation is a multiplication by e^(i angle)."""
     rows, width = x.shape
     half = width // n_heads // 2
     frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    if factors is not None:
+        frequencies = frequencies / torch.as_tensor(factors, dtype=torch.float64)
     angles = torch.as_tensor(positions, dtype=torch.float64)[:, None, None] * frequencies  # (N, 1, half)
+    turn = torch.polar(torch.full_like(angles, magnitude), angles)
+    if halves:
+        a, b = x.reshape(rows, n_heads, 2, half).unbind(2)
+        turned = torch.complex(a, b) * turn
+        return torch.cat([turned.real, turned.imag], dim=2).reshape(rows, width)
     pairs = torch.view_as_complex(x.reshape(rows, n_heads, half, 2))
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).reshape(rows, width)
+    return torch.view_as_real(pairs * turn).reshape(rows, width)
 
 
-def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
+def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True, window=None, softcap=None):
     kv = n_kv_heads or n_heads
     q = q.reshape(batch, -1, n_heads, q.shape[1] // n_heads).transpose(1, 2)  # (B, heads, Tq, d_head)
     k, v = (
@@ -62,7 +79,13 @@ def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
     )
     t_q, t_k = q.shape[2], k.shape[2]
     seen = torch.ones(t_q, t_k, dtype=torch.bool).tril(t_k - t_q) if causal else None
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    if window is not None:
+        seen = seen.triu(t_k - t_q - window + 1)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    else:
+        scores = softcap * torch.tanh(q @ k.transpose(2, 3) / (softcap * q.shape[3] ** 0.5))
+        out = torch.softmax(scores if seen is None else scores.masked_fill(~seen, -torch.inf), dim=3) @ v
     return out.transpose(1, 2).reshape(batch * t_q, -1)
 
 
@@ -75,7 +98,21 @@ def cross_entropy(logits, labels):
 
 
 OPS = {
-    f.__name__: f for f in (embedding, linear, rms_norm, layer_norm, gelu, silu, swiglu, rope, attention, cross_entropy)
+    f.__name__: f
+    for f in (
+        embedding,
+        linear,
+        rms_norm,
+        layer_norm,
+        gelu,
+        geglu,
+        softcap,
+        silu,
+        swiglu,
+        rope,
+        attention,
+        cross_entropy,
+    )
 }
 
 
@@ -165,26 +202,52 @@ def vit(p, config, images):
 
 
 def llama(p, config, token_ids):
-    """Where there are parameters `<name>.lora_a` and `<name>.lora_b`, an adapter of scale 1 joins the projection."""
+    """Where there are parameters `<name>.lora_a` and `<name>.lora_b`, an adapter of scale 1 joins the projection.
+
+    How far RoPE turns is taken from the library: tests/test_llama_relatives.py compares that with llama.cpp."""
     batch, t_seq = token_ids.shape
     positions = torch.arange(t_seq).repeat(batch)
-    eps, base = config.rms_eps, config.rope_base
+    eps, turns, residual = config.rms_eps, (rotation(config), rotation(config, True)), config.residual_scale
+    scores = 1.0 if config.attention_scale is None else config.attention_scale * config.d_head**0.5
 
     def project(x, name):
         y = F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
         return y + x @ p[f"{name}.lora_a"].T @ p[f"{name}.lora_b"].T if f"{name}.lora_a" in p else y
 
-    x = embed(p, token_ids).reshape(batch * t_seq, -1)
+    def place(x, name, heads, layer):
+        """x: (B*T, heads*d_head) as attention sees it."""
+        if f"{name}_norm.weight" in p:
+            gain = p[f"{name}_norm.weight"]
+            x = F.rms_norm(x.reshape(len(x), -1, len(gain)), (len(gain),), gain, eps).flatten(1)
+        if config.rope_skips and layer % config.rope_skips == config.rope_skips - 1:
+            return x
+        return rope(x, positions, heads, **turns[windows[layer] is not None])
+
+    def leave(x, name):
+        return residual * normed(x, name)
+
+    def normed(x, name):
+        return rms_norm(x, p[name], eps) if name in p else x
+
+    pattern = config.window_pattern or config.n_layers + 1
+    windows = [None if i % pattern == pattern - 1 else config.sliding_window for i in range(config.n_layers)]
+
+    x = config.embedding_scale * embed(p, token_ids).reshape(batch * t_seq, -1)
     for i in range(config.n_layers):
         block = f"blk.{i}"
-        h = rms_norm(x, p[f"{block}.attn_norm.weight"], eps)
+        h = normed(x, f"{block}.attn_norm.weight")
         q, k, v = (project(h, f"{block}.attn_{name}") for name in "qkv")
-        q, k = rope(q, positions, config.n_heads, base), rope(k, positions, config.n_kv_heads, base)
-        x = x + project(attention(q, k, v, batch, config.n_heads, config.n_kv_heads), f"{block}.attn_output")
-        h = rms_norm(x, p[f"{block}.ffn_norm.weight"], eps)
-        h = swiglu(project(h, f"{block}.ffn_gate"), project(h, f"{block}.ffn_up"))
-        x = x + project(h, f"{block}.ffn_down")
-    return unembed(p, rms_norm(x, p["output_norm.weight"], eps))
+        q, k = place(q, f"{block}.attn_q", config.n_heads, i), place(k, f"{block}.attn_k", config.n_kv_heads, i)
+        a = attention(
+            scores * q, k, v, batch, config.n_heads, config.n_kv_heads, True, windows[i], config.attention_softcap
+        )
+        x = x + leave(project(a, f"{block}.attn_output"), f"{block}.post_attention_norm.weight")
+        h = normed(x, f"{block}.ffn_norm.weight")
+        gated = geglu if config.geglu else swiglu
+        h = gated(project(h, f"{block}.ffn_gate"), project(h, f"{block}.ffn_up"))
+        x = x + leave(project(h, f"{block}.ffn_down"), f"{block}.post_ffw_norm.weight")
+    logits = unembed(p, rms_norm(x, p["output_norm.weight"], eps)) / config.logit_scale
+    return logits if config.logit_softcap is None else softcap(logits, config.logit_softcap)
 
 
 MODELS = {"transformer": transformer, "gpt2": gpt2, "llama": llama, "vit": vit}  # by the `arch` of a model

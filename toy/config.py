@@ -3,6 +3,7 @@
 Every value is checked when the object is made: a config that exists is one that can be realized.
 """
 
+import array
 import math
 from dataclasses import dataclass, fields
 from typing import SupportsIndex
@@ -62,14 +63,40 @@ class GPT2Config(TransformerConfig):
     """
 
 
+ROPE_SCALINGS = ("none", "linear", "yarn")
+_FACTORS = ("rope_scale", "rope_attn_factor", "embedding_scale", "residual_scale", "logit_scale")
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Llama (Touvron et al. 2023): RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases.
+    """Llama (Touvron et al. 2023): RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases; and its many relatives, which
+    differ from it by the fields after head_dim.
 
     n_kv_heads: key/value heads, a divisor of n_heads (fewer than n_heads: grouped-query attention). head_dim: None =
-    d_model / n_heads. rope_base: of the rotation frequencies. rms_eps: added to the mean square. untied: an output matrix of
-    its own instead of the embedding. qkv_bias: biases on the query, key and value projections.
-    Raises ValueError for a value below 1, heads that do not divide, and an odd head_dim (RoPE turns pairs).
+    d_model / n_heads. rope_base: of the rotation frequencies. rms_eps: added to the mean square.
+
+    untied: an output matrix of its own instead of the embedding. qkv_bias, attn_output_bias, mlp_bias: biases on the query,
+    key and value projections, on the one after attention, on the three of the MLP. qk_norm: an RMSNorm on every head's query
+    and key (Qwen 3).
+
+    rope_halves: RoPE turns the pairs (i, i + head_dim/2) of a head (Qwen), not (2i, 2i+1). rope_skips: every so many-th layer
+    goes without RoPE (SmolLM3: 4), 0 = none. rope_factors: head_dim/2 numbers that divide the frequencies (Llama 3.1).
+    rope_scaling: "none", "linear" or "yarn", how the angles are stretched for a context rope_scale times as long as that of
+    training, which for yarn is rope_original_context (None: context_length). rope_attn_factor: multiplies what was turned.
+    yarn_log_multiplier: how much of yarn's sharper attention is taken back (Mistral 3: 1, all of it).
+
+    embedding_scale, residual_scale: multiply the embeddings, and what a block adds to the residual stream. logit_scale:
+    divides the logits. attention_scale: multiplies the scores, None = 1 / sqrt(head_dim) (Granite).
+
+    geglu: GELU in place of SiLU in the MLP. post_norms: an RMSNorm on what attention and MLP add to the residual stream.
+    attention_softcap, logit_softcap: bounds of the scores and of the logits, reached through a tanh, None = none.
+    sliding_window: of a token's predecessors and itself, attention sees the last so many, None = all; every
+    window_pattern-th layer sees all (0 = none does). rope_local_base: rope_base of the layers with a window, where RoPE is
+    not scaled, None = as the others (Gemma 2 and 3). no_pre_norms: attention and MLP read the residual stream as it is.
+    qk_norm_together: qk_norm is one norm over all heads (OLMo 2).
+
+    Raises ValueError for a value below 1, heads that do not divide, an odd head_dim (RoPE turns pairs), and numbers that are
+    not above 0.
     """
 
     vocab_size: int
@@ -84,6 +111,30 @@ class LlamaConfig:
     head_dim: int | None = None
     untied: bool = False
     qkv_bias: bool = False
+    attn_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope_halves: bool = False
+    rope_skips: int = 0
+    rope_factors: tuple[float, ...] | None = None
+    rope_scaling: str = "none"
+    rope_scale: float = 1.0
+    rope_original_context: int | None = None
+    rope_attn_factor: float = 1.0
+    yarn_log_multiplier: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_scale: float | None = None
+    geglu: bool = False
+    post_norms: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    sliding_window: int | None = None
+    window_pattern: int = 0
+    rope_local_base: float | None = None
+    no_pre_norms: bool = False
+    qk_norm_together: bool = False
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_layers", "context_length")
@@ -99,9 +150,48 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", check_positive_int("head_dim", self.head_dim))
         if self.d_head % 2:
             raise ValueError(f"head_dim must be even, because RoPE turns pairs: got {self.head_dim}")
-        for name in ("rope_base", "rms_eps"):
+        for name in ("rope_base", "rms_eps", *_FACTORS):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
+        for name in ("attention_scale", "attention_softcap", "logit_softcap", "rope_local_base"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+        for name in ("rope_skips", "window_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        if self.qk_norm_together and not self.qk_norm:
+            raise ValueError("qk_norm_together is a kind of qk_norm: set both, or neither")
+        if self.sliding_window is not None:
+            object.__setattr__(self, "sliding_window", check_positive_int("sliding_window", self.sliding_window))
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        if self.rope_factors is not None:
+            factors = tuple(array.array("f", self.rope_factors))  # rounded as in a file
+            if len(factors) != self.d_head // 2 or not all(math.isfinite(f) and f > 0 for f in factors):
+                raise ValueError(
+                    f"rope_factors must be {self.d_head // 2} positive numbers, one for each pair of a head, "
+                    f"got {str(self.rope_factors)[:60]}"
+                )
+            object.__setattr__(self, "rope_factors", factors)
+        if self.rope_scaling not in ROPE_SCALINGS:
+            raise ValueError(f"rope_scaling must be one of {', '.join(ROPE_SCALINGS)}, got {self.rope_scaling!r}")
+        # one way to say each thing: a scale of 1 is no scaling, and only yarn asks what context there was
+        if self.rope_scaling == "none" or self.rope_scale == 1:
+            object.__setattr__(self, "rope_scaling", "none")
+            object.__setattr__(self, "rope_scale", 1.0)
+        if not (math.isfinite(self.yarn_log_multiplier) and self.yarn_log_multiplier >= 0):
+            raise ValueError(f"yarn_log_multiplier must be a number of at least 0, got {self.yarn_log_multiplier!r}")
+        context = None
+        if self.rope_scaling != "yarn":
+            object.__setattr__(self, "yarn_log_multiplier", 0.0)
+        else:
+            context = check_positive_int("rope_original_context", self.rope_original_context or self.context_length)
+            if self.rope_base == 1:
+                raise ValueError("rope_base must not be 1 with yarn: all pairs would turn alike")
+        object.__setattr__(self, "rope_original_context", context)
 
     @property
     def d_head(self) -> int:

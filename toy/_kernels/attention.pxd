@@ -4,6 +4,8 @@
 cdef struct Attention:
     Py_ssize_t batch, n_heads, n_kv_heads, t_q, t_k, d_head    # n_heads is a multiple of n_kv_heads
     bint causal              # query i sees keys 0 .. t_k - t_q + i (then t_k >= t_q)
+    Py_ssize_t window        # of the keys up to its own place a query sees the last so many; 0: all of them
+    float softcap            # scores s become softcap * tanh(s / softcap); 0: they stay
     const float* q           # (batch*t_q, n_heads*d_head)
     Py_ssize_t q_stride
     const float* k           # (batch*t_k, n_kv_heads*d_head)
@@ -12,7 +14,7 @@ cdef struct Attention:
     Py_ssize_t v_stride
     float* out               # (batch*t_q, n_heads*d_head); the forward only, written
     Py_ssize_t out_stride
-    float* largest           # (batch*n_heads, t_q) the largest q.k of each query row; the backward reads it
+    float* largest           # (batch*n_heads, t_q) the largest q.k (capped: score) of each query row; the backward reads it
     float* scratch           # nth * attention_scratch(args) floats, slice ith uses part ith
     # the backward only
     const float* d_out       # (batch*t_q, n_heads*d_head)

@@ -9,7 +9,7 @@ idea of FlashAttention, Dao et al. 2022).
 
 cimport cython
 from libc.limits cimport INT_MAX
-from libc.math cimport INFINITY, sqrt
+from libc.math cimport INFINITY, sqrt, tanhf
 from libc.string cimport memset
 
 import numpy as np
@@ -17,7 +17,9 @@ import numpy as np
 cimport numpy as cnp
 
 from toy._kernels cimport blas
-from toy._kernels.arrays cimport ANY, Matrix, check_cache, check_filled, get_count, get_matrix, new_matrix
+from toy._kernels.arrays cimport (
+    ANY, Matrix, check_cache, check_filled, get_count, get_matrix, get_number, new_matrix,
+)
 from toy._kernels.memory cimport empty_matrix, empty_vector, matrix_view
 from toy._kernels.threads cimport run, slice_start
 
@@ -39,6 +41,25 @@ cdef inline Py_ssize_t visible_keys(const Attention* a, Py_ssize_t query) noexce
     return a.t_k - a.t_q + query + 1 if a.causal else a.t_k
 
 
+cdef inline Py_ssize_t first_key(const Attention* a, Py_ssize_t query) noexcept nogil:
+    """The first key that the query row sees."""
+    return max(0, a.t_k - a.t_q + query - a.window + 1) if a.window else 0
+
+
+cdef inline void hide_before(float* row, Py_ssize_t first) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(first):
+        row[j] = -INFINITY
+
+
+cdef inline void cap_scores(float* row, Py_ssize_t n, float scale, float softcap) noexcept nogil:
+    """q.k -> softcap * tanh(scale * q.k / softcap)."""
+    cdef Py_ssize_t j
+    cdef float inner = scale / softcap
+    for j in range(n):
+        row[j] = softcap * tanhf(inner * row[j])
+
+
 cdef inline Py_ssize_t hide_rest(float* row, Py_ssize_t seen) noexcept nogil:
     """Give the scores after the visible ones no weight, up to the end of a vector; returns that end.
 
@@ -51,7 +72,7 @@ cdef inline Py_ssize_t hide_rest(float* row, Py_ssize_t seen) noexcept nogil:
 
 
 cdef Py_ssize_t attention_scratch(const Attention* a) noexcept nogil:
-    return 2 * BLOCK * ((a.t_k + 15) // 16 * 16)
+    return (3 if a.softcap > 0 else 2) * BLOCK * ((a.t_k + 15) // 16 * 16)
 
 
 cdef void attention_forward(void* args, int ith, int nth) noexcept nogil:
@@ -59,8 +80,9 @@ cdef void attention_forward(void* args, int ith, int nth) noexcept nogil:
     cdef Py_ssize_t blocks = (a.t_q + BLOCK - 1) // BLOCK
     cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
     cdef Py_ssize_t units = a.batch * a.n_heads * blocks
-    cdef Py_ssize_t unit, b, h, first, rows, keys, width, i, j, seen, end
+    cdef Py_ssize_t unit, b, h, first, rows, start, keys, width, i, j, seen, end
     cdef float scale = <float> (1.0 / sqrt(<double> a.d_head))
+    cdef float of_score = 1.0 if a.softcap > 0 else scale    # what is left to multiply a score with
     cdef float largest, total, inverse, one = 1.0
     cdef float* scores = a.scratch + ith * attention_scratch(a)
     cdef float* row
@@ -73,19 +95,23 @@ cdef void attention_forward(void* args, int ith, int nth) noexcept nogil:
         h = unit // blocks % a.n_heads
         b = unit // blocks // a.n_heads
         rows = min(a.t_q - first, BLOCK)
-        keys = visible_keys(a, first + rows - 1)
+        start = first_key(a, first)    # keys before it no row of the block sees
+        keys = visible_keys(a, first + rows - 1) - start
         width = (keys + 15) // 16 * 16
         q = a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head
-        k = a.k + b * a.t_k * a.k_stride + h // group * a.d_head
-        v = a.v + b * a.t_k * a.v_stride + h // group * a.d_head
+        k = a.k + (b * a.t_k + start) * a.k_stride + h // group * a.d_head
+        v = a.v + (b * a.t_k + start) * a.v_stride + h // group * a.d_head
         out = a.out + (b * a.t_q + first) * a.out_stride + h * a.d_head
         blas.multiply_nt(rows, keys, a.d_head, q, a.q_stride, k, a.k_stride, 0.0, scores, width)
         for i in range(rows):
             row = scores + i * width
-            seen = visible_keys(a, first + i)
+            seen = visible_keys(a, first + i) - start
+            if a.softcap > 0:
+                cap_scores(row, seen, scale, a.softcap)
+            hide_before(row, first_key(a, first + i) - start)
             end = hide_rest(row, seen)
             largest = toy_row_max(row, end)
-            total = toy_row_exp(row, scale, largest, row, end)
+            total = toy_row_exp(row, of_score, largest, row, end)
             a.largest[(b * a.n_heads + h) * a.t_q + first + i] = largest
             inverse = one / total
             for j in range(end):
@@ -99,13 +125,16 @@ cdef void attention_backward_(void* args, int ith, int nth) noexcept nogil:
     cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
     cdef Py_ssize_t pairs = a.batch * a.n_kv_heads
     cdef Py_ssize_t blocks = (a.t_q + BLOCK - 1) // BLOCK
-    cdef Py_ssize_t pair, b, kv_head, h, block, first, rows, keys, width, i, j, seen, end
+    cdef Py_ssize_t pair, b, kv_head, h, block, first, rows, start, keys, width, i, j, seen, end
     cdef float scale = <float> (1.0 / sqrt(<double> a.d_head))
+    cdef float of_score = 1.0 if a.softcap > 0 else scale
     cdef float largest, expected, inverse, one = 1.0
     cdef float* p = a.scratch + ith * attention_scratch(a)     # (rows, keys) probabilities
     cdef float* d_p = p + BLOCK * ((a.t_k + 15) // 16 * 16)    # (rows, keys) their gradient, then that of the scores
+    cdef float* slopes = d_p + BLOCK * ((a.t_k + 15) // 16 * 16)    # (rows, keys) of the cap, where there is one
     cdef float* p_row
     cdef float* d_p_row
+    cdef float* slope
     cdef float* d_q
     cdef float* d_k
     cdef float* d_v
@@ -127,19 +156,29 @@ cdef void attention_backward_(void* args, int ith, int nth) noexcept nogil:
             for block in range(blocks):
                 first = block * BLOCK
                 rows = min(a.t_q - first, BLOCK)
-                keys = visible_keys(a, first + rows - 1)
+                start = first_key(a, first)
+                keys = visible_keys(a, first + rows - 1) - start
                 width = (keys + 15) // 16 * 16
                 q = a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head
                 d_out = a.d_out + (b * a.t_q + first) * a.d_out_stride + h * a.d_head
                 d_q = a.d_q + (b * a.t_q + first) * a.d_q_stride + h * a.d_head
-                blas.multiply_nt(rows, keys, a.d_head, q, a.q_stride, k, a.k_stride, 0.0, p, width)
-                blas.multiply_nt(rows, keys, a.d_head, d_out, a.d_out_stride, v, a.v_stride, 0.0, d_p, width)
+                blas.multiply_nt(
+                    rows, keys, a.d_head, q, a.q_stride, k + start * a.k_stride, a.k_stride, 0.0, p, width
+                )
+                blas.multiply_nt(
+                    rows, keys, a.d_head, d_out, a.d_out_stride, v + start * a.v_stride, a.v_stride, 0.0, d_p, width
+                )
                 for i in range(rows):
-                    p_row, d_p_row = p + i * width, d_p + i * width
-                    seen = visible_keys(a, first + i)
+                    p_row, d_p_row, slope = p + i * width, d_p + i * width, slopes + i * width
+                    seen = visible_keys(a, first + i) - start
+                    if a.softcap > 0:
+                        cap_scores(p_row, seen, scale, a.softcap)
+                        for j in range(seen):
+                            slope[j] = one - (p_row[j] / a.softcap) * (p_row[j] / a.softcap)
+                    hide_before(p_row, first_key(a, first + i) - start)
                     end = hide_rest(p_row, seen)
                     largest = a.largest[(b * a.n_heads + h) * a.t_q + first + i]
-                    inverse = one / toy_row_exp(p_row, scale, largest, p_row, end)
+                    inverse = one / toy_row_exp(p_row, of_score, largest, p_row, end)
                     for j in range(end):
                         p_row[j] *= inverse
                     memset(p_row + end, 0, (width - end) * sizeof(float))
@@ -149,9 +188,18 @@ cdef void attention_backward_(void* args, int ith, int nth) noexcept nogil:
                     expected = toy_row_dot(p_row, d_p_row, end)
                     for j in range(end):
                         d_p_row[j] = p_row[j] * (d_p_row[j] - expected) * scale
-                blas.multiply_nn(rows, a.d_head, keys, d_p, width, k, a.k_stride, 0.0, d_q, a.d_q_stride)
-                blas.multiply_tn(keys, a.d_head, rows, d_p, width, q, a.q_stride, 1.0, d_k, a.d_k_stride)
-                blas.multiply_tn(keys, a.d_head, rows, p, width, d_out, a.d_out_stride, 1.0, d_v, a.d_v_stride)
+                    if a.softcap > 0:
+                        for j in range(seen):
+                            d_p_row[j] *= slope[j]
+                blas.multiply_nn(
+                    rows, a.d_head, keys, d_p, width, k + start * a.k_stride, a.k_stride, 0.0, d_q, a.d_q_stride
+                )
+                blas.multiply_tn(
+                    keys, a.d_head, rows, d_p, width, q, a.q_stride, 1.0, d_k + start * a.d_k_stride, a.d_k_stride
+                )
+                blas.multiply_tn(
+                    keys, a.d_head, rows, p, width, d_out, a.d_out_stride, 1.0, d_v + start * a.d_v_stride, a.d_v_stride
+                )
 
 
 FORM = "attention: q (B*Tq, n_heads*d_head), k and v (B*Tk, n_kv_heads*d_head), n_heads a multiple of n_kv_heads"
@@ -175,8 +223,12 @@ cdef class AttentionCache:
         q = np.reshape(self.q, heads).transpose(0, 2, 3, 1, 4)
         k = np.reshape(self.k, (a.batch, a.t_k, a.n_kv_heads, 1, a.d_head)).transpose(0, 2, 3, 4, 1)
         scores = (q @ k) * np.float32(a.d_head**-0.5)
+        if a.softcap > 0:
+            scores = np.float32(a.softcap) * np.tanh(scores / np.float32(a.softcap))
         if a.causal:
             scores[..., np.triu(np.ones((a.t_q, a.t_k), bool), k=a.t_k - a.t_q + 1)] = -np.inf
+        if a.window:
+            scores[..., np.tril(np.ones((a.t_q, a.t_k), bool), k=a.t_k - a.t_q - a.window)] = -np.inf
         p = np.exp(scores - scores.max(axis=4, keepdims=True))
         return p / p.sum(axis=4, keepdims=True)
 
@@ -203,12 +255,13 @@ cdef int take_in(Attention* a, object q, object k, object v, Py_ssize_t d_head, 
     return 0
 
 
-def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
+def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True, window=None, softcap=None):
     """Multi-head attention.
 
     q: (B*Tq, n_heads*d_head), k and v: (B*Tk, n_kv_heads*d_head) -> (B*Tq, n_heads*d_head), B = batch.
     Tk may exceed Tq (a key/value cache): the queries are then the *last* Tq of the Tk positions, and with `causal`
-    query i sees keys 0 .. Tk-Tq+i. q, k, v may be columns of one matrix (`split`); nothing is copied.
+    query i sees keys 0 .. Tk-Tq+i, with a `window` the last so many of them. softcap: a bound of the scores' size, reached
+    through a tanh. q, k, v may be columns of one matrix (`split`); nothing is copied.
     """
     cdef AttentionCache cache = AttentionCache.__new__(AttentionCache)
     cdef Attention* a = &cache.args
@@ -219,6 +272,12 @@ def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
     if a.n_heads % a.n_kv_heads:
         raise ValueError(f"n_heads={a.n_heads} is not a multiple of n_kv_heads={a.n_kv_heads}. {FORM}")
     a.causal = bool(causal)
+    a.window = 0 if window is None else get_count(window, "window", 1, INT_MAX, FORM)
+    a.softcap = 0 if softcap is None else <float> get_number(softcap, "softcap", FORM)
+    if window is not None and not a.causal:
+        raise ValueError(f"window={window} needs causal=True: it is the last keys that a query sees. {FORM}")
+    if softcap is not None and not a.softcap > 0:
+        raise ValueError(f"softcap is {softcap}, expected a number above 0, or None. {FORM}")
     take_in(a, q, k, v, ANY, ("q", "k", "v"))
     if a.t_k == 0:
         a.batch = 1    # nothing to do, however often

@@ -1,7 +1,8 @@
 # cython: language_level=3, cdivision=True, auto_pickle=False
-"""Residual add, scaling, GELU, SiLU and SwiGLU: one pass over memory each, forward and backward."""
+"""Residual add, scaling, GELU, GEGLU, SiLU, SwiGLU and a cap: one pass over memory each, forward and backward."""
 
 cimport cython
+from libc.math cimport tanhf
 from libc.stdint cimport uintptr_t
 
 import numpy as np
@@ -12,11 +13,15 @@ from toy._kernels.threads cimport run, slice_start, slices_for
 # the ops of the table (`exp` is none)
 __all__ = [
     "add",
+    "geglu",
+    "geglu_backward",
     "gelu",
     "gelu_backward",
     "scale",
     "silu",
     "silu_backward",
+    "softcap",
+    "softcap_backward",
     "swiglu",
     "swiglu_backward",
 ]
@@ -94,6 +99,64 @@ cdef void gelu_backward_(void* args, int ith, int nth) noexcept nogil:
             d_x[j] = d_y[j] * toy_gelu_derivative(x[j])
 
 
+cdef void geglu_forward(void* args, int ith, int nth) noexcept nogil:
+    cdef Elementwise* e = <Elementwise*> args
+    cdef Band band = band_of(e, ith, nth)
+    cdef Py_ssize_t i, j
+    cdef const float* gate
+    cdef const float* up
+    cdef float* out
+    for i in range(band.row, band.row_end):
+        gate, up, out = e.a + i * e.a_stride, e.b + i * e.b_stride, e.out + i * e.out_stride
+        for j in range(band.column, band.column_end):
+            out[j] = toy_gelu(gate[j]) * up[j]
+
+
+cdef void geglu_backward_(void* args, int ith, int nth) noexcept nogil:
+    cdef Elementwise* e = <Elementwise*> args
+    cdef Band band = band_of(e, ith, nth)
+    cdef Py_ssize_t i, j
+    cdef const float* gate
+    cdef const float* up
+    cdef const float* d_y
+    cdef float* d_gate
+    cdef float* d_up
+    for i in range(band.row, band.row_end):
+        gate, up, d_y = e.a + i * e.a_stride, e.b + i * e.b_stride, e.d_y + i * e.d_y_stride
+        d_gate, d_up = e.out + i * e.out_stride, e.out2 + i * e.out2_stride
+        for j in range(band.column, band.column_end):
+            d_gate[j] = d_y[j] * up[j] * toy_gelu_derivative(gate[j])
+            d_up[j] = d_y[j] * toy_gelu(gate[j])
+
+
+cdef void softcap_forward(void* args, int ith, int nth) noexcept nogil:
+    cdef Elementwise* e = <Elementwise*> args
+    cdef Band band = band_of(e, ith, nth)
+    cdef Py_ssize_t i, j
+    cdef const float* x
+    cdef float* out
+    cdef float cap = e.factor
+    for i in range(band.row, band.row_end):
+        x, out = e.a + i * e.a_stride, e.out + i * e.out_stride
+        for j in range(band.column, band.column_end):
+            out[j] = cap * tanhf(x[j] / cap)
+
+
+cdef void softcap_backward_(void* args, int ith, int nth) noexcept nogil:
+    cdef Elementwise* e = <Elementwise*> args
+    cdef Band band = band_of(e, ith, nth)
+    cdef Py_ssize_t i, j
+    cdef const float* x
+    cdef const float* d_y
+    cdef float* d_x
+    cdef float cap = e.factor, t, one = 1.0
+    for i in range(band.row, band.row_end):
+        x, d_y, d_x = e.a + i * e.a_stride, e.d_y + i * e.d_y_stride, e.out + i * e.out_stride
+        for j in range(band.column, band.column_end):
+            t = tanhf(x[j] / cap)
+            d_x[j] = d_y[j] * (one - t * t)
+
+
 cdef void silu_forward(void* args, int ith, int nth) noexcept nogil:
     cdef Elementwise* e = <Elementwise*> args
     cdef Band band = band_of(e, ith, nth)
@@ -161,10 +224,14 @@ cdef void exp_forward(void* args, int ith, int nth) noexcept nogil:
 # by name: what a graph of ggml may use as a node
 cdef dict KERNELS = {
     "add": <uintptr_t> <void*> add_forward,
+    "geglu": <uintptr_t> <void*> geglu_forward,
+    "geglu_backward": <uintptr_t> <void*> geglu_backward_,
     "gelu": <uintptr_t> <void*> gelu_forward,
     "gelu_backward": <uintptr_t> <void*> gelu_backward_,
     "silu": <uintptr_t> <void*> silu_forward,
     "silu_backward": <uintptr_t> <void*> silu_backward_,
+    "softcap": <uintptr_t> <void*> softcap_forward,
+    "softcap_backward": <uintptr_t> <void*> softcap_backward_,
     "swiglu": <uintptr_t> <void*> swiglu_forward,
     "swiglu_backward": <uintptr_t> <void*> swiglu_backward_,
 }
@@ -179,9 +246,10 @@ cdef Kernel elementwise_kernel(object name) except NULL:
 @cython.final
 @cython.freelist(64)
 cdef class ElementwiseCache:
-    """The inputs of gelu, silu or swiglu; the backward reads these arrays themselves, not copies."""
+    """The inputs of gelu, swiglu, ...; the backward reads these arrays themselves, not copies."""
 
     cdef object a, b
+    cdef float factor
     cdef Matrix a_matrix, b_matrix
     cdef Kernel backward
 
@@ -218,7 +286,7 @@ cdef object forward(
     if b is not None:
         get_matrix(&cache.b_matrix, b, name_b, cache.a_matrix.rows, cache.a_matrix.columns, form)
         args.b, args.b_stride = cache.b_matrix.data, cache.b_matrix.stride
-    cache.a, cache.b, cache.backward = a, b, backward
+    cache.a, cache.b, cache.backward, cache.factor = a, b, backward, factor
     out = new_matrix(&out_matrix, cache.a_matrix.rows, cache.a_matrix.columns)
     args.out, args.out_stride = out_matrix.data, out_matrix.stride
     launch(kernel, &args, &cache.a_matrix, cost)
@@ -239,7 +307,7 @@ cdef object backward(Kernel kernel, object d_y, object cache, object op, object 
     get_matrix(&saved.a_matrix, saved.a, "the cache's first array", rows, columns, form)
     if saved.b is not None:
         get_matrix(&saved.b_matrix, saved.b, "the cache's second array", rows, columns, form)
-    args.d_y, args.d_y_stride = d_y_matrix.data, d_y_matrix.stride
+    args.d_y, args.d_y_stride, args.factor = d_y_matrix.data, d_y_matrix.stride, saved.factor
     args.a, args.a_stride = saved.a_matrix.data, saved.a_matrix.stride
     d_a = new_matrix(&d_a_matrix, rows, columns)
     args.out, args.out_stride = d_a_matrix.data, d_a_matrix.stride
@@ -275,6 +343,31 @@ def gelu(x):
 def gelu_backward(d_y, cache):
     """d_y: (N, F) -> d_x (N, F)."""
     return backward(gelu_backward_, d_y, cache, "gelu", "gelu_backward: d_y (N, F), as x in the forward")
+
+
+def geglu(gate, up):
+    """gelu(gate) * up. gate, up: (N, F) -> (N, F)."""
+    if up is None:
+        raise ValueError("up: is None, expected a float32 array. geglu: gate and up (N, F)")
+    return forward(geglu_forward, geglu_backward_, gate, "gate", up, "up", EXP_COST, "geglu: gate and up (N, F)")
+
+
+def geglu_backward(d_y, cache):
+    """d_y: (N, F) -> d_gate, d_up, both (N, F)."""
+    return backward(geglu_backward_, d_y, cache, "geglu", "geglu_backward: d_y (N, F), as gate in the forward")
+
+
+def softcap(x, cap=30.0):
+    """cap * tanh(x / cap) for a number above 0. x: (N, F) -> (N, F)."""
+    cdef float number = <float> get_number(cap, "cap", "softcap: x (N, F), cap a number above 0")
+    if not number > 0:
+        raise ValueError(f"cap: is {cap}, expected a number above 0. softcap: x (N, F), cap a number above 0")
+    return forward(softcap_forward, softcap_backward_, x, "x", None, None, EXP_COST, "softcap: x (N, F)", number)
+
+
+def softcap_backward(d_y, cache):
+    """d_y: (N, F) -> d_x (N, F)."""
+    return backward(softcap_backward_, d_y, cache, "softcap", "softcap_backward: d_y (N, F), as x in the forward")
 
 
 def silu(x):

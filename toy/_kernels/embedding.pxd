@@ -15,6 +15,7 @@ cdef struct Rope:
     const float* cosines          # (positions, d_head/2), contiguous
     const float* sines
     float direction               # 1 turns forward, -1 back
+    bint halves                   # pairs are (x[j], x[j + d_head/2]) of a head, not (x[2j], x[2j+1])
     const float* x                # (n, n_heads*d_head)
     Py_ssize_t x_stride
     float* y                      # likewise, written

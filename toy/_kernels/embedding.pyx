@@ -3,6 +3,7 @@
 
 cimport cython
 from libc.limits cimport INT_MAX
+from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
 import numpy as np
@@ -108,6 +109,11 @@ cdef void rope_rotate(void* args, int ith, int nth) noexcept nogil:
         cosine, sine = a.cosines + a.positions[i] * half, a.sines + a.positions[i] * half
         for head in range(a.n_heads):
             x, y = a.x + i * a.x_stride + head * a.d_head, a.y + i * a.y_stride + head * a.d_head
+            if a.halves:
+                for j in range(half):
+                    y[j] = x[j] * cosine[j] - x[half + j] * (direction * sine[j])
+                    y[half + j] = x[j] * (direction * sine[j]) + x[half + j] * cosine[j]
+                continue
             for j in range(half):
                 y[2 * j] = x[2 * j] * cosine[j] - x[2 * j + 1] * (direction * sine[j])
                 y[2 * j + 1] = x[2 * j] * (direction * sine[j]) + x[2 * j + 1] * cosine[j]
@@ -119,26 +125,46 @@ FORM_ROPE_BACKWARD = "rope_backward: d_y (N, n_heads*d_head), as x in the forwar
 cdef Py_ssize_t LARGEST_POSITION = 1 << 24
 cdef Py_ssize_t LARGEST_TABLE = 1 << 22    # numbers that a table for all positions up to the largest may have
 
-# (base, d_head) -> (cosines, sines), each (positions so far, d_head/2) float32. A model uses one entry.
+# (base, d_head, factors, magnitude) -> (cosines, sines), each (positions so far, d_head/2) float32. A model uses one or two.
 cdef dict tables = {}
 
 
-cdef object tables_for(double base, Py_ssize_t d_head, Py_ssize_t n_positions):
-    """cos and sin of position * base^(-2i/d_head), computed in double precision once for all steps and layers."""
-    known = tables.get((base, d_head))
+cdef object tables_for(double base, Py_ssize_t d_head, object factors, double magnitude, Py_ssize_t n_positions):
+    """cos and sin of position * base^(-2i/d_head) / factors[i], times the magnitude, computed in double precision once for
+    all steps and layers. factors: a tuple, or None."""
+    known = tables.get((base, d_head, factors, magnitude))
     if known is not None and known[0].shape[0] >= n_positions:
         return known
     n_positions = max(n_positions, 256 if known is None else min(2 * known[0].shape[0], LARGEST_TABLE // (d_head // 2)))
-    known = cosines_and_sines(np.arange(n_positions), base, d_head)
+    known = cosines_and_sines(np.arange(n_positions), base, d_head, factors, magnitude)
     if len(tables) >= 8:
         tables.clear()
-    tables[base, d_head] = known
+    tables[base, d_head, factors, magnitude] = known
     return known
 
 
-cdef object cosines_and_sines(object positions, double base, Py_ssize_t d_head):
-    angles = positions[:, None] * base ** (-np.arange(0, d_head, 2) / d_head)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+cdef object cosines_and_sines(object positions, double base, Py_ssize_t d_head, object factors, double magnitude):
+    frequencies = base ** (-np.arange(0, d_head, 2) / d_head)
+    if factors is not None:
+        frequencies = frequencies / np.array(factors)
+    angles = positions[:, None] * frequencies
+    return (magnitude * np.cos(angles)).astype(np.float32), (magnitude * np.sin(angles)).astype(np.float32)
+
+
+cdef object checked_factors(object factors, Py_ssize_t d_head):
+    """The factors as a tuple of floats, which a table can be found by. ValueError unless they are d_head/2 positive numbers."""
+    if type(factors) is tuple and len(factors) == d_head // 2 and all(type(f) is float and 0 < f < INFINITY for f in factors):
+        return factors  # the common case, a config's
+    try:
+        numbers = np.asarray(factors, np.float64)
+    except (TypeError, ValueError):
+        numbers = np.empty(0)
+    if numbers.shape != (d_head // 2,) or not (np.isfinite(numbers) & (numbers > 0)).all():
+        raise ValueError(
+            f"rope: factors must be {d_head // 2} numbers above 0, one for each pair of a head, given {str(factors)[:60]}. "
+            f"{FORM_ROPE}"
+        )
+    return tuple(numbers.tolist())
 
 
 @cython.final
@@ -150,6 +176,7 @@ cdef class RopeCache:
 
     cdef object positions, cosines, sines
     cdef Py_ssize_t n_heads, d_head
+    cdef bint halves
 
 
 cdef object rotate(object x, object name, RopeCache cache, float direction, object form):
@@ -160,7 +187,7 @@ cdef object rotate(object x, object name, RopeCache cache, float direction, obje
     args.positions = integers_data(cache.positions)
     args.cosines = <float*> cnp.PyArray_DATA(cache.cosines)
     args.sines = <float*> cnp.PyArray_DATA(cache.sines)
-    args.direction = direction
+    args.direction, args.halves = direction, cache.halves
     y = new_matrix(&y_, x_.rows, x_.columns)
     args.x, args.x_stride, args.y, args.y_stride = x_.data, x_.stride, y_.data, y_.stride
     with nogil:
@@ -168,15 +195,17 @@ cdef object rotate(object x, object name, RopeCache cache, float direction, obje
     return y
 
 
-def rope(x, positions, n_heads, base=10000.0):
-    """Turn the pair (x[2i], x[2i+1]) of every head by the angle position * base^(-2i/d_head).
+def rope(x, positions, n_heads, base=10000.0, halves=False, factors=None, magnitude=1.0):
+    """Turn the pair (x[2i], x[2i+1]) of every head, with halves (x[i], x[i + d_head/2]), by position * base^(-2i/d_head).
 
-    x: (N, n_heads*d_head), positions: int (N,), 0 or more -> (N, n_heads*d_head). d_head must be even.
+    x: (N, n_heads*d_head), positions: int (N,), 0 or more -> (N, n_heads*d_head). d_head must be even. factors: (d_head/2,)
+    numbers above 0 that divide the frequencies, or None. magnitude: multiplies the result.
     """
     cdef RopeCache cache = RopeCache.__new__(RopeCache)
     cdef Matrix x_
     cdef Py_ssize_t n_positions
     cdef double base_ = get_number(base, "base", FORM_ROPE)
+    cdef double magnitude_ = get_number(magnitude, "magnitude", FORM_ROPE)
     get_matrix(&x_, x, "x", ANY, ANY, FORM_ROPE)
     cache.n_heads = get_count(n_heads, "n_heads", 1, INT_MAX, FORM_ROPE)
     if x_.columns == 0 or x_.columns % (2 * cache.n_heads):
@@ -186,12 +215,15 @@ def rope(x, positions, n_heads, base=10000.0):
     if not base_ > 0:
         raise ValueError(f"rope: base is {base}, expected a positive number")
     cache.d_head = x_.columns // cache.n_heads
+    cache.halves = bool(halves)
+    if factors is not None:
+        factors = checked_factors(factors, cache.d_head)
     cache.positions = get_integers(positions, "positions", x_.rows, 0, LARGEST_POSITION, FORM_ROPE)
     n_positions = 1 + cache.positions.max(initial=0)
     if n_positions * (cache.d_head // 2) <= LARGEST_TABLE:
-        cache.cosines, cache.sines = tables_for(base_, cache.d_head, n_positions)
+        cache.cosines, cache.sines = tables_for(base_, cache.d_head, factors, magnitude_, n_positions)
     else:  # few tokens at far positions must not take the memory of all positions before them
-        cache.cosines, cache.sines = cosines_and_sines(cache.positions, base_, cache.d_head)
+        cache.cosines, cache.sines = cosines_and_sines(cache.positions, base_, cache.d_head, factors, magnitude_)
         cache.positions = np.arange(x_.rows)
     return rotate(x, "x", cache, 1.0, FORM_ROPE), cache
 

@@ -151,12 +151,19 @@ def layer_norm_case(rng, rows=4, d=6, eps=1e-5):
     return Case("layer_norm", "layer_norm", inputs, {"eps": eps}, parameters=("gamma", "beta"))
 
 
-def rope_case(rng, rows=5, n_heads=2, d_head=4, base=10000.0):
+def rope_case(rng, rows=5, n_heads=2, d_head=4, base=10000.0, halves=False, scaled=False):
     settings = {"positions": rng.integers(0, 1000, rows), "n_heads": n_heads, "base": base}
-    return Case("rope", "rope", {"x": rng.normal(size=(rows, n_heads * d_head))}, settings)
+    if halves:
+        settings["halves"] = True
+    if scaled:  # as YaRN does
+        settings |= {"factors": tuple(rng.uniform(1, 8, d_head // 2).tolist()), "magnitude": 1.25}
+    kind = (" (halves)" if halves else "") + (", scaled" if scaled else "")
+    return Case(f"rope{kind}", "rope", {"x": rng.normal(size=(rows, n_heads * d_head))}, settings)
 
 
-def attention_case(rng, batch=2, t_q=3, t_k=None, n_heads=2, n_kv_heads=None, d_head=4, causal=True):
+def attention_case(
+    rng, batch=2, t_q=3, t_k=None, n_heads=2, n_kv_heads=None, d_head=4, causal=True, window=None, softcap=None
+):
     t_k, kv = t_k or t_q, n_kv_heads or n_heads
     kind = ("causal" if causal else "full") + (", grouped" if kv < n_heads else "") + (", Tq < Tk" if t_k > t_q else "")
     inputs = {
@@ -165,6 +172,10 @@ def attention_case(rng, batch=2, t_q=3, t_k=None, n_heads=2, n_kv_heads=None, d_
         "v": rng.normal(size=(batch * t_k, kv * d_head)),
     }
     settings = {"batch": batch, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "causal": causal}
+    for name, value in (("window", window), ("softcap", softcap)):
+        if value is not None:
+            settings[name] = value
+            kind += f", {name}"
     return Case(f"attention ({kind})", "attention", inputs, settings)
 
 
@@ -201,7 +212,14 @@ def op_cases(rng):
     """At least one case of every differentiable op."""
     variants: dict[str, list[dict[str, Any]]] = {
         "linear": [{}, {"bias": False}],
-        "attention": [{}, {"causal": False}, {"n_heads": 4, "n_kv_heads": 2}, {"t_q": 2, "t_k": 5}],
+        "rope": [{}, {"halves": True, "scaled": True}],
+        "attention": [
+            {},
+            {"causal": False},
+            {"n_heads": 4, "n_kv_heads": 2},
+            {"t_q": 2, "t_k": 5},
+            {"t_q": 5, "window": 3, "softcap": 1.5},
+        ],
         "cross_entropy": [{}, {"dense": True}],
     }
     for op in differentiable_ops():

@@ -1,10 +1,11 @@
 """Which model a GGUF file holds: metadata keys and tensor names on one side, this library's configs on the other.
 
 The architectures of GGUF and their keys are the `GGUF_FORMS` of the models, after whose tensors this library's parameters are
-named; here is how they are read and written. Rows of attn_q and attn_k stand in the order of interleaved RoPE pairs, in GGUF
-`llama` files as in `toy.Llama`: nothing is permuted.
+named; here is how they are read and written. Rows of attn_q and attn_k stand in the order that RoPE wants (`rope_halves` of
+the config), in GGUF files as in `toy.Llama`: nothing is permuted.
 """
 
+import dataclasses
 import fnmatch
 import math
 import re
@@ -34,6 +35,12 @@ def config_of(gguf: Any) -> LanguageModelConfig:
     kind = gguf.metadata.get("general.type", "model")
     if kind != "model":
         raise UnsupportedModelError(f"{gguf.path} is not a model: its general.type is {short(kind)}")
+    experts = gguf.metadata.get(f"{gguf.architecture}.expert_count", 0)
+    if experts != 0 or "moe" in gguf.architecture:
+        raise UnsupportedModelError(
+            f"{gguf.path} holds a mixture of experts ({gguf.architecture}.expert_count = {short(experts)}), which this "
+            "library does not have: take a dense model"
+        )
     if gguf.architecture not in FORMS:
         raise UnsupportedModelError(
             f"{gguf.path} holds a model of architecture {gguf.architecture!r}; this library has {_what_there_is()}"
@@ -49,11 +56,14 @@ def config_of(gguf: Any) -> LanguageModelConfig:
         raise BadFileError(gguf.path, f"claims {n_layers} layers and has {len(gguf.tensors)} tensors")
     try:
         config = cast(LanguageModelConfig, row.config(**_fields(gguf, keys, row, form)))
+        config = dataclasses.replace(config, **_derived(form, config))
     except (BadFileError, UnsupportedModelError):
         raise
     except ValueError as error:
         raise BadFileError(gguf.path, f"its sizes make no model ({error})") from error
-    _check_tensors(gguf, config)
+    if not form.only(config):
+        raise UnsupportedModelError(f"{gguf.path} holds a model that llama.cpp does not read as {form.name}: {config}")
+    _check_tensors(gguf, config, form)
     tokens = gguf.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list) and len(tokens) != config.vocab_size:
         raise BadFileError(gguf.path, f"has {len(tokens)} tokens and an embedding of {config.vocab_size} rows")
@@ -89,6 +99,13 @@ def metadata_of(config: LanguageModelConfig) -> dict[str, Any]:
     return {"general.architecture": form.name} | {f"{form.name}.{key}": value for key, value in metadata.items()}
 
 
+def constant_tensors(config: LanguageModelConfig) -> dict[str, np.ndarray]:
+    """dict of the names of tensors to what they hold of the config: float32 vectors, written beside the parameters."""
+    _, form = _row_and_form(config)
+    values = {name: getattr(config, field) for field, name in form.vectors.items()}
+    return {name: np.array(value, np.float32) for name, value in values.items() if value is not None}
+
+
 def _row_and_form(config: ModelConfig) -> tuple[architectures.Architecture, Form]:
     row = architectures.architecture_of(config)
     for form in row.gguf_forms:
@@ -103,7 +120,12 @@ def _row_and_form(config: ModelConfig) -> tuple[architectures.Architecture, Form
 
 
 def _fits(form, config):
-    return all(getattr(config, field) == value for field, value in form.fixed.items())
+    values = form.fixed | _derived(form, config)
+    return all(getattr(config, field) == value for field, value in values.items()) and form.only(config)
+
+
+def _derived(form, config):
+    return {field: value(config) for field, value in form.derived.items()}
 
 
 def _what_there_is():
@@ -129,19 +151,24 @@ def _fields(gguf, keys, row, form):
             )
     fields = dict(form.fixed)
     for key in form.keys:
-        read, known = keys.number if key.number else keys.integer, fields.get(key.field)
+        known = fields.get(key.field)
         if known is not None:
-            if read(key.key, known) != known:
+            if keys.read(key, known) != known:
                 raise UnsupportedModelError(
-                    f"{gguf.path} has {keys.arch}.{key.key} = {read(key.key)} and {key.says} {known}: they must be the same"
+                    f"{gguf.path} has {keys.arch}.{key.key} = {keys.read(key)} and {key.says} {known}: they must be the same"
                 )
             continue
         default = key.default
         if callable(default) and keys.get(key.key) is None:
             default = default(fields)
-        fields[key.field] = read(key.key, default)
+        fields[key.field] = keys.read(key, default)
     for field, pattern in form.tensors.items():
         fields[field] = any(fnmatch.fnmatchcase(name, pattern) for name in gguf.tensors)
+    for field, name in form.vectors.items():
+        fields[field] = tuple(gguf.dequantize(name).ravel().tolist()) if name in gguf.tensors else None
+    longest = form.longest(keys.get)
+    if type(longest) is int and longest > 0:
+        fields["context_length"] = min(fields["context_length"], longest)
     return fields | {"vocab_size": _vocab_size(gguf, keys)}
 
 
@@ -152,7 +179,7 @@ def _vocab_size(gguf, keys):
     return rows
 
 
-def _check_tensors(gguf, config):
+def _check_tensors(gguf, config, form):
     """Every tensor of the model is there with the right shape, and nothing that the model would leave out."""
     shapes = parameter_shapes(config)
     for name, shape in shapes.items():
@@ -160,10 +187,11 @@ def _check_tensors(gguf, config):
             raise BadFileError(gguf.path, f"has no tensor {name}")
         if gguf.tensors[name].shape != shape:
             raise BadFileError(gguf.path, f"tensor {name} has shape {gguf.tensors[name].shape}, expected {shape}")
-    others = [name for name in gguf.tensors if name not in shapes and not _harmless(gguf, name)]
+    known = {*shapes, *form.vectors.values()}
+    others = [name for name in gguf.tensors if name not in known and not _harmless(gguf, name)]
     if others:
         raise UnsupportedModelError(
-            f"{gguf.path} has tensors that this library's {architecture_of(config)} has no place for: "
+            f"{gguf.path} has tensors that this library's {form.name} has no place for: "
             + ", ".join(repr(name) for name in others[:3])
             + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         )
@@ -186,6 +214,20 @@ class _Keys:
 
     def get(self, key, default=None):
         return self.metadata.get(f"{self.arch}.{key}", default)
+
+    def read(self, key, default=REQUIRED):
+        """The value of a `Key`; default: what it is when the file has none."""
+        name = key.formerly if key.formerly and self.get(key.key) is None else key.key
+        value = self.get(name)
+        if default is not REQUIRED and (value is None or (key.zero and type(value) in (int, float) and value == 0)):
+            return default
+        if key.words:
+            if value not in key.words:
+                raise UnsupportedModelError(
+                    f"{self.path} has {self.arch}.{name} = {short(value)}; this library has {', '.join(key.words)}"
+                )
+            return value
+        return self.number(name) if key.number else self.integer(name)
 
     def integer(self, key, default=REQUIRED):
         value = self._value(key, default)

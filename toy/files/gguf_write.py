@@ -78,6 +78,7 @@ def write_gguf(
     }
     _add_own(entries, metadata, "general.name")
     tensors = [(name, _leaf(parameters[name]), types[name]) for name in shapes]
+    tensors += [(name, array, "F32") for name, array in gguf_models.constant_tensors(config).items()]
     _write(path, entries, tensors, quantizer)
 
 

@@ -74,6 +74,24 @@ ARCHITECTURES = {
 }
 
 
+def language_models() -> dict[str, tuple[Architecture, dict[str, Any]]]:
+    """dict of the names of models that read text to their rows, and the fields of the config that make a relative of a row's
+    model what its name says: "qwen3" is a Llama with two of them."""
+    found: dict[str, tuple[Architecture, dict[str, Any]]] = {}
+    for row in ARCHITECTURES.values():
+        if row.reads_text:
+            found[row.name] = (row, {})
+            found |= {f.name: (row, f.fixed | f.typical) for f in row.gguf_forms if f.typical is not None}
+    return found
+
+
+def derived_fields(name: str, config: ModelConfig) -> dict[str, Any]:
+    """The fields of a config that follow from its others in a model of this name, as `language_models` has it."""
+    row, _ = language_models()[name]
+    derived = {form.name: form.derived for form in row.gguf_forms}.get(name, {})
+    return {field: value(config) for field, value in derived.items()}
+
+
 def architecture_of(config: ModelConfig) -> Architecture:
     """The row of a config's type. Raises TypeError for an object that is not a model config."""
     for row in ARCHITECTURES.values():

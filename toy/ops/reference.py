@@ -233,6 +233,48 @@ def gelu_backward(d_y: Array, cache: GELUCache) -> Array:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# GEGLU (Shazeer 2020, eq. 5): y = gelu(gate) * up
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class GEGLUCache(NamedTuple):
+    gate: np.ndarray  # (N, F)
+    up: np.ndarray  # (N, F)
+
+
+def geglu(gate: Array, up: Array) -> tuple[Array, GEGLUCache]:
+    """gate, up: (N, F) -> (N, F)."""
+    return gelu(gate)[0] * up, GEGLUCache(gate, up)
+
+
+def geglu_backward(d_y: Array, cache: GEGLUCache) -> tuple[Array, Array]:
+    """d_y: (N, F) -> d_gate, d_up, both (N, F)."""
+    activation, of_gate = gelu(cache.gate)
+    return gelu_backward(d_y * cache.up, of_gate), d_y * activation
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a cap: y = cap * tanh(x / cap), x itself where it is small (Gemma 2)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SoftcapCache(NamedTuple):
+    y: np.ndarray  # (N, F)
+    cap: float
+
+
+def softcap(x: Array, cap: float = 30.0) -> tuple[Array, SoftcapCache]:
+    """x: (N, F) -> (N, F), all between -cap and cap. cap: a number above 0."""
+    y = x.dtype.type(cap) * np.tanh(x / x.dtype.type(cap))
+    return y, SoftcapCache(y, cap)
+
+
+def softcap_backward(d_y: Array, cache: SoftcapCache) -> Array:
+    """d_y: (N, F) -> d_x (N, F)."""
+    return d_y * (1 - np.square(cache.y / cache.y.dtype.type(cache.cap)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # SiLU: y = x sigmoid(x), and SwiGLU (Shazeer 2020, eq. 6): y = silu(gate) * up
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -277,36 +319,53 @@ def swiglu_backward(d_y: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# RoPE (Su et al. 2021, eq. 34), interleaved pairs as in GGUF "llama" files:
-# the pair (x[2i], x[2i+1]) of every head is turned by the angle position * base^(-2i/d_head)
+# RoPE (Su et al. 2021, eq. 34): pair i of every head is turned by the angle position * base^(-2i/d_head) / factors[i].
+# Which two numbers are a pair: (x[2i], x[2i+1]), interleaved, as in GGUF "llama" files, or (x[i], x[i + d_head/2]), halves,
+# as in "qwen2" files
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class RopeCache(NamedTuple):
     cos: np.ndarray  # (N, 1, d_head/2)
     sin: np.ndarray  # (N, 1, d_head/2)
+    halves: bool
 
 
-def rope(x: Array, positions: Array, n_heads: int, base: float = 10000.0) -> tuple[Array, RopeCache]:
-    """x: (N, n_heads*d_head), positions: int (N,) -> (N, n_heads*d_head). d_head must be even."""
+def rope(
+    x: Array,
+    positions: Array,
+    n_heads: int,
+    base: float = 10000.0,
+    halves: bool = False,
+    factors: Sequence[float] | None = None,
+    magnitude: float = 1.0,
+) -> tuple[Array, RopeCache]:
+    """x: (N, n_heads*d_head), positions: int (N,) -> (N, n_heads*d_head). d_head must be even.
+
+    halves: which numbers are a pair, see above. factors: (d_head/2,) numbers above 0 that divide the frequencies, None: 1
+    each. magnitude: multiplies what was turned (Peng et al. 2023 make attention sharper with it).
+    """
     d_head = x.shape[1] // n_heads
     frequencies = float(base) ** (-np.arange(0, d_head, 2) / d_head)  # (d_head/2,) float64
+    if factors is not None:
+        frequencies = frequencies / np.asarray(factors, np.float64)
     angles = np.asarray(positions)[:, None] * frequencies  # (N, d_head/2)
-    cos = np.cos(angles)[:, None, :].astype(x.dtype)
-    sin = np.sin(angles)[:, None, :].astype(x.dtype)
-    return _rotate_pairs(x, cos, sin), RopeCache(cos, sin)
+    cos = (magnitude * np.cos(angles))[:, None, :].astype(x.dtype)
+    sin = (magnitude * np.sin(angles))[:, None, :].astype(x.dtype)
+    return _rotate_pairs(x, cos, sin, halves), RopeCache(cos, sin, halves)
 
 
 def rope_backward(d_y: Array, cache: RopeCache) -> Array:
     """d_y: (N, n_heads*d_head) -> d_x. A rotation is orthogonal: its transpose turns back by the same angle."""
-    return _rotate_pairs(d_y, cache.cos, -cache.sin)
+    return _rotate_pairs(d_y, cache.cos, -cache.sin, cache.halves)
 
 
-def _rotate_pairs(x: Array, cos: Array, sin: Array) -> Array:
+def _rotate_pairs(x: Array, cos: Array, sin: Array, halves: bool) -> Array:
     n, half = x.shape[0], cos.shape[2]
-    pairs = x.reshape(n, x.shape[1] // (2 * half), half, 2)  # (N, heads, d_head/2, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    of_a_pair = 2 if halves else 3  # the axis of the two numbers
+    pairs = x.reshape(n, x.shape[1] // (2 * half), *((2, half) if halves else (half, 2)))  # (N, heads, ...)
+    a, b = pairs.take(0, of_a_pair), pairs.take(1, of_a_pair)  # (N, heads, d_head/2) each
+    turned = np.stack([a * cos - b * sin, a * sin + b * cos], axis=of_a_pair)
     return turned.reshape(x.shape)
 
 
@@ -321,16 +380,26 @@ class AttentionCache(NamedTuple):
     k: np.ndarray  # (B, n_kv_heads, 1, Tk, d_head)
     v: np.ndarray  # (B, n_kv_heads, 1, Tk, d_head)
     probabilities: np.ndarray  # (B, n_kv_heads, group, Tq, Tk); reshape to (B, n_heads, Tq, Tk) for a picture
+    slope: np.ndarray | None  # (B, n_kv_heads, group, Tq, Tk) of the cap; None: no cap
 
 
 def attention(
-    q: Array, k: Array, v: Array, batch: int, n_heads: int, n_kv_heads: int | None = None, causal: bool = True
+    q: Array,
+    k: Array,
+    v: Array,
+    batch: int,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Array, AttentionCache]:
     """Multi-head attention.
 
     q: (B*Tq, n_heads*d_head), k and v: (B*Tk, n_kv_heads*d_head) -> (B*Tq, n_heads*d_head), B = batch.
     Tk may exceed Tq (a key/value cache): the queries are then the *last* Tq of the Tk positions, and with `causal`
-    query i sees keys 0 .. Tk-Tq+i.
+    query i sees keys 0 .. Tk-Tq+i, with a `window` the last so many of them (Beltagy et al. 2020). softcap: a bound of the
+    scores' size, reached through a tanh: softcap * tanh(s / softcap) (Gemma 2).
     """
     n_kv_heads = n_kv_heads or n_heads
     q, k, v = (
@@ -339,28 +408,41 @@ def attention(
     )
     t_q, t_k, d_head = q.shape[3], k.shape[3], q.shape[4]
     scores = (q @ k.swapaxes(3, 4)) * q.dtype.type(d_head**-0.5)  # (B, kv, group, Tq, Tk)
+    slope = None
+    if softcap is not None:
+        capped = np.tanh(scores / q.dtype.type(softcap))
+        scores, slope = q.dtype.type(softcap) * capped, 1 - capped * capped
     if causal:
-        future = np.triu(np.ones((t_q, t_k), bool), k=t_k - t_q + 1)
-        scores = np.where(future, -np.inf, scores).astype(q.dtype)
+        scores = np.where(_hidden_keys(t_q, t_k, window), -np.inf, scores).astype(q.dtype)
     scores = np.exp(scores - scores.max(axis=4, keepdims=True))
     probabilities = scores / scores.sum(axis=4, keepdims=True)
-    return _from_heads(probabilities @ v), AttentionCache(q, k, v, probabilities)
+    return _from_heads(probabilities @ v), AttentionCache(q, k, v, probabilities, slope)
 
 
 def attention_backward(d_out: Array, cache: AttentionCache) -> tuple[Array, Array, Array]:
     """d_out: (B*Tq, n_heads*d_head) -> d_q, d_k, d_v in the shapes of q, k, v."""
-    q, k, v, probabilities = cache
+    q, k, v, probabilities, slope = cache
     batch, n_kv_heads, group, _, d_head = q.shape
     d_out = _to_heads(d_out, batch, n_kv_heads, group)  # (B, kv, group, Tq, d_head)
     d_probabilities = d_out @ v.swapaxes(3, 4)  # (B, kv, group, Tq, Tk)
     d_v = probabilities.swapaxes(3, 4) @ d_out  # (B, kv, group, Tk, d_head)
     # softmax: d_s = p * (d_p - sum(d_p * p)); a masked score has p = 0 and so gets no gradient
     d_scores = probabilities * (d_probabilities - (d_probabilities * probabilities).sum(axis=4, keepdims=True))
+    if slope is not None:
+        d_scores *= slope
     d_scores *= q.dtype.type(d_head**-0.5)
     d_q = d_scores @ k  # (B, kv, group, Tq, d_head)
     d_k = d_scores.swapaxes(3, 4) @ q  # (B, kv, group, Tk, d_head)
     # the query heads of a group share one key/value head: its gradient is their sum
     return _from_heads(d_q), _from_heads(d_k.sum(axis=2, keepdims=True)), _from_heads(d_v.sum(axis=2, keepdims=True))
+
+
+def _hidden_keys(t_q: int, t_k: int, window: int | None = None) -> np.ndarray:
+    """bool (Tq, Tk): the keys that a causal query does not see, those after it and those that left the window."""
+    hidden = np.triu(np.ones((t_q, t_k), bool), k=t_k - t_q + 1)
+    if window is not None:
+        hidden |= np.tril(np.ones((t_q, t_k), bool), k=t_k - t_q - window)
+    return hidden
 
 
 def _to_heads(x: Array, batch: int, n_kv_heads: int, group: int) -> Array:

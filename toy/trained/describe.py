@@ -249,17 +249,23 @@ def _attention_lines(config, n_kv_heads):
     ]
 
 
+def _placed(c, projection, gain):
+    """What a query or key is, of each head, when attention sees it."""
+    return f"RoPE(RMSNorm({projection}, {gain}))" if c.qk_norm else f"RoPE({projection})"
+
+
 def _llama_lines(c):
     v, d, f = c.vocab_size, c.d_model, c.d_ff
     q, k = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
     bias = " + b" if c.qkv_bias else ""
+    pair = f"i, i+{c.d_head // 2}" if c.rope_halves else "2i, 2i+1"
     return [
         *_first_lines(c),
         ("    X ← rows x of E", f"T x {d}; E is {v} x {d}"),
         (f"    for each layer l = 1 .. {c.n_layers}:", ""),
         ("        H ← RMSNorm(X, g_attn)", f"T x {d}"),
-        (f"        Q ← RoPE(H W_qᵀ{bias})", f"T x {q}"),
-        (f"        K ← RoPE(H W_kᵀ{bias});  V ← H W_vᵀ{bias}", f"T x {k}"),
+        (f"        Q ← {_placed(c, f'H W_qᵀ{bias}', 'g_q')}", f"T x {q}"),
+        (f"        K ← {_placed(c, f'H W_kᵀ{bias}', 'g_k')};  V ← H W_vᵀ{bias}", f"T x {k}"),
         *_attention_lines(c, c.n_kv_heads),
         (f"        X ← X + [O_1 .. O_{c.n_heads}] W_oᵀ", f"T x {d}"),
         ("        H ← RMSNorm(X, g_ffn)", f"T x {d}"),
@@ -268,7 +274,7 @@ def _llama_lines(c):
         (f"    P ← softmax(RMSNorm(X, g) {'W_out' if c.untied else 'E'}ᵀ)", f"T x {v}"),
         (f"RMSNorm(x, g) = g ⊙ x / √(mean(x²) + {c.rms_eps:g})", ""),
         ("SiLU(a) = a / (1 + exp(-a))", ""),
-        (f"RoPE: turn the pair (2i, 2i+1) of each head at position t by t · {c.rope_base:g}^(-2i/{c.d_head})", ""),
+        (f"RoPE: turn the pair ({pair}) of each head at position t by t · {c.rope_base:g}^(-2i/{c.d_head})", ""),
     ]
 
 

@@ -5,21 +5,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from toy import recipes
-from toy.config import MOST_LAYERS, LanguageModelConfig
+from toy.config import MOST_LAYERS, LanguageModelConfig, LlamaConfig
 from toy.data.bpe_tokenizer import DEFAULT_VOCAB_SIZE
 from toy.data.open_tokenizer import make_tokenizer
 from toy.data.sources import Source as TextSource
 from toy.data.tokenizers import KINDS, CharTokenizer, Tokenizer
 from toy.data.training_data import training_texts
-from toy.models import ARCHITECTURES
+from toy.models.architectures import derived_fields, language_models
 from toy.training.options import DATA, MODEL, TextOptions, again, option
 from toy.training.start import TextStart
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# the architectures that read text, in the order in which they are offered
-LANGUAGE_MODELS = tuple(name for name, row in ARCHITECTURES.items() if row.reads_text)
+# the models that read text, in the order in which they are offered
+LANGUAGE_MODELS = tuple(language_models())
 SIZES_OF_LLAMA = ("kv_heads", "untied", "qkv_bias")
 
 
@@ -43,8 +43,8 @@ class FromScratchOptions(TextOptions):
         None, "Key/value heads of a llama; they divide the heads.", MODEL, shown="as --heads", at_least=1
     )
     d_ff: int | None = option(None, "Hidden width of the MLP.", MODEL, shown="4 x d-model", at_least=1)
-    untied: bool = option(False, "An output matrix of its own (llama).", MODEL)
-    qkv_bias: bool = option(False, "Biases on query, key and value (llama).", MODEL)
+    untied: bool = option(False, "An output matrix of its own (llama and its relatives).", MODEL)
+    qkv_bias: bool = option(False, "Biases on query, key and value (llama and its relatives).", MODEL)
     init_scale: float = option(1.0, "Multiplies the standard deviations of the first weights.", MODEL)
     context: int = again("context", 64, TextOptions)
 
@@ -61,11 +61,14 @@ class FromScratchOptions(TextOptions):
             n_layers=self.layers,
             context_length=self.context,
         )
-        if self.arch == "llama":
-            sizes |= {"n_kv_heads": self.kv_heads or self.heads, "untied": self.untied, "qkv_bias": self.qkv_bias}
+        row, fields = language_models()[self.arch]
+        if row.config is LlamaConfig:
+            sizes |= {"n_kv_heads": self.kv_heads or self.heads} | fields
+            sizes |= {name: True for name in ("untied", "qkv_bias") if getattr(self, name)}
         else:
             check_no_llama_sizes(self)
-        return cast(LanguageModelConfig, ARCHITECTURES[self.arch].config(**sizes))
+        config = row.config(**sizes)
+        return cast(LanguageModelConfig, dataclasses.replace(config, **derived_fields(self.arch, config)))
 
 
 def new_tokenizer(options: Any, source: TextSource) -> Tokenizer:

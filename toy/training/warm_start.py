@@ -21,6 +21,8 @@ from toy.training.options import MODEL, FromModelOptions, TextOptions, again, op
 from toy.training.start import Decision, TextStart
 
 DONORS = "the donor's"
+# a relative of llama is what the donor is
+OWN_NAMES = tuple(name for name, row in ARCHITECTURES.items() if row.reads_text)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class WarmStartOptions(FromModelOptions):
         help=f"What a token is: donor, {', '.join(KINDS)}, or the tokenizer in a file or of a fetched model.",
     )
     vocab_size: int | None = again("vocab_size", None, FromScratchOptions)
-    arch: str | None = again("arch", None, FromScratchOptions, shown=DONORS)
+    arch: str | None = again("arch", None, FromScratchOptions, shown=DONORS, choices=OWN_NAMES)
     d_model: int | None = again("d_model", None, FromScratchOptions, shown=DONORS)
     layers: int | None = again("layers", None, FromScratchOptions, shown=DONORS)
     heads: int | None = again("heads", None, FromScratchOptions, shown=DONORS)

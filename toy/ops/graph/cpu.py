@@ -29,7 +29,7 @@ class CpuGraphOps(GraphOps):
         self.kernels = kernels
         self.n_threads = graph.backend.n_threads
         self.scratch = {}  # by size: nodes that need some use the same memory, one after the other
-        self.rope_tables = {}  # by (positions, d_head, base)
+        self.rope_tables = {}  # by the arguments of `rope_tables`
         self.again = {}  # by id: (cheap result, what records it once more)
         self.nodes = {}  # by name of a kernel: how many nodes there are of it
 
@@ -215,6 +215,19 @@ class CpuGraphOps(GraphOps):
     def gelu_backward(self, d_y, cache):
         return self._elementwise("gelu_backward", d_y, *cache)
 
+    def geglu(self, gate, up):
+        return self._elementwise("geglu", gate, up, cheap=True), (gate, up)
+
+    def geglu_backward(self, d_y, cache):
+        return self._elementwise("geglu_backward", d_y, *cache)
+
+    def softcap(self, x, cap=30.0):
+        return self._elementwise("softcap", x, factor=cap), (x, cap)
+
+    def softcap_backward(self, d_y, cache):
+        x, cap = cache
+        return self._elementwise("softcap_backward", d_y, x, factor=cap)
+
     def silu(self, x):
         return self._elementwise("silu", x), (x,)
 
@@ -227,7 +240,7 @@ class CpuGraphOps(GraphOps):
     def swiglu_backward(self, d_y, cache):
         return self._elementwise("swiglu_backward", d_y, *cache)
 
-    def _elementwise(self, name, *matrices, cheap=False):
+    def _elementwise(self, name, *matrices, cheap=False, factor=0.0):
         """A node of the kernel of that name. matrices: the op's inputs; for a backward d_y and the inputs.
 
         A backward gives a gradient for each input. cheap: the result is rather computed again than kept.
@@ -236,7 +249,7 @@ class CpuGraphOps(GraphOps):
             _same(name, "the shapes", matrix.shape, matrices[0].shape)
         rows, columns = matrices[0].shape
         gradients = len(matrices) - 1 if name.endswith("_backward") else 1  # side by side in one matrix
-        params, shape = self.kernels.elementwise(name), (rows, gradients * columns)
+        params, shape = self.kernels.elementwise(name, factor), (rows, gradients * columns)
 
         def record():
             return self._node(self.kernels.ELEMENTWISE, matrices, shape, params=params, called=name)
@@ -251,17 +264,18 @@ class CpuGraphOps(GraphOps):
 
     # -- rope ---------------------------------------------------------------------------------------------------------
 
-    def rope(self, x, positions, n_heads, base=10000.0):
-        cosines, sines = self._turns(positions.limit, x.shape[1] // n_heads, float(base))
-        cache = (positions, cosines, sines, n_heads)
+    def rope(self, x, positions, n_heads, base=10000.0, halves=False, factors=None, magnitude=1.0):
+        stretched = () if factors is None and magnitude == 1 else (factors and tuple(factors), float(magnitude))
+        cosines, sines = self._turns(positions.limit, x.shape[1] // n_heads, float(base), *stretched)
+        cache = (positions, cosines, sines, n_heads, halves)
         return self._turn(x, cache, 1), cache
 
     def rope_backward(self, d_y, cache):
         return self._turn(d_y, cache, -1)
 
     def _turn(self, x, cache, direction):
-        positions, cosines, sines, n_heads = cache
-        numbers = struct.pack("2q", n_heads, direction)
+        positions, cosines, sines, n_heads, halves = cache
+        numbers = struct.pack("3q", n_heads, direction, halves)
         return self._node(self.kernels.ROPE, [x, positions.tensor, cosines, sines], x.shape, params=numbers)
 
     def _turns(self, *key):
@@ -272,12 +286,14 @@ class CpuGraphOps(GraphOps):
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
-    def attention(self, q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
+    def attention(self, q, k, v, batch, n_heads, n_kv_heads=None, causal=True, window=None, softcap=None):
         n_kv_heads = n_kv_heads or n_heads
-        numbers = struct.pack("4q", batch, n_heads, n_kv_heads, int(causal))
-        check_attention(q, k, v, batch, n_heads, n_kv_heads, causal)
+        numbers = struct.pack("5qd", batch, n_heads, n_kv_heads, int(causal), window or 0, softcap or 0.0)
+        check_attention(q, k, v, batch, n_heads, n_kv_heads, causal, window, softcap)
         largest = self.graph.blank((batch * n_heads, q.shape[0] // batch))  # q.k of each query and head
-        scratch = self._scratch(k.shape[0] // batch)
+        scratch = self._shared(
+            self.n_threads * self.kernels.attention_scratch_floats(k.shape[0] // batch, softcap or 0.0)
+        )
         inputs = [q, k, v, largest, scratch]
         out = self._node(self.kernels.ATTENTION, inputs, q.shape, params=numbers, writes=[largest, scratch])
         return out, (inputs, numbers)
@@ -293,9 +309,6 @@ class CpuGraphOps(GraphOps):
         if q.shape[0] == k.shape[0]:
             return _Columns((d_q, d_k, d_v), all_three)
         return self.graph.slice(d_q, 0, 0, q.shape[0]), *(self.graph.slice(d, 0, 0, k.shape[0]) for d in (d_k, d_v))
-
-    def _scratch(self, t_k):
-        return self._shared(self.n_threads * self.kernels.attention_scratch_floats(t_k))
 
     def _shared(self, floats):
         """Memory of that size for whatever one node writes down while it runs."""
@@ -365,11 +378,12 @@ class CpuGraphOps(GraphOps):
         slot.tensor = self._node_into(kernel, slot.tensor, inputs)
 
 
-def rope_tables(n_positions, d_head, base):
-    """cos and sin of position * base^(-2i/d_head), float32 (n_positions, d_head/2) each, computed in double precision."""
-    frequencies = base ** (-np.arange(0, d_head, 2) / d_head)
+def rope_tables(n_positions, d_head, base, factors=None, magnitude=1.0):
+    """cos and sin of position * base^(-2i/d_head) / factors[i], times the magnitude, float32 (n_positions, d_head/2) each,
+    computed in double precision."""
+    frequencies = base ** (-np.arange(0, d_head, 2) / d_head) / (1.0 if factors is None else np.array(factors))
     angles = np.arange(n_positions)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    return (magnitude * np.cos(angles)).astype(np.float32), (magnitude * np.sin(angles)).astype(np.float32)
 
 
 class _Columns(tuple):

@@ -17,7 +17,8 @@ class NativeGraphOps(GraphOps):
 
     def __init__(self, graph, slots=None, finished=None):
         super().__init__(graph, slots, finished)
-        self.masks = {}  # by (T_q, T_k)
+        self.masks = {}  # by (T_q, T_k, window)
+        self.rope_factors = {}  # by their values
         # by what it is, or the tensor with the number: a row of equal numbers, as wide as the widest trained parameter
         self.rows = {}
         self.row_parts = {}  # by (what, columns)
@@ -92,6 +93,20 @@ class NativeGraphOps(GraphOps):
     def gelu_backward(self, d_y, cache):
         return rules.gelu_backward(self.graph, self._contiguous(d_y), *cache)[0]
 
+    def geglu(self, gate, up):
+        y, kept = rules.geglu(self.graph, gate, up)
+        return y, (kept, gate, up)
+
+    def geglu_backward(self, d_y, cache):
+        return rules.geglu_backward(self.graph, self._contiguous(d_y), *cache)
+
+    def softcap(self, x, cap=30.0):
+        y, kept = rules.softcap(self.graph, x, cap)
+        return y, (kept, x)
+
+    def softcap_backward(self, d_y, cache):
+        return rules.softcap_backward(self.graph, self._contiguous(d_y), *cache)[0]
+
     def silu(self, x):
         y, kept = rules.silu(self.graph, x)
         return y, (kept, x)
@@ -108,38 +123,54 @@ class NativeGraphOps(GraphOps):
 
     # -- rope ---------------------------------------------------------------------------------------------------------
 
-    def rope(self, x, positions, n_heads, base=10000.0):
-        heads = self.graph.reshape(self._contiguous(x), (x.shape[0], n_heads, x.shape[1] // n_heads))
-        turned = self.graph.rope(heads, positions.tensor, base=base)
-        return self.graph.reshape(turned, x.shape), (positions, n_heads, base)
+    def rope(self, x, positions, n_heads, base=10000.0, halves=False, factors=None, magnitude=1.0):
+        if factors is not None:
+            factors = self._rope_factors(tuple(factors))
+        options = {"base": base, "halves": halves, "factors": factors, "magnitude": magnitude}
+        cache = (positions, n_heads, options)
+        return self._turned(self.graph.rope, x, cache), cache
 
     def rope_backward(self, d_y, cache):
-        positions, n_heads, base = cache
-        heads = self.graph.reshape(self._contiguous(d_y), (d_y.shape[0], n_heads, d_y.shape[1] // n_heads))
-        return self.graph.reshape(self.graph.rope_back(heads, positions.tensor, base=base), d_y.shape)
+        return self._turned(self.graph.rope_back, d_y, cache)
+
+    def _turned(self, rotate, x, cache):
+        positions, n_heads, options = cache
+        heads = self.graph.reshape(self._contiguous(x), (x.shape[0], n_heads, x.shape[1] // n_heads))
+        return self.graph.reshape(rotate(heads, positions.tensor, **options), x.shape)
+
+    def _rope_factors(self, factors):
+        if factors not in self.rope_factors:
+            self.rope_factors[factors] = self.constant(np.array(factors, np.float32))
+        return self.rope_factors[factors]
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
-    def attention(self, q, k, v, batch, n_heads, n_kv_heads=None, causal=True):
+    def attention(self, q, k, v, batch, n_heads, n_kv_heads=None, causal=True, window=None, softcap=None):
         g, n_kv_heads = self.graph, n_kv_heads or n_heads
-        check_attention(q, k, v, batch, n_heads, n_kv_heads, causal)
+        check_attention(q, k, v, batch, n_heads, n_kv_heads, causal, window, softcap)
         width = q.shape[1]
         q = self._to_heads(q, batch, n_heads)  # (B, H, Tq, d)
         k = self._to_heads(k, batch, n_kv_heads)  # (B, K, Tk, d)
         v = self._to_heads(v, batch, n_kv_heads)  # (B, K, Tk, d)
-        mask = self._mask(q.shape[2], k.shape[2]) if causal else None
-        scores = g.mul_mat(k, q)  # (B, H, Tq, Tk)
-        p, kept = rules.softmax(g, scores, mask, q.shape[3] ** -0.5)
+        mask = self._mask(q.shape[2], k.shape[2], window) if causal else None
+        scores, slope, factor = g.mul_mat(k, q), None, q.shape[3] ** -0.5  # (B, H, Tq, Tk)
+        if softcap is not None:
+            capped, slope = rules.softcap(g, g.scale(scores, factor), softcap)
+            p, kept = rules.softmax(g, capped, mask)
+        else:
+            p, kept = rules.softmax(g, scores, mask, factor)
         out = g.mul_mat(g.transposed(v), p)  # (B, H, Tq, d)
-        return self._from_heads(out, width), (q, k, v, p, scores, kept)
+        return self._from_heads(out, width), (q, k, v, p, scores, kept, slope)
 
     def attention_backward(self, d_out, cache):
         g = self.graph
-        q, k, v, p, scores, kept = cache
+        q, k, v, p, scores, kept, slope = cache
         (batch, n_heads), n_kv_heads = q.shape[:2], k.shape[1]
         d_out = self._to_heads(d_out, batch, n_heads)  # (B, H, Tq, d)
         d_p = g.mul_mat(v, d_out)  # (B, H, Tq, Tk)
         (d_scores,) = rules.softmax_backward(g, d_p, kept, scores)  # (B, H, Tq, Tk)
+        if slope is not None:
+            d_scores = g.scale(rules.softcap_backward(g, d_scores, slope, scores)[0], q.shape[3] ** -0.5)
         d_q = g.mul_mat(g.transposed(k), d_scores)  # (B, H, Tq, d)
         d_k = g.mul_mat(g.transposed(q), g.transposed(d_scores))  # (B, H, Tk, d)
         d_v = g.mul_mat(g.transposed(d_out), g.transposed(p))  # (B, H, Tk, d)
@@ -169,11 +200,14 @@ class NativeGraphOps(GraphOps):
             total = self.graph.add(total, self.graph.slice(x, 1, i, i + 1))
         return self.graph.reshape(total, (batch, n_kv_heads, t, d))
 
-    def _mask(self, t_q, t_k):
-        if (t_q, t_k) not in self.masks:
-            future = np.triu(np.ones((t_q, t_k), bool), k=t_k - t_q + 1)
-            self.masks[t_q, t_k] = self.constant(np.where(future, -np.inf, 0.0).astype(np.float32))
-        return self.masks[t_q, t_k]
+    def _mask(self, t_q, t_k, window):
+        key = (t_q, t_k, window)
+        if key not in self.masks:
+            hidden = np.triu(np.ones((t_q, t_k), bool), k=t_k - t_q + 1)
+            if window is not None:
+                hidden |= np.tril(np.ones((t_q, t_k), bool), k=t_k - t_q - window)
+            self.masks[key] = self.constant(np.where(hidden, -np.inf, 0.0).astype(np.float32))
+        return self.masks[key]
 
     # -- loss and optimizer -------------------------------------------------------------------------------------------
 

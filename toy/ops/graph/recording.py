@@ -155,8 +155,13 @@ def check_trained(weight):
         raise ValueError(QUANTIZED_IS_FROZEN)
 
 
-def check_attention(q, k, v, batch, n_heads, n_kv_heads, causal):
-    """Raise ValueError unless the shapes are those that `reference.attention` names."""
+def check_attention(q, k, v, batch, n_heads, n_kv_heads, causal, window, softcap):
+    """Raise ValueError unless the shapes and numbers are those that `reference.attention` names."""
+    if (window is not None and (window < 1 or not causal)) or (softcap is not None and not softcap > 0):
+        raise ValueError(
+            f"attention: window={window}, softcap={softcap} and causal={causal}: a window is a whole number above 0 and "
+            "needs causal=True, a softcap is a number above 0"
+        )
     numbers_fit = min(batch, n_heads, n_kv_heads) > 0 and n_heads % n_kv_heads == 0
     if numbers_fit:
         (n_q, width), (n_k, kv_width) = q.shape, k.shape
