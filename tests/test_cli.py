@@ -24,7 +24,10 @@ from toy.files import read_checkpoint, read_events
 
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(f"{i} squared is {i * i}, and then comes {i + 1}.\n" for i in range(300))
-SMALL = ["--batch=3", "--context=8", "--d-model=8", "--layers=1", "--heads=2", "--eval-batches=2", "--sample-tokens=9"]
+SMALL = [
+    "--batch=3", "--context=8", "--d-model=8", "--layers=1", "--heads=2", "--eval-batches=2", "--sample-tokens=9",
+    "--arch=transformer", "--schedule=constant", "--lr=0.001",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

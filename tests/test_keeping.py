@@ -19,6 +19,7 @@ from toy.training.estimate import largest_memory
 TEXT = "".join(f"{i} squared is {i * i}, and then comes {i + 1}.\n" for i in range(300))
 SMALL = {
     "batch": 3, "context": 8, "d_model": 8, "layers": 1, "heads": 2, "d_ff": 12, "eval_batches": 2, "sample_tokens": 5,
+    "arch": "transformer", "schedule": "constant", "lr_floor": 0.1,
 }  # fmt: skip
 
 
@@ -430,7 +431,7 @@ def test_toml_gives_options_and_flags_go_before_them(tmp_path, toy_command, opti
     assert code == 0, err
     training = Run.open(out).config["training"]
     assert (training["lr"], training["steps"], training["arch"], training["untied"]) == (0.01, 4, "llama", True)
-    assert training["batch"] == 12  # what nobody said is the default
+    assert training["batch"] == 6  # what nobody said is the default
 
 
 @pytest.mark.parametrize(

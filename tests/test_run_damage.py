@@ -36,7 +36,9 @@ from toy.training.high_loss import HighLoss
 
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(f"{i} squared is {i * i}, and then comes {i + 1}.\n" for i in range(300))
-SIZES = {"batch": 3, "context": 8, "d_model": 8, "layers": 1, "heads": 2, "eval_batches": 2, "sample_tokens": 5}
+SIZES = {"batch": 3, "context": 8, "d_model": 8, "layers": 1, "heads": 2, "eval_batches": 2, "sample_tokens": 5} | {
+    "arch": "transformer", "schedule": "constant", "lr_floor": 0.1,
+}  # fmt: skip
 TRAIN = ("train", "from-scratch")
 OPTIONS = ["--corpus=text.txt", "--backend=numpy", *(f"--{name.replace('_', '-')}={n}" for name, n in SIZES.items())]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files, limits or signals")
@@ -601,7 +603,7 @@ def test_a_run_that_ends_at_a_loss_of_800_is_no_success(run, toy_command, monkey
         patch.setattr(Training, "__init__", with_high_loss)
         code, out, err = toy_command(*TRAIN, *OPTIONS, "--steps=70", "--eval-every=50", "--out=high")
         assert (code, one_sentence(err)) == (1, True)
-        assert "for 65 steps: the training diverged; try an lr below 0.001" in err and "To go on" not in err
+        assert "for 65 steps: the training diverged; try an lr below 0.002" in err and "To go on" not in err
         assert out.count("note: the loss was above") == 1 and "(step 55)" in out
         assert not re.search("^done", out, re.M)
         training = Training(FromScratchOptions(corpus="text.txt", backend="numpy", steps=70, **SIZES), out="stopped")

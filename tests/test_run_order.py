@@ -27,6 +27,8 @@ def options(tmp_path):
         "batch": 3,
         "context": 8,
         "d_model": 8,
+        "arch": "transformer",
+        "schedule": "constant",
         "layers": 1,
         "heads": 2,
         "d_ff": 12,

@@ -22,6 +22,7 @@ from toy.training import RECIPES, Training
 from toy.training.config_file import options_from_file
 from toy.training.options import DATA, MACHINE, MODEL, REPORTS, STEPS
 
+_WIDEST_CHOICES = 40  # characters
 SECTIONS = (DATA, MODEL, STEPS, REPORTS, MACHINE)
 
 
@@ -71,11 +72,15 @@ def flag_of(field):
         return click.option(name, is_flag=True, default=field.default, help=help)
     if field.metadata["several"]:
         return click.option(name, type=str, multiple=True, help=f"{help}  [default: {shown}]")
-    if field.metadata["choices"]:
-        kind = click.Choice(field.metadata["choices"])
+    metavar = None
+    if choices := field.metadata["choices"]:
+        kind = click.Choice(choices)
+        if len("|".join(choices)) > _WIDEST_CHOICES:  # a line of the help has no place for them
+            metavar, help = "NAME", f"{help} One of {', '.join(choices)}."
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
     shown = shown or default not in (None, "")
-    return click.option(name, type=Names() if kind is tuple else kind, default=default, help=help, show_default=shown)
+    kind = Names() if kind is tuple else kind
+    return click.option(name, type=kind, default=default, help=help, show_default=shown, metavar=metavar)
 
 
 def _type_of(field):

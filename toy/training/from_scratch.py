@@ -35,7 +35,7 @@ class FromScratchOptions(TextOptions):
     vocab_size: int | None = option(
         None, "Tokens of a vocabulary made of the text (bpe).", DATA, shown=f"{DEFAULT_VOCAB_SIZE:,}", at_least=1
     )
-    arch: str = option("transformer", "The model.", MODEL, choices=LANGUAGE_MODELS)
+    arch: str = option("llama", "The model.", MODEL, choices=LANGUAGE_MODELS)
     d_model: int = option(128, "Width of the residual stream.", MODEL, at_least=1)
     layers: int = option(4, "Blocks.", MODEL, at_least=1, at_most=MOST_LAYERS)
     heads: int = option(4, "Attention heads in a block; they divide the width.", MODEL, at_least=1)
@@ -46,7 +46,13 @@ class FromScratchOptions(TextOptions):
     untied: bool = option(False, "An output matrix of its own (llama and its relatives).", MODEL)
     qkv_bias: bool = option(False, "Biases on query, key and value (llama and its relatives).", MODEL)
     init_scale: float = option(1.0, "Multiplies the standard deviations of the first weights.", MODEL)
-    context: int = again("context", 64, TextOptions)
+    # chosen by what a minute on two cores reaches on the default text: benchmarks/first_minute.py
+    steps: int = again("steps", 1200, TextOptions)
+    batch: int = again("batch", 6, TextOptions)
+    context: int = again("context", 128, TextOptions)
+    lr: float = again("lr", 2e-3, TextOptions)
+    schedule: str = again("schedule", "cosine", TextOptions)
+    lr_floor: float = again("lr_floor", 0.02, TextOptions)
 
     def resolved(self) -> "Self":
         return dataclasses.replace(super().resolved(), d_ff=self.d_ff or 4 * self.d_model)
@@ -108,7 +114,7 @@ def check_no_llama_sizes(options: Any) -> None:
 class FromScratchStart(TextStart):
     """Train a model from random weights.
 
-    Without options: a small transformer on the documentation inside Python, in about a minute. With --resume, options
+    Without options: a small llama on the documentation inside Python, in about a minute. With --resume, options
     may be left out; --steps may be larger than before.
     """
 
