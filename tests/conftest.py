@@ -93,6 +93,8 @@ def toy_command(capsys):
 def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it puts into the background
         signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests press Ctrl-C
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not PURE:
         try:
             importlib.import_module("toy.ops.accelerated")

@@ -249,6 +249,7 @@ def test_eval_refuses_bad_input(files, toy_command, arguments, problem):
 def test_eval_of_a_character_model_names_a_character_it_never_saw(files, toy_command):
     Path("abc.txt").write_text("abc abd " * 30)
     sizes = ["--batch=2", "--context=8", "--d-model=8", "--layers=1", "--heads=2", "--eval-batches=1", "--steps=1"]
+    sizes.append("--arch=transformer")
     assert toy_command("train", "from-scratch", "--corpus=abc.txt", *sizes, "--out=chars")[0] == 0
     code, _, err = toy_command("eval", "chars", "--corpus=text.txt")
     assert code == 2 and one_sentence(err) and "the text has the character 'h' (U+0068) at offset 0" in err

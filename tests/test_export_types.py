@@ -143,7 +143,7 @@ def test_a_model_in_every_type(kernels, tmp_path, type):
     assert difference < {"f32": 1e-6, "f16": 1e-2, "bf16": 0.05, "q8_0": 0.05}.get(type, 0.6)
 
 
-def test_types_that_cannot_be(tmp_path):
+def test_types_that_cannot_be(tmp_path, kernels):
     config, parameters = llama()
     with pytest.raises(ValueError, match=r"type must be one of f32, f16, bf16, q8_0, .*got 'q7'"):
         write_gguf(tmp_path / "a.gguf", config, parameters, type="q7")

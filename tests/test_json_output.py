@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from single_thread import single_thread  # noqa: F401 (autouse)
 
-from toy import cli as toy_cli
 from toy.checks import gradcheck, selftest
 from toy.files import fetch as fetching
 from toy.files import read_events
@@ -163,7 +162,7 @@ def test_describe_and_export(said):
 
 @pytest.fixture
 def example():
-    path = Path(toy_cli.__file__).parents[2] / "examples" / "events_to_tracker.py"
+    path = Path(__file__).parents[1] / "examples" / "events_to_tracker.py"
     spec = importlib.util.spec_from_file_location("events_to_tracker", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
