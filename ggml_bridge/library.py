@@ -2,13 +2,14 @@
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ggml_bridge import loading
 from ggml_bridge.loading import LoadError
 from ggml_bridge.records import Device
+
+if TYPE_CHECKING:
+    import numpy as np  # importing the bridge loads nothing
 
 _loaded: dict[
     str, Any
@@ -68,7 +69,7 @@ def version() -> str:
     return load().library_version()
 
 
-def quantize(array: np.ndarray, dtype: str) -> np.ndarray:
+def quantize(array: "np.ndarray", dtype: str) -> "np.ndarray":
     """float32 (rows, n) -> uint8 (rows, bytes of a row) in one of ggml's types ("q4_k", "q8_0", ...), by ggml's own
     quantiser.
 
