@@ -245,6 +245,10 @@ def backend(monkeypatch):
     spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # a build is a fresh process; in this one another test may have imported a distutils beside that of setuptools
+    distutils = importlib.import_module("setuptools.build_meta").distutils
+    if not hasattr(distutils, "core"):
+        monkeypatch.setattr(distutils, "core", importlib.import_module("distutils.core"), raising=False)
 
     def use(*names):
         monkeypatch.setattr(module, "sys_tags", lambda: iter(tags.Tag(*tag.split("-")) for tag in names))
