@@ -57,6 +57,19 @@ def _evaluation_of(left):
     return evaluate
 
 
+def killed_in_validation(monkeypatch, step):
+    """End the process, as it were, in the validation at this step. Returns what was there before."""
+    evaluate = Training._evaluate
+
+    def killed(training):
+        if training.step == step:
+            raise KeyboardInterrupt
+        return evaluate(training)
+
+    monkeypatch.setattr(Training, "_evaluate", killed)
+    return evaluate
+
+
 def checkpoints(folder):
     return sorted(int(path.stem[5:]) for path in (folder / "weights").glob("step_*.safetensors"))
 
@@ -140,13 +153,7 @@ def test_a_strange_best_is_told(options, tmp_path):
 def test_it_is_saved_before_it_is_evaluated(options, tmp_path, monkeypatch):
     """A process that is killed in a long validation has lost no step; the validation is made up for."""
 
-    def killed(training):
-        if training.step == 10:
-            raise KeyboardInterrupt
-        return evaluate(training)
-
-    evaluate = Training._evaluate
-    monkeypatch.setattr(Training, "_evaluate", killed)
+    evaluate = killed_in_validation(monkeypatch, 10)
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         list(Training(options(eval_every=5, save_every=5), out=out).run())
@@ -157,13 +164,7 @@ def test_it_is_saved_before_it_is_evaluated(options, tmp_path, monkeypatch):
 
 
 def test_killed_in_the_last_validation_it_ends_all_the_same(options, tmp_path, monkeypatch):
-    def killed(training):
-        if training.step == 20:
-            raise KeyboardInterrupt
-        return evaluate(training)
-
-    evaluate = Training._evaluate
-    monkeypatch.setattr(Training, "_evaluate", killed)
+    evaluate = killed_in_validation(monkeypatch, 20)
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         list(Training(options(), out=out).run())

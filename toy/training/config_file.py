@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toy.files import BadFileError
-from toy.training.options import RunOptions
+from toy.training.options import RunOptions, saved_options
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,12 +53,11 @@ def options_from_file(path: Path, kind: type[RunOptions]) -> dict[str, Any]:
 def _from_json(path: Path, text: str, kind: type[RunOptions]) -> dict[str, Any]:
     try:
         config = json.loads(text)
-        given, recipe = dict(config["training"]), config.get("recipe", "from-scratch")
+        given, recipe = saved_options(kind, config["training"]), config.get("recipe", "from-scratch")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadFileError(path, "is not the config.json of a run; options of your own are written as TOML") from error
     if recipe != kind.recipe:
         raise ValueError(f"{path} is of a run of {recipe}: toy train {recipe} --config takes it")
-    given.setdefault("split", "tail") if "split" in {field.name for field in dataclasses.fields(kind)} else None
     return given
 
 

@@ -34,7 +34,7 @@ from toy.files.runs import check_new_folder
 from toy.models.base import Model
 from toy.training.estimate import Estimate, in_bytes, in_time, measure, steps_in
 from toy.training.high_loss import HighLoss
-from toy.training.options import RunOptions, TextOptions
+from toy.training.options import RunOptions, TextOptions, saved_options
 from toy.training.start import Decision, Start, TextStart, without_path
 from toy.training.table import RECIPES
 
@@ -152,13 +152,7 @@ class Training:
         threads, which round a little differently.
         Raises BadFileError for a damaged run, ValueError for a change that is not possible.
         """
-        run = Run.open(folder)
-        options, as_it_ran = _read_config(run)
-        if recipe not in (None, options.recipe):
-            raise ValueError(
-                f"the run in {folder} is of another kind: toy train {options.recipe} --resume goes on with it"
-            )
-        _check_one_budget(options, changes)
+        run, options, as_it_ran = _open_run(folder, recipe, changes, "--resume goes on with it")
         resumable = {field.name for field in dataclasses.fields(options) if field.metadata.get("resumable")}
         for name, value in changes.items():
             value = getattr(dataclasses.replace(options, **{name: value}), name)  # as the options themselves spell it
@@ -205,11 +199,7 @@ class Training:
         checkpoint: "last", "best" or a step. steps counts from the beginning of the old run, and so does the schedule.
         Raises ValueError for changes that make another model or another vocabulary, otherwise as `resume`.
         """
-        run = Run.open(folder)
-        options, as_it_ran = _read_config(run)
-        if recipe not in (None, options.recipe):
-            raise ValueError(f"the run in {folder} is of another kind: toy train {options.recipe} makes a branch of it")
-        _check_one_budget(options, changes)
+        run, options, as_it_ran = _open_run(folder, recipe, changes, "makes a branch of it")
         found = run.read_checkpoint(checkpoint)
         if found is None:
             raise ValueError(f"the run in {folder} has no checkpoint yet, so nothing can begin with it")
@@ -569,10 +559,19 @@ class Training:
         }
 
 
-def _check_one_budget(options: RunOptions, changes: dict[str, Any]) -> None:
+def _open_run(
+    folder: StrPath, recipe: str | None, changes: Mapping[str, Any], what_to_do: str
+) -> tuple[Run, RunOptions, dict[str, Any]]:
+    """The run in `folder`, and its options as `_read_config` gives them. what_to_do: with `toy train RECIPE`, for a run of
+    another recipe than `recipe`. Raises ValueError for such a run, and for changes that say twice how long to train."""
+    run = Run.open(folder)
+    options, as_it_ran = _read_config(run)
+    if recipe not in (None, options.recipe):
+        raise ValueError(f"the run in {folder} is of another kind: toy train {options.recipe} {what_to_do}")
     given = [name for name in ("steps", *options.budgets) if changes.get(name) is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} each say how long to train: give one of them")
+    return run, options, as_it_ran
 
 
 def _check_steps(resumed: _Resumed, steps: int) -> None:
@@ -614,10 +613,7 @@ def _read_config(run: Run) -> tuple[RunOptions, dict[str, Any]]:
     """The options in a config.json, and the backend, device and threads it really ran on (they round alike)."""
     try:
         kind = RECIPES[run.config.get("recipe", "from-scratch")].options_class
-        fields = dict(run.config["training"])
-        if "split" in {field.name for field in dataclasses.fields(kind)}:
-            fields.setdefault("split", "tail")  # of runs that were begun before there was another
-        options, ran = kind(**fields), run.config["backend"]
+        options, ran = kind(**saved_options(kind, run.config["training"])), run.config["backend"]
         return options, {"backend": ran["name"], "device": ran["device"], "threads": ran["threads"]}
     except (KeyError, TypeError, ValueError) as error:
         raise BadFileError(run.config_path, f"its training options are wrong ({error})") from error

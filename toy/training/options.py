@@ -6,6 +6,7 @@ and the default are the field's, the rest stands in its metadata (`option`).
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
@@ -259,6 +260,14 @@ class FromModelOptions(TextOptions):
         if not self.model:
             raise ValueError("model is missing: the path of a GGUF file, or the name of a fetched model")
         super().__post_init__()
+
+
+def saved_options(kind: type[RunOptions], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a config.json has, by name; those that a run was begun without are what they were then."""
+    options = dict(saved)
+    if "split" in {field.name for field in dataclasses.fields(kind)}:
+        options.setdefault("split", "tail")
+    return options
 
 
 def check_whole(name: str, value: SupportsIndex, at_least: int, at_most: int = LARGEST) -> int:
