@@ -6,6 +6,7 @@ and installs the real one.
 
 import email
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -245,16 +246,31 @@ def backend(monkeypatch):
     spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # a build is a fresh process; in this one another test may have imported a distutils beside that of setuptools
-    distutils = importlib.import_module("setuptools.build_meta").distutils
-    if not hasattr(distutils, "core"):
-        monkeypatch.setattr(distutils, "core", importlib.import_module("distutils.core"), raising=False)
 
     def use(*names):
         monkeypatch.setattr(module, "sys_tags", lambda: iter(tags.Tag(*tag.split("-")) for tag in names))
         return module
 
     return use
+
+
+HOOKS = """
+import json, sys
+sys.path.insert(0, sys.argv.pop(1))
+import build_backend
+from packaging import tags
+build_backend.sys_tags = lambda: iter([tags.Tag("cp311", "cp311", "manylinux_2_27_x86_64")])
+names, sys.argv = sys.argv[1:], sys.argv[:1]
+with open("asked.json", "w") as file:
+    json.dump({name: getattr(build_backend, name)() for name in names}, file)
+"""
+
+
+def asked_for(project, *hooks, **environment):
+    """What hooks of the backend ask for, each by its name. In a process of its own, as pip calls them: in this one a test
+    may have imported the distutils of the standard library, and setuptools works with its own."""
+    run("-c", HOOKS, ROOT, *hooks, cwd=project, **environment)
+    return json.loads((project / "asked.json").read_text())
 
 
 GGML = Requirement(PYPROJECT["project"]["optional-dependencies"]["ggml"][0])
@@ -294,14 +310,16 @@ def test_libggml_is_not_asked_for_where_its_wheels_are_too_new(backend, tag):
     assert backend(tag, "py3-none-any").ggml_requirement() == []
 
 
-def test_libggml_is_not_asked_for_where_it_is_not_wanted(backend, monkeypatch):
+def test_libggml_is_not_asked_for_where_it_is_not_wanted(backend, monkeypatch, small_project):
     module = backend("cp311-cp311-manylinux_2_27_x86_64")
     assert len(module.ggml_requirement()) == 1
     for name, value in (("TOY_PURE_PYTHON", "1"), ("TOY_GGML_DIR", "/opt/ggml")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert module.ggml_requirement() == []
-            assert module.get_requires_for_build_sdist() is not None
+        hook = "get_requires_for_build_wheel"
+        asked = asked_for(small_project, hook, **{name: value})[hook]
+        assert not [line for line in asked if "ggml" in line]
 
 
 def test_the_bridge_names_the_same_libggml(backend):
@@ -309,13 +327,13 @@ def test_the_bridge_names_the_same_libggml(backend):
     assert f"pip install '{requirement}'" == loading.INSTALL
 
 
-def test_the_backend_adds_it_to_the_wheel_and_the_editable_install(backend, monkeypatch, tmp_path, small_project):
-    module = backend("cp311-cp311-manylinux_2_27_x86_64")
-    monkeypatch.chdir(small_project)
-    monkeypatch.setattr(sys, "argv", sys.argv[:1])
-    for hook in (module.get_requires_for_build_wheel, module.get_requires_for_build_editable):
-        assert [line for line in hook() if line.startswith("libggml-python")] == module.ggml_requirement()
-    assert not [line for line in module.get_requires_for_build_sdist() if "ggml" in line]
+def test_the_backend_adds_it_to_the_wheel_and_the_editable_install(backend, small_project):
+    expected = backend("cp311-cp311-manylinux_2_27_x86_64").ggml_requirement()
+    with_it = ("get_requires_for_build_wheel", "get_requires_for_build_editable")
+    asked = asked_for(small_project, *with_it, "get_requires_for_build_sdist")
+    for hook in with_it:
+        assert [line for line in asked[hook] if line.startswith("libggml-python")] == expected and len(expected) == 1
+    assert not [line for line in asked["get_requires_for_build_sdist"] if "ggml" in line]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

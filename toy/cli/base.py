@@ -87,7 +87,7 @@ def named_stdout():
     is thrown away. Where it is no file (a console of Windows), nothing changes."""
     before = out = sys.stdout
     if out is None:
-        sys.stdout = open(os.devnull, "w", newline="\n")  # noqa: SIM115 (as long as the process)
+        sys.stdout = open(os.devnull, "w", newline="\n", encoding="utf-8")  # noqa: SIM115 (as long as the process)
     elif isinstance(out, io.TextIOWrapper):
         unbuffered = isinstance(out.buffer, io.FileIO)  # PYTHONUNBUFFERED, python -u
         if unbuffered or isinstance(getattr(out.buffer, "raw", None), io.FileIO):
