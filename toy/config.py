@@ -269,6 +269,8 @@ class RecipeOptions:
     weight_dtype: "f32", or "f16" / "bf16" for compute copies rounded from the f32 masters after every update.
     untied, qkv_bias: options of models that have them. seed: of the initialisation. init_scale: multiplies its
     standard deviations. grad_clip: largest L2 norm of the whole gradient (longer ones are scaled down), None = off.
+    recompute: whether the backward runs the forward of each block again, whose activations are then not kept: the same numbers
+    in less memory, for the time of a second forward. None: where memory would not do otherwise.
     Raises ValueError for a value out of range.
     """
 
@@ -281,6 +283,7 @@ class RecipeOptions:
     init_scale: float = 1.0
     grad_clip: float | None = None
     accumulate: int = 1
+    recompute: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("t_seq", "t_batch", "accumulate"):

@@ -89,6 +89,8 @@ class Engine:
             # float32: a weight that is trained has a gradient and two moments; the logits have a gradient
             n_bytes = 4 * (4 * self.n_trained + 2 * self.batch.n_rows * self.batch.n_classes)
             check_fits(n_bytes, f"training {self.n_trained:,} parameters on {self.batch.n_rows:,} rows")
+        # further arguments of the model
+        self.model_options = {**weights.model_options, "recompute": bool(options.recompute)}
         self.grad_norm = float("nan")  # L2 norm of the last step's whole gradient, before clipping
 
     def __enter__(self) -> "Self":
