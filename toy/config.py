@@ -269,8 +269,8 @@ class RecipeOptions:
     weight_dtype: "f32", or "f16" / "bf16" for compute copies rounded from the f32 masters after every update.
     untied, qkv_bias: options of models that have them. seed: of the initialisation. init_scale: multiplies its
     standard deviations. grad_clip: largest L2 norm of the whole gradient (longer ones are scaled down), None = off.
-    recompute: whether the backward runs the forward of each block again, whose activations are then not kept: the same numbers
-    in less memory, for the time of a second forward. None: where memory would not do otherwise.
+    recompute: whether the backward runs the forward of each block again, whose activations are then not kept: the same
+    numbers in less memory, for the time of a second forward. None: where memory would not do otherwise.
     Raises ValueError for a value out of range.
     """
 

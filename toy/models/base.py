@@ -164,8 +164,8 @@ class LanguageModel(Model):
     forward_rows(token_ids (N,), positions (N,), batch, kv_cache) -> logits (N, V), cache
     hidden_rows(...), unembed_rows(x (N, D))
 
-    and so has its backward: hidden_rows_backward(d_x (N, D), *caches, grads), with the caches that `hidden_rows` gave beside x.
-    For training the second half is `loss_rows`, which has no more of the logits at a time than memory should hold.
+    For training the second half is `loss_rows`, which never has all logits at a time; the backward of the first half is
+    hidden_rows_backward(d_x (N, D), *caches, grads), with the caches that `hidden_rows` gave beside x.
     """
 
     batch_type = TokenBatch

@@ -114,8 +114,10 @@ class GPT2(LanguageModel):
         return logits, norm_cache, unembed_cache
 
     def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
-        """x: (N, D) from `hidden_rows`, labels: of its rows -> the mean loss, d_x (N, D). What `unembed_rows`, cross-entropy and
-        the backward of both give. Adds to grads; grads None: the loss alone, None for d_x."""
+        """x: (N, D) from `hidden_rows` -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
+
+        Adds to grads; grads None: the loss alone, None for d_x.
+        """
         ops, p = self.ops, self.parameters
         x, norm_cache = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
         if grads is None:

@@ -169,8 +169,10 @@ class Llama(LanguageModel):
         return logits, norm_cache, unembed_cache, softcap_cache
 
     def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
-        """x: (N, D) from `hidden_rows`, labels: of its rows -> the mean loss, d_x (N, D). What `unembed_rows`, cross-entropy and
-        the backward of both give. Adds to grads; grads None: the loss alone, None for d_x."""
+        """x: (N, D) from `hidden_rows` -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
+
+        Adds to grads; grads None: the loss alone, None for d_x.
+        """
         ops, p, c = self.ops, self.parameters, self.config
         x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
         x = self.scaled(x, 1 / c.logit_scale)  # (N, D)

@@ -53,9 +53,9 @@ class CpuGraphOps(GraphOps):
         return self.graph.custom(kernel, *arguments, name=self._numbered(called or self._called(kernel)), **options)
 
     def _node_into(self, kernel, target, inputs, **options):
-        tasks = self._tasks(kernel, inputs, target.shape)
-        name = self._numbered(self._called(kernel))
-        return self.graph.custom_into(kernel, target, inputs, name=name, n_tasks=tasks, **options)
+        if options.get("n_tasks") is None:
+            options["n_tasks"] = self._tasks(kernel, inputs, target.shape)
+        return self.graph.custom_into(kernel, target, inputs, name=self._numbered(self._called(kernel)), **options)
 
     def _tasks(self, kernel, inputs, shape):
         """Into how many slices a node is cut: 1 where waking a second thread would take longer than the work itself."""
@@ -330,26 +330,32 @@ class CpuGraphOps(GraphOps):
         source, numbers = labels if dense else labels.tensor, struct.pack("q", int(dense))
         return source, numbers, self._node(self.kernels.COUNTED, [source], (4,), params=numbers, n_tasks=1)
 
-    def _band_loss(self, logits, start, band):
+    def _labels_of(self, start, band):
         source, numbers, totals = start
-        logits = logits if logits.is_contiguous else self.graph.cont(logits)
         if band != slice(0, source.shape[0]):
             source = self.graph.slice(source, 0, band.start, band.stop)
+        return source, numbers, totals
+
+    def _losses(self, logits, labels):
+        source, numbers, totals = labels
         _same("cross_entropy", "the rows of logits and labels", logits.shape[0], source.shape[0])
+        logits = logits if logits.is_contiguous else self.graph.cont(logits)
         statistics = self.graph.blank((4, logits.shape[0]))
         statistics = self._node_into(self.kernels.CROSS_ENTROPY, statistics, [logits, source], params=numbers)
-        totals = self._node_into(self.kernels.ADD_LOSSES, totals, [statistics])
-        return totals, (logits, source, statistics, totals, numbers)
+        return statistics, (logits, source, statistics, totals, numbers)
 
-    def _band_loss_backward(self, kept):
-        logits, source, statistics, totals, numbers = kept
+    def cross_entropy_backward(self, cache):
+        logits, source, statistics, totals, numbers = cache
         # the gradient takes the place of the logits, which nothing reads any more
         return self._node_into(
             self.kernels.CROSS_ENTROPY_BACKWARD, logits, [source, statistics, totals], params=numbers
         )
 
-    def _mean_loss(self, losses, start):
-        return self._node(self.kernels.MEAN_LOSS, [losses[-1]], (2,), n_tasks=1)
+    def _add_losses(self, total, losses, start):
+        return self._node_into(self.kernels.ADD_LOSSES, start[2] if total is None else total, [losses], n_tasks=1)
+
+    def _mean_loss(self, total, start):
+        return self._node(self.kernels.MEAN_LOSS, [total], (2,), n_tasks=1)
 
     def loss_value(self, loss):
         """The mean loss, of a computed graph."""

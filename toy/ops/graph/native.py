@@ -219,19 +219,22 @@ class NativeGraphOps(GraphOps):
         self.rows["1/count"] = start.inverse_count
         return start
 
-    def _band_loss(self, logits, start, band):
-        target, weights = start.target, start.weights
-        if band != slice(0, weights.shape[0]):
-            target, weights = (self.graph.slice(tensor, 0, band.start, band.stop) for tensor in (target, weights))
-        return rules.sum_of_losses(self.graph, self._contiguous(logits), target, weights)
+    def _labels_of(self, start, band):
+        labels = (start.target, start.weights)
+        if band == slice(0, start.weights.shape[0]):
+            return labels
+        return tuple(self.graph.slice(tensor, 0, band.start, band.stop) for tensor in labels)
 
-    def _band_loss_backward(self, kept):
-        return rules.sum_of_losses_backward(self.graph, *kept)
+    def _losses(self, logits, labels):
+        return rules.sum_of_losses(self.graph, self._contiguous(logits), *labels)
 
-    def _mean_loss(self, losses, start):
-        total = losses[0]
-        for loss in losses[1:]:
-            total = self.graph.add(total, loss)
+    def cross_entropy_backward(self, cache):
+        return rules.sum_of_losses_backward(self.graph, *cache)
+
+    def _add_losses(self, total, losses, start):
+        return losses if total is None else self.graph.add(total, losses)
+
+    def _mean_loss(self, total, start):
         return rules.mean_loss(self.graph, total, start.inverse_count)
 
     def loss_value(self, loss):

@@ -104,29 +104,28 @@ class GraphOps:
         """Forward and backward of a band stand one after the other: the next band takes the memory of its logits. d_x is a
         gradient as `cross_entropy_backward` gives it."""
         (rows, _), columns = x.shape, weight.shape[0]
-        start, losses, d_x = self._begin_loss(labels, columns), [], []
+        start, total, d_x = self._begin_loss(labels, columns), None, []
         self.used(weight)  # one use, however many bands
         for band in row_bands(rows, columns):
+            # views and sums stand between the products: a planner gives memory back only a few nodes after its last use
+            band_labels = self._labels_of(start, band)
             part = x if band == slice(0, rows) else self.graph.slice(x, 0, band.start, band.stop)
             logits, product = self.linear(part, weight)
             logits, capped = (logits, None) if cap is None else self.softcap(logits, cap)
-            loss, kept = self._band_loss(logits, start, band)
-            losses.append(loss)
+            losses, cache = self._losses(logits, band_labels)
             if backward:
-                d_logits = self._band_loss_backward(kept)
+                d_logits = self.cross_entropy_backward(cache)
                 d_logits = d_logits if capped is None else self.softcap_backward(d_logits, capped)
                 d_x.append(self.linear_backward(d_logits, product, d_weight))
+            total = self._add_losses(total, losses, start)
         if backward:
             self.contributed(d_weight)
-        return self._mean_loss(losses, start), self._joined(d_x, 0) if backward else None
+        return self._mean_loss(total, start), self._joined(d_x, 0) if backward else None
 
     def cross_entropy(self, logits, labels):
         start = self._begin_loss(labels, logits.shape[1])
-        loss, kept = self._band_loss(logits, start, slice(0, logits.shape[0]))
-        return self._mean_loss([loss], start), kept
-
-    def cross_entropy_backward(self, cache):
-        return self._band_loss_backward(cache)
+        losses, cache = self._losses(logits, self._labels_of(start, slice(0, logits.shape[0])))
+        return self._mean_loss(self._add_losses(None, losses, start), start), cache
 
     def _joined(self, parts, axis):
         """The parts as one tensor, along an axis: in pairs, so that every number is copied log2(parts) times at most."""
