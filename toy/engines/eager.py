@@ -79,9 +79,10 @@ class EagerEngine(Engine):
         weights: Weights | None = None,
         keep_gradients: bool = True,
     ) -> None:
+        self.ops = ops_for(choice.backend)
+        self.n_squares = 1 if self.ops.name == "reference" else 0  # the probabilities
         super().__init__(config, options, choice, weights)
         weights = self.weights
-        self.ops = ops_for(self.backend)
         self.masters = ParameterTree.zeros(weights.trained_shapes)  # what AdamW updates
         self.kept = ParameterTree.zeros(weights.kept_shapes)
         for tree in (self.masters, self.kept):

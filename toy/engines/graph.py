@@ -43,11 +43,12 @@ class GraphEngine(Engine):
         weights: Weights | None = None,
         keep_gradients: bool = False,
     ) -> None:
-        super().__init__(config, options, choice, weights)
         import ggml_bridge
 
-        native = self.device != "cpu"
+        native = choice.device != "cpu"
         self.ops_class = NativeGraphOps if native else CpuGraphOps
+        self.keeps_all, self.n_squares = native, 2 if native else 0  # scores and probabilities
+        super().__init__(config, options, choice, weights)
         self.keep_gradients = keep_gradients
         operations = 6 * self.n_parameters * options.t_batch * options.t_seq
         # None: TOY_NUM_THREADS, or the processors there are
@@ -84,6 +85,13 @@ class GraphEngine(Engine):
             aligned[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
             data = aligned
         return self.bridge.mapped(data, leaf.shape, dtype, name=name)
+
+    def _free_memory(self) -> int | None:
+        if self.device.startswith("cpu"):
+            return super()._free_memory()
+        import ggml_bridge
+
+        return ggml_bridge.find_device(self.device).memory_free or None
 
     def explain(self, kind: str = "integers") -> "Explanation":
         """The nodes of the training graph with their devices, the number of splits, and the bytes; str() is a table.

@@ -325,6 +325,7 @@ class Training:
             Decision("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
             *s.decisions(),
             Decision("parameters", f"{r.n_parameters:,}", trained),
+            *([Decision("recompute", "on", before.get("recompute", r.recompute_reason))] if r.recompute else []),
             Decision(
                 "steps",
                 f"{o.steps:,} of {s.per_step:,} {s.unit}s{passes}",
