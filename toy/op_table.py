@@ -24,7 +24,7 @@ def row_bands(rows: int, columns: int) -> list[slice]:
     """Bands of rows, nearly equal, of a matrix (rows, columns) of which no more than `LOGITS_AT_ONCE` numbers, or
     `LEAST_ROWS` rows, are to be there at a time. One band where it is small."""
     bands = -(-rows // max(LOGITS_AT_ONCE // columns, LEAST_ROWS))
-    ends = [rows * i // bands for i in range(bands + 1)]
+    ends = [rows * i // max(bands, 1) for i in range(bands + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
