@@ -298,7 +298,7 @@ def test_the_numbers_are_the_same_to_the_bit(kind, backend, gguf):
     results = []
     for recompute in (False, True):
         recipe = realize(kind, backend, gguf, recompute=recompute, accumulate=2)
-        assert recipe.recompute is recompute and recipe.recompute_reason == "as asked for"
+        assert recipe.recompute == 3 * recompute and recipe.recompute_reason == "as asked for"
         rng, adamw = np.random.default_rng(2), recipe.adamw(lr=1e-2)
         losses = []
         for k in range(3):
@@ -324,6 +324,8 @@ def test_every_block_but_the_last_runs_its_forward_twice(gguf, monkeypatch):
     calls.clear()
     recipe.evaluate(inputs, labels=labels)
     assert calls == [0, 1, 2, 3]  # nothing is kept there, and nothing made again
+    for blocks, again in ((False, []), (2, [1, 0]), (9, [2, 1, 0])):
+        assert realize("transformer", ("numpy", "cpu"), gguf, recompute=blocks).recompute == len(again)
 
 
 @pytest.mark.parametrize("kind", ["transformer", "gpt2", "llama", "lora"])
@@ -354,14 +356,27 @@ def test_a_step_keeps_the_inputs_of_the_blocks_alone(kind, backend, gguf, tmp_pa
     assert again["evaluate"] == kept["evaluate"] or backend.name != "ggml"
 
 
-@pytest.mark.parametrize("free", [10**15, 20_000, None])
+@pytest.mark.parametrize("free", [10**15, 20_000, None])  # bytes
 def test_it_is_chosen_where_memory_would_not_do(monkeypatch, backend, gguf, free):
     monkeypatch.setattr(base, "free_memory", lambda: free)
     recipe = realize("llama", backend, gguf)
-    assert recipe.recompute is (free == 20_000) is recipe.engine.model_options["recompute"]
+    assert recipe.recompute == recipe.engine.model_options["recompute"] == (3 if free == 20_000 else 0)
     said = "GiB are free" if recipe.recompute else "memory enough"
     assert said in recipe.recompute_reason
-    assert not realize("llama", backend, gguf, recompute=False).recompute
+    assert realize("llama", backend, gguf, recompute=False).recompute == 0
+
+
+def test_no_more_blocks_are_computed_again_than_need_be(monkeypatch, gguf):
+    engine = realize("llama", ("numpy", "cpu"), gguf).engine
+    needed, of_a_block = (
+        engine._bytes_of_a_step(),
+        4 * (engine._kept_of_a_block() - engine.n_rows * engine.config.d_model),
+    )
+    for blocks in (1, 2):
+        monkeypatch.setattr(base, "free_memory", lambda n=blocks: (needed - (n - 0.5) * of_a_block) / 0.8)
+        assert realize("llama", ("numpy", "cpu"), gguf).recompute == blocks
+    with pytest.raises(ValueError, match="recompute must be True, False, a number of blocks or None, got -1"):
+        toy.RecipeOptions(t_seq=4, recompute=-1)
 
 
 def test_the_estimate_is_of_the_size_of_what_a_graph_takes(kernels):
@@ -401,10 +416,10 @@ def test_the_choices_say_so(monkeypatch, toy_command):
         return [row for row in out.splitlines() if row.startswith("recompute")]
 
     assert line() == line("--recompute", "off") == line("--recompute", "auto") == []
-    assert line("--recompute") == line("--recompute", "on") == ["recompute      on (as asked for)"]
+    assert line("--recompute") == line("--recompute", "on") == ["recompute      3 of 4 blocks (as asked for)"]
     monkeypatch.setattr(base, "free_memory", lambda: 1000)
     (told,) = line()
-    assert told.startswith("recompute      on (the activations would take it to ") and "GiB are free" in told
+    assert told.startswith("recompute      3 of 4 blocks (all activations would take it to ") and "GiB are free" in told
     assert line("--recompute", "off") == []
     with pytest.raises(ValueError, match="recompute must be one of auto, on, off, got 'yes'"):
         FromScratchOptions(recompute="yes")

@@ -101,23 +101,26 @@ class Engine:
         """Rows of the activations of a forward and backward pass: tokens, those of images too."""
         return self.options.t_batch * self.options.t_seq
 
-    def _choose_recompute(self) -> tuple[bool, str]:
-        """-> whether blocks are computed again, and why."""
-        if self.options.recompute is not None:
-            return self.options.recompute, "as asked for"
+    def _choose_recompute(self) -> tuple[int, str]:
+        """-> how many blocks are computed again, and why so many."""
+        asked, most = self.options.recompute, self.config.n_layers - 1  # the last one is used at once
+        if asked is not None:
+            return most if asked is True else min(int(asked), most), "as asked for"
         needed, there = self._bytes_of_a_step(), self._free_memory()
-        if there is None or needed <= _SHARE_OF_MEMORY * there:
-            return False, "there is memory enough"
-        return (
-            True,
-            f"the activations would take it to {needed / 2**30:,.1f} GiB, and {there / 2**30:,.1f} GiB are free",
-        )
+        if there is None or needed <= (fits := _SHARE_OF_MEMORY * there):
+            return 0, "there is memory enough"
+        saved = 4 * (self._kept_of_a_block() - self.n_rows * self.config.d_model)
+        why = f"all activations would take it to {needed / 2**30:,.1f} GiB, and {there / 2**30:,.1f} GiB are free"
+        return min(math.ceil((needed - fits) / saved), most), why
 
-    def _bytes_of_a_step(self) -> float:
+    def _bytes_of_a_step(self) -> int:
         """About what weights, moments and the activations of all blocks take."""
+        return 4 * (self.n_own + 3 * self.n_trained + self.config.n_layers * self._kept_of_a_block())
+
+    def _kept_of_a_block(self) -> int:
+        """About how many numbers a block keeps for its backward."""
         c, o = self.config, self.options
-        kept = self.n_rows * kept_numbers(c, self.keeps_all) + self.n_squares * c.n_heads * o.t_batch * o.t_seq**2
-        return 4 * (self.n_own + 3 * self.n_trained + c.n_layers * kept)
+        return self.n_rows * kept_numbers(c, self.keeps_all) + self.n_squares * c.n_heads * o.t_batch * o.t_seq**2
 
     def _free_memory(self) -> int | None:
         """Bytes that the device has left; None: unknown."""

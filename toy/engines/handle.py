@@ -250,13 +250,13 @@ class EngineHandle:
         return self._ready("n_trained").n_trained
 
     @property
-    def recompute(self) -> bool:
-        """Whether the backward computes the blocks again in place of keeping their activations."""
+    def recompute(self) -> int:
+        """How many blocks the backward computes again, in place of keeping their activations."""
         return self._ready("recompute").recompute
 
     @property
     def recompute_reason(self) -> str:
-        """Why it does, or does not."""
+        """Why so many."""
         return self._ready("recompute_reason").recompute_reason
 
     @property

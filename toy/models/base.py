@@ -49,12 +49,12 @@ class Model:
         ops: OpTable | None = None,
         dtype: npt.DTypeLike = np.float32,
         parameters: ParameterTree | None = None,
-        recompute: bool = False,
+        recompute: int = 0,
     ) -> None:
         """ops: an op table (None: the one of the current backend). parameters: a ready tree; None: initialised from seed.
 
-        recompute: keep of a block its input alone; the backward runs its forward again (Chen et al. 2016). The gradients are
-        the same, to the bit.
+        recompute: of how many blocks, from the first on, to keep the input alone; the backward runs their forward again (Chen
+        et al. 2016). The gradients are the same, to the bit.
         """
         self.config = config
         self.ops = Model.default_ops() if ops is None else ops
@@ -128,12 +128,8 @@ class Model:
         return loss
 
     def to_keep(self, layer: int, cache: Any, forward: Callable[[], tuple[Array, Any]]) -> Any:
-        """What is kept of a block until its backward: its cache, or with `recompute` how to get it. forward() -> x, cache.
-
-        The last block keeps its cache: it is needed at once.
-        """
-        last = layer == self.config.n_layers - 1
-        return Recomputed(forward) if self.recompute and not last else cache
+        """What is kept of a block until its backward: its cache, or with `recompute` how to get it. forward() -> x, cache."""
+        return Recomputed(forward) if layer < self.recompute else cache
 
     def blocks_backward(
         self, d_x: Array, cache_list: list[Any], gradient_blocks: Sequence[Block], release_cache: bool

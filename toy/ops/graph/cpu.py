@@ -126,7 +126,7 @@ class CpuGraphOps(GraphOps):
         scratch = self._quantized_scratch(weight)
         inputs = [x, weight, scratch] if bias is None else [x, weight, scratch, bias]
         shape = (x.shape[0], weight.shape[0])
-        return self._node(self.kernels.QUANTIZED_LINEAR, inputs, shape, params=kind, writes=[scratch])
+        return self._node(self.kernels.QUANTIZED_LINEAR, inputs, shape, params=kind, scratch=[scratch])
 
     def _quantized_linear_backward(self, d_y, weight):
         kind = self.kernels.quantized_type(weight.dtype)
@@ -134,7 +134,7 @@ class CpuGraphOps(GraphOps):
             return self._banded_linear_backward(d_y, weight)
         scratch = self._quantized_scratch(weight)
         kernel, shape = self.kernels.QUANTIZED_LINEAR_BACKWARD_INPUT, (d_y.shape[0], weight.shape[1])
-        return self._node(kernel, [d_y, weight, scratch], shape, params=kind, writes=[scratch])
+        return self._node(kernel, [d_y, weight, scratch], shape, params=kind, scratch=[scratch])
 
     def _quantized_scratch(self, weight):
         n_out, n_in = weight.shape
