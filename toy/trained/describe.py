@@ -115,7 +115,7 @@ def _facts(gguf, config, problem):
 
 
 def _fact_rows(gguf, config, problem):
-    yield "file", f"{gguf.path} ({_bytes(gguf.path.stat().st_size)})"
+    yield "file", f"{gguf.path} ({human_bytes(gguf.path.stat().st_size)})"
     if gguf.tensors:
         bits = 8 * gguf.n_bytes / gguf.n_parameters
         yield "parameters", f"{gguf.n_parameters:,} in {len(gguf.tensors)} tensors, {bits:.2f} bits each on average"
@@ -150,9 +150,9 @@ def _model_rows(gguf, config):
     kv_bytes = 2 * config.n_layers * n_kv_heads * config.d_head * 4
     yield (
         "memory",
-        f"{_bytes(gguf.n_bytes)} as stored, {_bytes(4 * gguf.n_parameters)} in float32; training all of it with AdamW "
-        f"{_bytes(16 * gguf.n_parameters)} and activations; key/value cache {_bytes(kv_bytes)} a token, "
-        f"{_bytes(kv_bytes * config.context_length)} for the whole context",
+        f"{human_bytes(gguf.n_bytes)} as stored, {human_bytes(4 * gguf.n_parameters)} in float32; training all of it with "
+        f"AdamW {human_bytes(16 * gguf.n_parameters)} and activations; key/value cache {human_bytes(kv_bytes)} a token, "
+        f"{human_bytes(kv_bytes * config.context_length)} for the whole context",
     )
 
 
@@ -163,7 +163,7 @@ def _types_table(gguf):
         counts[record.type] = (tensors + 1, numbers + math.prod(record.shape), n_bytes + record.n_bytes)
     table = _table("type", "tensors", "parameters", "bytes", "bits each")
     for name, (tensors, numbers, n_bytes) in sorted(counts.items(), key=lambda item: -item[1][2]):
-        table.add_row(name, f"{tensors}", f"{numbers:,}", _bytes(n_bytes), f"{8 * n_bytes / numbers:.2f}")
+        table.add_row(name, f"{tensors}", f"{numbers:,}", human_bytes(n_bytes), f"{8 * n_bytes / numbers:.2f}")
     return table
 
 
@@ -215,7 +215,7 @@ def _plain(text):
     return text if len(text) <= 500 else text[:500] + "..."
 
 
-def _bytes(n):
+def human_bytes(n):
     for unit in ("bytes", "kB", "MB", "GB"):
         if n < 1000 or unit == "GB":
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.3g} {unit}" if n < 1000 else f"{n:,.0f} {unit}"
