@@ -12,13 +12,27 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, CHECKPOINT, JSON, MODEL, PATH, Phase, as_json, command, note, quoted, tell_checkpoint
+from toy.cli.base import (
+    ADAPTER,
+    BACKEND,
+    CHECKPOINT,
+    JSON,
+    MODEL,
+    PATH,
+    Phase,
+    adapter_option,
+    as_json,
+    command,
+    note,
+    notes,
+    quoted,
+    tell_checkpoint,
+)
 from toy.cli.progress import clock, compact, printable
 from toy.data.encoding import Encoder
 from toy.trained import load as trained
 
 models = click.Group()
-_ADAPTER = click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put on the model.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -28,7 +42,7 @@ _ADAPTER = click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put
 
 @command(models, "generate")
 @MODEL
-@_ADAPTER
+@ADAPTER
 @click.option("--prompt", help="Text to go on from; @FILE: what is in a file, -: in stdin. [default: a new line]")
 @click.option("--special", is_flag=True, help="Special tokens written in the prompt, <|im_end|> say, are tokens.")
 @click.option("--chat", is_flag=True, help="The prompt is a message, and the model answers it.")
@@ -93,6 +107,7 @@ def generate(
         prompt, system = text_of(prompt, "--prompt"), text_of(system, "--system")
         loaded = trained.load_trained(model, adapter, backend, checkpoint)
         named, model, tokenizer = model, loaded.model, loaded.tokenizer
+        notes(loaded.notices)
         if chat:
             ids = trained.chat_prompt(tokenizer, prompt, model.config.context_length, system)
         elif prompt is not None:
@@ -210,7 +225,7 @@ class Speed:
 
 @command(models, "eval")
 @MODEL
-@_ADAPTER
+@ADAPTER
 @click.option(
     "--corpus", help="Text file, or a folder. [default: a run's own validation part, else Python's documentation]"
 )
@@ -275,7 +290,8 @@ def evaluate(
             raise ValueError(f"--data is for image models, {model} reads text: --corpus names one")
         chosen = (corpus, tokens_out, context, stride, limit, like)
         own = "corpus" in stored.about and all(option is None for option in chosen)
-        model, tokenizer, step = trained.load_trained(model, adapter, backend, checkpoint)
+        model, tokenizer, step, notices = trained.load_trained(model, adapter, backend, checkpoint)
+        notes(notices)
         if own:
             tell_checkpoint(named, step, checkpoint)
             return _evaluate_own(model, tokenizer, stored.about, step, json_wanted)
@@ -372,7 +388,7 @@ def _write_tokens(path, rows):
 @MODEL
 @click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone. [default for one]")
 @click.option("--merge", is_flag=True, help="Of a LoRA run: the whole model with the adapter in it.")
-@click.option("--lora", type=PATH, metavar="FILE.gguf", help="Merge the adapter in this file into the model.")
+@adapter_option("--lora", "Merge the adapter in this file into the model, times SCALE")
 @click.option(
     "--type",
     "kind",
@@ -396,6 +412,7 @@ def export(model, adapter, merge, lora, kind, out, force, json_wanted, checkpoin
         if adapter and (merge or lora is not None):
             raise ValueError("--adapter writes the adapter alone and --merge or --lora a whole model: choose one")
         stored = trained.read_trained(model, lora, checkpoint)
+        notes(stored.notices)
         exports.check_exportable(stored)
         if (merge or adapter) and not stored.adapters:
             raise ValueError(f"{model} has no adapter of its own: leave out --{'merge' if merge else 'adapter'}")

@@ -120,6 +120,11 @@ class LanguageModel(Model):
     hidden_rows: Callable[..., tuple[Any, ...]]
     unembed_rows: Callable[[Array], tuple[Any, ...]]
 
+    def __init__(self, config: LanguageModelConfig, seed: int = 0, *, lora_scale: float = 1.0, **options: Any) -> None:
+        """lora_scale: what the product of LoRA adapters is multiplied by, if the tree has any. Others as `Model`."""
+        super().__init__(config, seed, **options)
+        self.lora_scale = lora_scale
+
     @property
     def n_classes(self) -> int:
         return self.config.vocab_size
