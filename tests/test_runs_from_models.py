@@ -63,6 +63,17 @@ def make(files, backend):
 
 KINDS = {
     "lora": (LoRAOptions, {"rank": 3, "targets": ("q", "up")}),
+    "lora with dropout": (
+        LoRAOptions,
+        {
+            "rank": 3,
+            "targets": ("attention", "down"),
+            "dropout": 0.2,
+            "rslora": True,
+            "last_layers": 1,
+            "accumulate": 2,
+        },
+    ),
     "full": (FullFinetuneOptions, {"freeze_embeddings": True}),
     "warm": (WarmStartOptions, {"take": ("blk.*",), "tokenizer": "bytes"}),
     "lens": (WarmStartOptions, {"lens": True, "d_model": 16, "layers": 1, "heads": 2}),

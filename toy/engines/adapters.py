@@ -128,15 +128,17 @@ def adapter_fill(seed: int, init_scale: float = 1.0) -> Fill:
     return fill
 
 
-def check_targets(targets: Iterable[str]) -> tuple[str, ...]:
-    """The targets, each once, groups first and matrices in the order of `MATRICES`. Raises ValueError for unknown ones and
-    for none."""
+def check_targets(targets: Iterable[str], there: Iterable[str] = tuple(MATRICES)) -> tuple[str, ...]:
+    """The targets, each once, groups first and matrices in the order of `MATRICES`. there: the matrices of a model. Raises
+    ValueError for unknown ones and for none."""
     targets = list(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else [targets]
-    known = (*GROUPS, *MATRICES)
+    known = (*GROUPS, *there)
     unknown = [target for target in targets if target not in known]
     if unknown or not targets:
         given = f"{unknown[0]!r} is not one" if unknown else "none was given"
-        raise ValueError(f"targets must be some of {', '.join(known)}: {given}")
+        if unknown and unknown[0] == "output":
+            given += ", because this model's output matrix is its token embedding, which llama.cpp takes no adapter for"
+        raise ValueError(f"targets must be some of {', '.join(there)}: {given} (groups of them: {', '.join(GROUPS)})")
     return tuple(name for name in known if name in targets)
 
 
@@ -153,19 +155,8 @@ def targets_of(config: ModelConfig, targets: Iterable[str] | None) -> tuple[str,
     if targets is None:
         return ("q",) if "q" in there else ("qkv",)
     chosen: set[str] = set()
-    for target in check_targets(targets):
-        if target in GROUPS:
-            chosen |= set(GROUPS[target]) & set(there)
-        elif target in there:
-            chosen.add(target)
-        elif target == "output":
-            raise ValueError(
-                "this model's output matrix is its token embedding, which llama.cpp takes no adapter for: leave out the "
-                "target output"
-            )
-        else:
-            groups = ", ".join(GROUPS)
-            raise ValueError(f"this {row.name} has no matrix {target!r}: there are {', '.join(there)}, and {groups}")
+    for target in check_targets(targets, there):
+        chosen |= set(GROUPS.get(target, (target,))) & set(there)
     return tuple(name for name in MATRICES if name in chosen)
 
 

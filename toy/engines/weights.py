@@ -29,14 +29,16 @@ class Dropout(NamedTuple):
     seed: int
 
     def draw(self, name: str, rows: int, moment: tuple[int, int]) -> np.ndarray:
-        """A mask (rows, width), float32: 0 for what is hidden, 1/(1-share) for the rest. moment: the step and the pass."""
-        generator = np.random.default_rng([self.seed, *moment, zlib.crc32(name.encode())])
-        drawn = generator.integers(0, _STEPS, (rows, self.widths[name]), np.uint16)
-        seen = drawn >= round(self.share * _STEPS)
-        return seen * np.float32(1 / (1 - self.share))
+        """A mask (rows, width), float32: 0 for what is hidden, 1/(1-share) for the rest.
 
-
-_STEPS = 2**16  # a share is told in so many steps
+        moment: the step, and the pass in it. The masks of its passes are the rows of the mask that a step in one pass has.
+        """
+        (step, number), width = moment, self.widths[name]
+        words = -(-width // 4)  # of 64 bits, for a row: 16 a number
+        generator = np.random.PCG64(np.random.SeedSequence([self.seed, step, zlib.crc32(name.encode())]))
+        generator.advance(number * rows * words)
+        drawn = generator.random_raw(rows * words).view(np.uint16).reshape(rows, -1)[:, :width]
+        return (drawn >= round(self.share * 2**16)) * np.float32(1 / (1 - self.share))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from toy.config import ModelConfig, RecipeOptions
 from toy.engines import EngineHandle, check_options
-from toy.engines.adapters import AdapterOptions, adapter_weights, adapters_to_save, check_targets
+from toy.engines.adapters import AdapterOptions, adapter_weights, adapters_to_save, targets_of
 from toy.engines.source import borrowed_parameters, checked_config
 from toy.files.gguf import GGUF
 
@@ -49,8 +49,7 @@ class LoRA(EngineHandle):
         """
         check_options(opts)
         config = checked_config(gguf, cfg, opts.untied, opts.qkv_bias)
-        targets = None if targets is None else check_targets(targets)
-        adapters = AdapterOptions(rank, alpha, targets, last_layers, rslora, dropout)
+        adapters = AdapterOptions(rank, alpha, targets_of(config, targets), last_layers, rslora, dropout)
         weights = adapter_weights(config, borrowed_parameters(gguf, config), adapters, opts)
         self._base, self._adapters = gguf.path, adapters
         return self._realize(config, opts, keep_gradients, weights)
