@@ -223,7 +223,10 @@ BAD = {
     "no model": ([], "model is missing"),
     "missing model": (["--model", "nowhere.gguf"], "nowhere.gguf"),
     "not fetched": (["--model", "smollm3"], "smollm2-135m"),
-    "wrong architecture": (["--model", "{files}/gpt2.gguf"], "architecture llama"),
+    "no matrix of gpt2": (
+        ["--model", "{files}/gpt2.gguf", "--targets", "q"],
+        "some of qkv, o, up, down: 'q' is not one",
+    ),
     "not a model": (["--model", "{files}/text.txt"], "not a GGUF file"),
     "rank": (["--model", "{files}/llama.gguf", "--rank", "0"], "rank must be at least 1"),
     "alpha": (["--model", "{files}/llama.gguf", "--alpha", "-1"], "alpha must be a positive number"),

@@ -184,12 +184,6 @@ def tell_checkpoint(model, step, wanted="last"):
     click.echo(f"checkpoint: step {step}, {words}", err=True)
 
 
-def notes(sentences):
-    """Tell several, as `note` does."""
-    for sentence in sentences:
-        note(sentence)
-
-
 def note(sentence):
     """Tell what a user should know, on stderr: stdout has the answer alone."""
     click.echo(f"note: {sentence}", err=True)

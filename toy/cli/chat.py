@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import ADAPTER, BACKEND, CHECKPOINT, MODEL, Phase, command, notes, tell_checkpoint
+from toy.cli.base import ADAPTER, BACKEND, CHECKPOINT, MODEL, Phase, command, tell_checkpoint
 from toy.cli.progress import printable
 
 chats = click.Group()
@@ -45,7 +45,6 @@ def chat(model, adapter, system, tokens, temperature, top_k, top_p, seed, checkp
 
     with Phase(2, debug):
         loaded = trained.load_trained(model, adapter, backend, checkpoint)
-        notes(loaded.notices)
         conversation = Chat(
             loaded.model, loaded.tokenizer, system, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )

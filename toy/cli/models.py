@@ -24,7 +24,6 @@ from toy.cli.base import (
     as_json,
     command,
     note,
-    notes,
     quoted,
     tell_checkpoint,
 )
@@ -107,7 +106,6 @@ def generate(
         prompt, system = text_of(prompt, "--prompt"), text_of(system, "--system")
         loaded = trained.load_trained(model, adapter, backend, checkpoint)
         named, model, tokenizer = model, loaded.model, loaded.tokenizer
-        notes(loaded.notices)
         if chat:
             ids = trained.chat_prompt(tokenizer, prompt, model.config.context_length, system)
         elif prompt is not None:
@@ -290,8 +288,7 @@ def evaluate(
             raise ValueError(f"--data is for image models, {model} reads text: --corpus names one")
         chosen = (corpus, tokens_out, context, stride, limit, like)
         own = "corpus" in stored.about and all(option is None for option in chosen)
-        model, tokenizer, step, notices = trained.load_trained(model, adapter, backend, checkpoint)
-        notes(notices)
+        model, tokenizer, step = trained.load_trained(model, adapter, backend, checkpoint)
         if own:
             tell_checkpoint(named, step, checkpoint)
             return _evaluate_own(model, tokenizer, stored.about, step, json_wanted)
@@ -412,7 +409,6 @@ def export(model, adapter, merge, lora, kind, out, force, json_wanted, checkpoin
         if adapter and (merge or lora is not None):
             raise ValueError("--adapter writes the adapter alone and --merge or --lora a whole model: choose one")
         stored = trained.read_trained(model, lora, checkpoint)
-        notes(stored.notices)
         exports.check_exportable(stored)
         if (merge or adapter) and not stored.adapters:
             raise ValueError(f"{model} has no adapter of its own: leave out --{'merge' if merge else 'adapter'}")

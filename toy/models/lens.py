@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from toy.config import LanguageModelConfig, LlamaConfig
-from toy.models.lora import LookupCache, ProjectionCache, look_up, look_up_backward, project, project_backward
+from toy.models.lora import look_up, look_up_backward, project, project_backward
 from toy.models.parameters import Namespace, Shapes
 from toy.op_table import Array, OpCache, OpTable
 from toy.quantized import Leaf, dequantized
@@ -28,7 +28,7 @@ def lens_shapes(config: LanguageModelConfig, donor_width: int) -> Shapes:
 
 def embed(
     ops: OpTable, token_ids: Array, layer: Namespace, scale: float = 1.0
-) -> tuple[Array, tuple[LookupCache, OpCache | None]]:
+) -> tuple[Array, tuple[OpCache, OpCache | None]]:
     """token_ids: (N,) -> (N, D), cache. layer: a node of the parameter tree with `weight`, and maybe `lens` or adapters,
     whose product is multiplied by `scale`."""
     x, lookup = look_up(ops, token_ids, layer, scale)  # (N, D), or (N, E) of a donor
@@ -39,7 +39,7 @@ def embed(
 
 
 def embed_backward(
-    ops: OpTable, d_x: Array, cache: tuple[LookupCache, OpCache | None], grads: Namespace, scale: float = 1.0
+    ops: OpTable, d_x: Array, cache: tuple[OpCache, OpCache | None], grads: Namespace, scale: float = 1.0
 ) -> None:
     """d_x: (N, D). Adds to grads, the node of the gradient tree."""
     lookup, projection = cache
@@ -51,7 +51,7 @@ def embed_backward(
 
 def unembed(
     ops: OpTable, x: Array, layer: Namespace, lens: Array | None = None, scale: float = 1.0
-) -> tuple[Array, tuple[ProjectionCache, OpCache | None]]:
+) -> tuple[Array, tuple[OpCache, OpCache | None]]:
     """x: (N, D) -> logits (N, V), cache. layer: a node of the parameter tree with `weight` (V, D), or (V, E) of a donor with
     its `lens` (E, D), and maybe adapters, whose product is multiplied by `scale`."""
     projection = None
@@ -64,7 +64,7 @@ def unembed(
 def unembed_backward(
     ops: OpTable,
     d_logits: Array,
-    cache: tuple[ProjectionCache, OpCache | None],
+    cache: tuple[OpCache, OpCache | None],
     grads: Namespace,
     d_lens: Array | None = None,
     scale: float = 1.0,

@@ -1,6 +1,7 @@
 """Adapters at use: read from their files, each with a scale of its own, and put together to one."""
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +19,14 @@ Adapters = StrPath | Iterable[StrPath] | Mapping[StrPath, float]
 
 class Together(NamedTuple):
     """Adapters put together. parameters: dict of names to arrays, beside the base's in the tree. alpha: of all of them, None:
-    their scale is in the arrays. notices: sentences about what is not used."""
+    their scale is in the arrays."""
 
     parameters: dict[str, np.ndarray]
     alpha: float | None
-    notices: tuple[str, ...]
+
+
+class AdapterWarning(UserWarning):
+    """Something in an adapter's file is not used."""
 
 
 def with_scales(adapters: Adapters | None) -> list[tuple[Path, float]]:
@@ -44,22 +48,23 @@ def read_adapters(
 ) -> Together:
     """The adapters in GGUF files, each times its scale -> `Together`. config, base: of the model.
 
-    Errors as `read_adapter`.
+    Errors as `read_adapter`; an AdapterWarning for norms in a file, which are not used.
     """
-    read, notices = [], []
+    read = []
     for path, scale in adapters:
         adapter = read_adapter(path, config, base=base)
         read.append((adapter, scale))
         if adapter.ignored:
             more = "" if len(adapter.ignored) == 1 else f" and {len(adapter.ignored) - 1} more"
-            notices.append(
+            message = (
                 f"{path} has norms beside its adapters ({adapter.ignored[0]}{more}): they are not used, as in llama.cpp"
             )
-    return Together(*together(read), tuple(notices))
+            warnings.warn(message, AdapterWarning, stacklevel=2)
+    return together(read)
 
 
-def together(adapters: Iterable[tuple[Adapter, float]]) -> tuple[dict[str, np.ndarray], float | None]:
-    """One adapter that computes the sum of several, each times its scale -> its parameters and its alpha.
+def together(adapters: Iterable[tuple[Adapter, float]]) -> Together:
+    """One adapter that computes the sum of several, each times its scale.
 
     s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2]. What needs no such joining is left as it is: the alpha of a single adapter
     whose pairs are of one rank.
@@ -70,7 +75,7 @@ def together(adapters: Iterable[tuple[Adapter, float]]) -> tuple[dict[str, np.nd
         if len(ranks) == 1 and scale != 0:
             # None and a rank as alpha are the same scale of 1
             alpha = adapter.alpha if scale == 1 else scale * (adapter.alpha or ranks.pop())
-            return adapter.parameters, alpha
+            return Together(adapter.parameters, alpha)
     parts: dict[str, list[np.ndarray]] = {}
     for adapter, scale in adapters:
         for stem, rank in check_adapter(adapter.parameters).items():
@@ -81,4 +86,4 @@ def together(adapters: Iterable[tuple[Adapter, float]]) -> tuple[dict[str, np.nd
     for name, arrays in parts.items():
         axis = rank_axes(name.rpartition(".")[0])["ab".index(name[-1])]
         joined[name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=axis)
-    return joined, None
+    return Together(joined, None)

@@ -140,8 +140,8 @@ def _adapter_rows(gguf):
     }
     ranks, alpha = sorted({shape[-1] for shape in ups.values()}), gguf.metadata.get("adapter.lora.alpha")
     yield "rank", ", ".join(map(str, ranks))
-    scales = ", ".join(f"{alpha / rank:.4g}" for rank in ranks) if isinstance(alpha, float) and alpha else "1"
-    yield "alpha", f"{'none' if alpha is None else alpha}, so the product is scaled by {scales}"
+    yield "alpha", f"{'none' if alpha is None else alpha}"
+    yield "scale", ", ".join(f"{alpha / rank:.4g}" for rank in ranks) if isinstance(alpha, float) and alpha else "1"
     yield "on", ", ".join(sorted({name.split(".")[-1] for name in ups}))
     if blocks := sorted({int(name.split(".")[1]) for name in ups if name.startswith("blk.")}):
         yield "layers", f"{len(blocks)}, {blocks[0]} to {blocks[-1]}"

@@ -40,7 +40,6 @@ class Stored(NamedTuple):
     step: of the checkpoint, None for a GGUF file. name: what the model is called, "" where nobody said.
     base: the GGUF file that a LoRA run's adapters are for. about: the whole config of a run, empty for a GGUF file.
     in_gguf: the architecture that the GGUF file names, which may be another name for `arch`; None for a run of its own.
-    notices: sentences that a user should know.
     """
 
     path: Path
@@ -54,7 +53,6 @@ class Stored(NamedTuple):
     base: Path | None = None
     about: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     in_gguf: str | None = None
-    notices: tuple[str, ...] = ()
 
     @property
     def arch(self) -> str:
@@ -83,12 +81,11 @@ class Stored(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A model to use, its tokenizer, the step of its checkpoint (None for a GGUF file), and sentences to be told."""
+    """A model to use, its tokenizer, and the step of its checkpoint (None for a GGUF file)."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     step: int | None
-    notices: tuple[str, ...] = ()
 
 
 def load_trained(
@@ -105,7 +102,7 @@ def load_trained(
         raise ValueError(f"{stored.path} is a {stored.arch}, which reads images: toy predict is for it")
     if stored.tokenizer is None:
         raise ValueError(f"{stored.path} has no tokenizer, so it can neither read a text nor write one")
-    return Trained(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored.step, stored.notices)
+    return Trained(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored.step)
 
 
 def read_trained(path: StrPath, adapter: Adapters | None = None, checkpoint: str | int = "last") -> Stored:
@@ -135,10 +132,10 @@ def read_trained(path: StrPath, adapter: Adapters | None = None, checkpoint: str
         raise ValueError(f"{path} has an adapter of its own already: leave out {names}")
     if not architecture_of(stored.config).in_gguf:
         raise ValueError(
-            f"{names} cannot be put on {path}: LoRA adapters belong to models that GGUF files hold, this is a {stored.arch}"
+            f"{names} cannot be put on {path}: LoRA adapters belong to a llama or a gpt2, this is a {stored.arch}"
         )
     read = read_adapters(adapters, cast(LanguageModelConfig, stored.config), stored.parameters)
-    return stored._replace(adapters=read.parameters, alpha=read.alpha, notices=read.notices)
+    return stored._replace(adapters=read.parameters, alpha=read.alpha)
 
 
 def _begins_like_gguf(path: Path) -> bool:

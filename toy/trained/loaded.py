@@ -69,11 +69,11 @@ class _Open(Generic[M]):
 
 class Loaded(_Open[LanguageModel]):
     """A language model to use. Attributes: model, tokenizer (None where the file has none), config, path, step (of a run's
-    checkpoint, None otherwise), notices (sentences about what of its files is not used)."""
+    checkpoint, None otherwise)."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None, stored: Stored) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
-        self.path, self.step, self.notices = stored.path, stored.step, stored.notices
+        self.path, self.step = stored.path, stored.step
 
     def logits(self, token_ids: npt.ArrayLike) -> np.ndarray:
         """token_ids: int (T,) or (B, T) -> float32 (T, vocab_size) or (B, T, vocab_size). Errors as `Model.forward`."""
