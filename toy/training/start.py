@@ -20,9 +20,9 @@ from toy.engines.base import Arrays
 from toy.engines.memory import check_fits
 from toy.files import BadFileError, Run
 from toy.files.atomic import StrPath
-from toy.files.fetch import find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import write_gguf
+from toy.files.places import find_model
 from toy.models import ARCHITECTURES
 from toy.models.base import LanguageModel
 from toy.models.generation import generate
