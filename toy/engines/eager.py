@@ -103,7 +103,8 @@ class EagerEngine(Engine):
         tree = ParameterTree({name: everything[name] for name in weights.shapes})
         self.model = self.model_class.from_config(self.config, ops=self.ops, parameters=tree, **weights.model_options)
         self.grads = GradientTree.like(tree, weights.trained)
-        self.masks, self._training_model = {}, self.model  # with dropout the model of a step has masks in its tree
+        self.masks: Arrays = {}
+        self._training_model = self.model  # with dropout the model of a step has masks in its tree
         if (dropout := weights.dropout) is not None:
             self.masks = {name: np.zeros((self.batch.n_rows, n), np.float32) for name, n in dropout.widths.items()}
             tree = ParameterTree(dict(tree.items()) | {leaf: self.masks[name] for leaf, name in dropout.masks.items()})
@@ -172,8 +173,9 @@ class EagerEngine(Engine):
             # a pass adds the gradient of the mean over its own rows: what is there is brought to its measure before
             if i > 0 and pieces[i - 1].counted != piece.counted:
                 grads.flat *= np.float32(pieces[i - 1].counted / piece.counted)
-            for name, mask in self.masks.items():
-                mask[...] = self.weights.dropout.draw(name, len(mask), piece.moment)
+            if (dropout := self.weights.dropout) is not None:
+                for name, mask in self.masks.items():
+                    mask[...] = dropout.draw(name, len(mask), piece.moment)
             logits, cache = self._training_model.forward_rows(**piece.inputs, batch=self.options.t_batch)
             part = self._training_model.backward((logits, cache), piece.labels, grads, release_cache=True)
             del logits, cache
