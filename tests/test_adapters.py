@@ -378,8 +378,8 @@ def test_targets_and_their_groups():
             targets_of(config, targets)
 
 
-def realize(backend, gguf, rank=3, t_batch=2, accumulate=1, seed=4, **more):
-    options = toy.RecipeOptions(t_seq=T, t_batch=t_batch, accumulate=accumulate, seed=seed)
+def realize(backend, gguf, rank=3, t_batch=2, accumulate=1, seed=4, recompute=False, **more):
+    options = toy.RecipeOptions(t_seq=T, t_batch=t_batch, accumulate=accumulate, seed=seed, recompute=recompute)
     recipe = toy.recipes.LoRA(*backend).realize(gguf, None, rank, options, keep_gradients=True, **more)
     generator = np.random.default_rng(5)
     recipe.load_parameters({n: generator.normal(0, 0.2, a.shape) for n, a in recipe.parameters().items()})
@@ -449,6 +449,29 @@ def test_gradients_of_an_adapted_embedding_are_torchs(ops, torch_models):
     assert loss == pytest.approx(wanted, rel=GRADIENT_BAR)
     for name in shapes:
         assert np.linalg.norm(grads[name] - expected[name]) <= GRADIENT_BAR * np.linalg.norm(expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["untied", "gpt2"])
+def test_the_backward_ends_at_the_lowest_adapter(bases, kind):
+    with GGUF.open(bases[kind]) as gguf:
+        whole, last = (
+            realize(("numpy", "cpu"), gguf, targets=("down",), last_layers=n).explain().nodes for n in (None, 1)
+        )
+    count = [sum(node.op == "attention_backward" for node in nodes) for nodes in (whole, last)]
+    assert count == [2, 1] and sum(node.op == "attention" for node in last) == 2
+
+
+@pytest.mark.parametrize("kind", ["untied", "gpt2"])
+def test_blocks_that_are_computed_again_have_the_same_dropout(backend, bases, kind):
+    more, (token_ids, labels) = {"targets": ("all",), "dropout": 0.3}, make_batch()
+    with GGUF.open(bases[kind]) as gguf:
+        recipes = [realize(backend, gguf, recompute=recompute, **more) for recompute in (False, True)]
+        for recipe in recipes:
+            recipe.step(token_ids, None, labels, recipe.adamw(lr=0.0).hp_for_step(0), is_first=True)
+        kept, again = (recipe.gradients() for recipe in recipes)
+    assert recipes[1].recompute == 1
+    for name, gradient in kept.items():
+        assert np.linalg.norm(again[name] - gradient) <= 1e-6 * np.linalg.norm(gradient), name
 
 
 @pytest.mark.usefixtures("kernels")

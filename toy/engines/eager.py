@@ -79,9 +79,10 @@ class EagerEngine(Engine):
         weights: Weights | None = None,
         keep_gradients: bool = True,
     ) -> None:
+        self.ops = ops_for(choice.backend)
+        self.n_squares = 1 if self.ops.name == "reference" else 0  # the probabilities
         super().__init__(config, options, choice, weights)
         weights = self.weights
-        self.ops = ops_for(self.backend)
         self.masters = ParameterTree.zeros(weights.trained_shapes)  # what AdamW updates
         self.kept = ParameterTree.zeros(weights.kept_shapes)
         for tree in (self.masters, self.kept):
@@ -101,7 +102,7 @@ class EagerEngine(Engine):
             self._round_weights()
         everything = self.weights.borrowed | own
         tree = ParameterTree({name: everything[name] for name in weights.shapes})
-        self.model = self.model_class.from_config(self.config, ops=self.ops, parameters=tree, **weights.model_options)
+        self.model = self.model_class.from_config(self.config, ops=self.ops, parameters=tree, **self.model_options)
         self.grads = GradientTree.like(tree, weights.trained)
         self.masks: Arrays = {}
         self._training_model = self.model  # with dropout the model of a step has masks in its tree
@@ -109,7 +110,7 @@ class EagerEngine(Engine):
             self.masks = {name: np.zeros((self.batch.n_rows, n), np.float32) for name, n in dropout.widths.items()}
             tree = ParameterTree(dict(tree.items()) | {leaf: self.masks[name] for leaf, name in dropout.masks.items()})
             self._training_model = self.model_class.from_config(
-                self.config, ops=self.ops, parameters=tree, **weights.model_options
+                self.config, ops=self.ops, parameters=tree, **self.model_options
             )
 
     def parameters(self) -> Arrays:
@@ -147,15 +148,14 @@ class EagerEngine(Engine):
         """
         recorder = _Recorder(self.ops)
         model = self.model_class.from_config(
-            self.config, ops=recorder, parameters=self._training_model.parameters, **self.weights.model_options
+            self.config, ops=recorder, parameters=self._training_model.parameters, **self.model_options
         )
         inputs = {
             role: np.zeros(needed.shape, np.float32 if needed.limit is None else np.int64)
             for role, needed in self.batch.inputs.items()
         }
         grads = GradientTree.like(self.model.parameters, self.weights.trained)
-        logits, cache = model.forward_rows(**inputs, batch=self.options.t_batch)
-        model.backward((logits, cache), np.zeros(self.batch.n_rows, np.int64), grads, release_cache=True)
+        model.loss(inputs, np.zeros(self.batch.n_rows, np.int64), self.options.t_batch, grads)
         sizes = {
             "weights": sum(leaf.nbytes for leaf in self.model.parameters.values()),
             "gradients and moments": 3 * self.masters.flat.nbytes,
@@ -176,9 +176,7 @@ class EagerEngine(Engine):
             if (dropout := self.weights.dropout) is not None:
                 for name, mask in self.masks.items():
                     mask[...] = dropout.draw(name, len(mask), piece.moment)
-            logits, cache = self._training_model.forward_rows(**piece.inputs, batch=self.options.t_batch)
-            part = self._training_model.backward((logits, cache), piece.labels, grads, release_cache=True)
-            del logits, cache
+            part = self._training_model.loss(piece.inputs, piece.labels, self.options.t_batch, grads)
             loss += part * (piece.counted / rows)
         if len(pieces) > 1:
             grads.flat *= np.float32(pieces[-1].counted / rows)
@@ -201,13 +199,10 @@ class EagerEngine(Engine):
             )
 
     def _evaluate(self, inputs: Arrays, labels: np.ndarray) -> float:
-        return self.ops.cross_entropy(self._forward(inputs)[0], labels)[0]
+        return self.model.loss(inputs, labels, self.options.t_batch)
 
     def _logits(self, inputs: Arrays) -> np.ndarray:
-        return self._forward(inputs)[0]
-
-    def _forward(self, inputs: Arrays) -> tuple[np.ndarray, Any]:
-        return self.model.forward_rows(**inputs, batch=self.options.t_batch)
+        return self.model.forward_rows(**inputs, batch=self.options.t_batch)[0]
 
     def _round_weights(self) -> None:
         for tree, rounded in self._rounded:

@@ -75,6 +75,38 @@ def unembed_backward(
     return d_x if projection is None else ops.linear_backward(d_x, projection, d_lens)
 
 
+def unembed_loss(
+    ops: OpTable,
+    x: Array,
+    head: tuple[Namespace, Array | None],
+    labels: Array,
+    cap: float | None,
+    d_head: tuple[Namespace, Array | None] | None,
+    scale: float = 1.0,
+) -> tuple[float, Array | None]:
+    """x: (N, D), labels: of its rows -> the mean loss of the logits that `unembed` makes of x, capped, and d_x (N, D).
+
+    head: the layer and the lens of `unembed`, d_head: those of the gradients, which are added to; None: the loss alone, None
+    for d_x.
+    """
+    (layer, lens), projection = head, None
+    if hasattr(layer, "lora_a"):  # the op that never has all logits knows of one matrix
+        logits, cache = unembed(ops, x, layer, lens, scale)  # (N, V)
+        logits, capped = (logits, None) if cap is None else ops.softcap(logits, cap)
+        loss, loss_cache = ops.cross_entropy(logits, labels)
+        if d_head is None:
+            return loss, None
+        d_logits = ops.cross_entropy_backward(loss_cache)  # (N, V)
+        d_logits = d_logits if capped is None else ops.softcap_backward(d_logits, capped)
+        return loss, unembed_backward(ops, d_logits, cache, *d_head, scale)
+    if lens is not None:
+        x, projection = ops.linear(x, lens)  # (N, E)
+    if d_head is None:
+        return ops.linear_cross_entropy(x, layer.weight, labels, cap, backward=False)
+    loss, d_x = ops.linear_cross_entropy(x, layer.weight, labels, cap, d_head[0].weight)
+    return loss, d_x if projection is None else ops.linear_backward(d_x, projection, d_head[1])
+
+
 def without_lens(config: LlamaConfig, parameters: Mapping[str, Leaf]) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
     """The same model without a lens: its config (untied now) and its parameters, float32, the donor looked at once and for
     all. parameters: dict of names to arrays; the donor's embedding may be a `toy.quantized.QuantizedMatrix`."""

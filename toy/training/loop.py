@@ -309,6 +309,7 @@ class Training:
         decay = "" if o.schedule == "constant" else f" down to {o.lr * o.lr_floor:g} at step {o.steps}"
         rounds, classes = o.steps / s.steps_per_epoch, r.n_classes
         passes = "" if o.accumulate == 1 else f", in {o.accumulate} passes"
+        again = f"{r.recompute} of {r.config.n_layers} blocks"
         budget = f"{self._budget}; " if self._budget else ""
         takes = []
         if self.estimate is not None:
@@ -325,6 +326,7 @@ class Training:
             Decision("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
             *s.decisions(),
             Decision("parameters", f"{r.n_parameters:,}", trained),
+            *([Decision("recompute", again, before.get("recompute", r.recompute_reason))] if r.recompute else []),
             Decision(
                 "steps",
                 f"{o.steps:,} of {s.per_step:,} {s.unit}s{passes}",

@@ -27,7 +27,7 @@ from toy.models import ARCHITECTURES
 from toy.models.base import LanguageModel
 from toy.models.generation import generate
 from toy.trained.load import first_prompt
-from toy.training.options import FromModelOptions, RunOptions, TextOptions
+from toy.training.options import RECOMPUTE, FromModelOptions, RunOptions, TextOptions
 
 _SAMPLED_TOKENS = 8  # of which the time of a sample is estimated
 
@@ -87,6 +87,7 @@ class Start:
             seed=o.seed,
             grad_clip=o.clip or None,
             weight_dtype=o.weight_dtype,
+            recompute=RECOMPUTE[o.recompute],
             **more,
         )
 
