@@ -46,12 +46,14 @@ def with_model_options(config: Config, options: RecipeOptions) -> Config:
 class Piece(NamedTuple):
     """The part of a step's batch that one forward and backward pass takes.
 
-    inputs, labels: checked arrays. counted: the number of its rows that count.
+    inputs, labels: checked arrays. counted: the number of its rows that count. moment: the step, counted from 1, and the
+    number of the pass in it, of which dropout is drawn.
     """
 
     inputs: Arrays
     labels: np.ndarray
     counted: int
+    moment: tuple[int, int] = (0, 0)
 
 
 class Engine:
@@ -178,11 +180,16 @@ class Engine:
         """
         arrays, labels = self.step_batch.check(**inputs), self.step_batch.check_labels(labels)
         row = check_row(hp, self.hp_mode)
+        step = getattr(hp, "step", None) or 0
+        if self.weights.dropout is not None and not step:
+            raise ValueError(
+                "with dropout hp must be a row of adamw.hp_for_step(k): it knows the step that is drawn for"
+            )
         if not isinstance(is_first, (bool, np.bool_)):
             raise ValueError(f"is_first must be True or False, got {is_first!r}")
-        return self._train(self._pieces(arrays, labels), row, bool(is_first))
+        return self._train(self._pieces(arrays, labels, step), row, bool(is_first))
 
-    def _pieces(self, inputs: Arrays, labels: np.ndarray) -> list[Piece]:
+    def _pieces(self, inputs: Arrays, labels: np.ndarray, step: int) -> list[Piece]:
         """The batch of a step, cut for `accumulate` passes; a pass in which no label counts is left out."""
         n = self.options.accumulate
         parts = {role: np.split(array, n) for role, array in inputs.items()}
@@ -190,7 +197,7 @@ class Engine:
         for i, part in enumerate(np.split(labels, n)):
             counted = int((part >= 0).sum() if part.ndim == 1 else part.any(axis=1).sum())
             if counted:
-                pieces.append(Piece({role: arrays[i] for role, arrays in parts.items()}, part, counted))
+                pieces.append(Piece({role: arrays[i] for role, arrays in parts.items()}, part, counted, (step, i)))
         return pieces
 
     def evaluate(self, inputs: Mapping[str, npt.ArrayLike], labels: npt.ArrayLike) -> float:
