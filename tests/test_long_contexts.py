@@ -207,6 +207,25 @@ def test_labels_that_do_not_fit_change_nothing(monkeypatch, ops, change):
     assert not d_weight.any()
 
 
+@pytest.mark.parametrize("untied", [False, True])
+def test_a_weight_is_updated_when_every_band_has_added_to_its_gradient(monkeypatch, backend, untied):
+    """A graph updates each weight as soon as its gradient is complete: the head of a model not before its last band."""
+    config = dataclasses.replace(ARCHITECTURES["llama"].tiny, untied=untied)
+    found = []
+    for bands in (None, (3 * config.vocab_size, 3)):
+        set_bands(monkeypatch, bands)
+        recipe = toy.recipes.FromScratch(*backend).realize(
+            config, toy.RecipeOptions(t_seq=5, t_batch=2, init_scale=5.0)
+        )
+        rng, adamw = np.random.default_rng(0), recipe.adamw(lr=1e-2, eps=1e-2)
+        for k in range(2):
+            inputs, labels = recipe.engine.batch.random(rng)
+            recipe.step(inputs, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0)
+        found.append(recipe.parameters())
+    for name, array in found[0].items():
+        np.testing.assert_allclose(found[1][name], array, rtol=0, atol=2e-6, err_msg=name)
+
+
 # -- in bytes -----------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +345,17 @@ def test_every_block_but_the_last_runs_its_forward_twice(gguf, monkeypatch):
     assert calls == [0, 1, 2, 3]  # nothing is kept there, and nothing made again
     for blocks, again in ((False, []), (2, [1, 0]), (9, [2, 1, 0])):
         assert realize("transformer", ("numpy", "cpu"), gguf, recompute=blocks).recompute == len(again)
+
+
+def test_a_graph_repeats_no_more_than_the_blocks(gguf, kernels):
+    """Norms: two in a block and one at the end; a cheap result is computed twice where it was not kept, never three times."""
+    nodes = realize("transformer", ("ggml", "cpu"), gguf, recompute=True).explain().nodes
+    assert sum(node.name.startswith("rms_norm ") for node in nodes) == 2 * (2 * 4 + 1)
+    # what only gives the output of a block that is made again is left out: four layers, whose last linear layer runs once
+    forward, again = 4 * 6, 3 * 5
+    assert sum(node.name.startswith("linear ") for node in nodes) == forward + again + 1  # and the head
+    frozen = realize("lora", ("ggml", "cpu"), gguf, recompute=True).explain().nodes
+    assert sum(node.name.startswith("quantized_linear ") for node in frozen) == 4 * 7 + 3 * 6 + 1
 
 
 @pytest.mark.parametrize("kind", ["transformer", "gpt2", "llama", "lora"])
