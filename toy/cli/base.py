@@ -171,7 +171,7 @@ def tell_checkpoint(model, step, wanted="last"):
 
     model: what the user named; step: of the checkpoint; wanted: the value of --checkpoint.
     """
-    if not Path(model).is_dir():
+    if step is None or not Path(model).is_dir():
         return
     best = Run.open(model).best_checkpoint()
     name, words = f"step_{step}", "the best on validation"

@@ -7,6 +7,7 @@ texts are left out and told in `notices`.
 Source: the file's keys are those of the `tokenizers` library, https://huggingface.co/docs/tokenizers
 """
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import numpy as np
 
 from toy.data.gguf_tokenizer import BrokenTokenizerError, GGUFTokenizer
 from toy.data.sentencepiece import SPACE
+from toy.data.tokenizers import CharTokenizer
 from toy.files.errors import BadFileError
 from toy.files.gguf_models import short
 from toy.files.gguf_vocabulary import BYTE, CHARACTER_OF_BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -68,22 +70,81 @@ def read_tokenizer_json(path):
     Raises FileNotFoundError, BadFileError for a file that is damaged or contradicts itself, and ValueError for one that
     describes something that cannot be done the same way here.
     """
+    with _named(path):
+        metadata, notices = read_metadata(path)
+        return GGUFTokenizer(metadata, notices=notices)
+
+
+def read_model_tokenizer(folder, vocab_size, ends=()):
+    """The tokenizer in the folder of a Hugging Face model with `vocab_size` rows in its embedding: the rows beyond the last
+    token are unused tokens, as llama.cpp's converter has it.
+
+    ends: the ids that end an answer by the model's own config, beside those that the tokenizer knows. Errors as
+    `read_tokenizer_json`.
+    """
+    folder = Path(folder)
+    with _named(folder):
+        if (own := own_characters(_read_json(folder / "tokenizer.json"))) is not None and own.vocab_size == vocab_size:
+            return own
+        metadata, notices = read_metadata(folder)
+        tokens = metadata["tokenizer.ggml.tokens"]
+        missing = vocab_size - len(tokens)
+        if missing < 0:
+            raise BrokenTokenizerError(f"has {len(tokens)} tokens, and the model's embedding {vocab_size} rows")
+        metadata["tokenizer.ggml.tokens"] = tokens + [f"[PAD{len(tokens) + i}]" for i in range(missing)]
+        padding = {"tokenizer.ggml.token_type": UNUSED, "tokenizer.ggml.scores": -1e6}
+        for key in padding.keys() & metadata.keys():
+            array = metadata[key]
+            metadata[key] = np.concatenate([array, np.full(missing, padding[key], array.dtype)])
+        tokenizer = GGUFTokenizer(metadata, path=folder, notices=notices)
+        ends = [i for i in ends if 0 <= i < vocab_size and i not in tokenizer.stop_ids]
+        if not ends:
+            return tokenizer
+        free = [name for name in ("eos", "eot", "eom") if f"tokenizer.ggml.{name}_token_id" not in metadata]
+        metadata |= {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(free, ends)}
+        if len(ends) > len(free):
+            notices = [*notices, f"{folder}: {len(ends) - len(free)} of the tokens that end an answer are left out"]
+        return GGUFTokenizer(metadata, path=folder, notices=notices)
+
+
+def read_metadata(path):
+    """The keys of a GGUF file that say what a `tokenizer.json` (or that in the folder `path`) says, and a list of sentences
+    about what is left out."""
     path = Path(path)
     path = path / "tokenizer.json" if path.is_dir() else path
     data = _read_json(path)
     config = _read_json(path.with_name("tokenizer_config.json"), {})
+    notices: list[str] = []
+    metadata = _Description(data, notices).metadata()
+    metadata |= _roles(data, config, metadata["tokenizer.ggml.tokens"])
+    metadata |= _chat_templates(path, config)
+    return metadata, [f"{path}: {notice}" for notice in notices]
+
+
+@contextlib.contextmanager
+def _named(path):
+    """Errors name the file."""
+    path = Path(path)
+    path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        notices: list[str] = []
-        metadata = _Description(data, notices).metadata()
-        metadata |= _roles(data, config, metadata["tokenizer.ggml.tokens"])
-        metadata |= _chat_templates(path, config)
-        return GGUFTokenizer(metadata, notices=[f"{path}: {notice}" for notice in notices])
+        yield
     except BadFileError:
         raise
     except BrokenTokenizerError as error:
         raise BadFileError(path, str(error)) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def own_characters(data):
+    """The `CharTokenizer` that `toy.data.tokenizer_json_write` wrote, or None."""
+    model = data.get("model")
+    tokens = model.get("vocab") if isinstance(model, dict) and model.get("type") == "WordLevel" else None
+    if not isinstance(tokens, dict) or not tokens or any(len(token) != 1 for token in tokens):
+        return None
+    if sorted(tokens.values(), key=str) != sorted(range(len(tokens)), key=str) or data.get("normalizer") is not None:
+        return None
+    return CharTokenizer(sorted(tokens, key=tokens.__getitem__))
 
 
 class _Description:
