@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from toy.data.gguf_tokenizer import BrokenTokenizerError, GGUFTokenizer
+from toy.data.pre_tokenizers import PRE_TOKENIZERS
 from toy.data.sentencepiece import SPACE
 from toy.data.tokenizers import CharTokenizer
 from toy.files.errors import BadFileError
@@ -60,6 +61,16 @@ _PATTERNS = {
     _NUL.join((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3)): {False: "deepseek-v3"},
     _NUL.join((r"\p{N}{1,3}", _LLAMA3.replace("{1,3}", "+"))): {True: "minicpm5"},
 }
+
+
+def patterns_of(pre):
+    """The patterns of models' own files that llama.cpp calls by this name, or by one that means the same; None: not known."""
+    rule = PRE_TOKENIZERS[pre]._replace(adds_bos=False)
+    for patterns, names in _PATTERNS.items():
+        for whole, name in names.items():
+            if whole == rule.whole_pieces and PRE_TOKENIZERS[name]._replace(adds_bos=False) == rule:
+                return patterns.split(_NUL)
+    return None
 
 
 def read_tokenizer_json(path):

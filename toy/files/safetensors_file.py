@@ -1,14 +1,17 @@
-"""Reading `.safetensors` files in place: where each tensor lies, checked, and the file mapped.
+"""`.safetensors` files, read in place (where each tensor lies, checked, and the file mapped) and written piece by piece.
 
-The `safetensors` package checks the file, but has no numpy array for bfloat16 and copies what it reads; a base model stays in
-its file. Source: https://huggingface.co/docs/safetensors, "Format".
+The `safetensors` package checks the file, but has no numpy array for bfloat16, copies what it reads, and writes only what is
+in memory as a whole; a model stays in its file. Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
 import json
 import math
 import mmap
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from toy.files.errors import BadFileError
 from toy.files.gguf_models import UnsupportedModelError, short
@@ -53,6 +56,32 @@ def map_safetensors(path: Path) -> tuple[mmap.mmap, dict[str, StoredTensor]]:
     described.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in described.items()}
     return mapped, tensors
+
+
+class NewTensor(NamedTuple):
+    """What is written: bytes come in order, some at a time, from the function `parts`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[np.ndarray]]
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, NewTensor]) -> None:
+    """Write the tensors, with the mark that transformers asks for. Raises OSError, and what `parts` raise."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = math.prod(tensor.shape) * DTYPES[tensor.dtype]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the first number is aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            written = sum(file.write(part.data) for part in tensor.parts())
+            if written != header[name]["data_offsets"][1] - header[name]["data_offsets"][0]:
+                raise RuntimeError(f"{name}: {written} bytes were written")
 
 
 def read_json(path: Path, at_most: int = _MAX_JSON) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from toy.config import LanguageModelConfig
 from toy.files.atomic import StrPath
-from toy.files.gguf_write import Adapter, check_adapter, rank_axes, read_adapter
+from toy.files.gguf_write import Adapter, check_adapter, rank_axes
+from toy.files.peft import open_adapter
 from toy.quantized import Leaf
 
 # one adapter, several, or several with what each is multiplied by
@@ -52,7 +53,7 @@ def read_adapters(
     """
     read = []
     for path, scale in adapters:
-        adapter = read_adapter(path, config, base=base)
+        adapter = open_adapter(path, config, base=base)
         read.append((adapter, scale))
         if adapter.ignored:
             more = "" if len(adapter.ignored) == 1 else f" and {len(adapter.ignored) - 1} more"
