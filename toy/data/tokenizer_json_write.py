@@ -7,6 +7,7 @@ file where it is known, else as the pattern that llama.cpp applies.
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ _LARGEST = 48 * 2**20  # bytes of a file that is copied
 _SIDES = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
-def tokenizer_files(tokenizer):
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """dict of the names of files to their bytes: those of the folder that the tokenizer was read from, if it was one, else
     the two that say the same. Empty for None. Raises ValueError for a tokenizer that cannot be said the same way."""
     if tokenizer is None:
@@ -39,7 +40,7 @@ def tokenizer_files(tokenizer):
     return {name: (json.dumps(data, ensure_ascii=False, indent=2) + "\n").encode() for name, data in files.items()}
 
 
-def token_ids(tokenizer):
+def token_ids(tokenizer: Any) -> dict[str, Any]:
     """bos_token_id, and eos_token_id: those that end an answer, for the model's own config."""
     ends = sorted(getattr(tokenizer, "stop_ids", ()))
     if (end := getattr(tokenizer, "eos_id", None)) in ends:

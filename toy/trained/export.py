@@ -12,7 +12,9 @@ from toy.files.atomic import StrPath
 from toy.files.gguf_models import architecture_of
 from toy.files.gguf_types import MIXES
 from toy.files.gguf_write import product, write_adapter, write_gguf
+from toy.files.hugging_face_write import FILES as HUGGING_FACE_FILES
 from toy.files.hugging_face_write import plain_dtype, write_model_folder
+from toy.files.peft import FILES as PEFT_FILES
 from toy.files.peft import write_peft
 from toy.models.lens import without_lens
 from toy.quantized import Leaf, QuantizedMatrix, dequantized, quantize
@@ -93,6 +95,11 @@ def export_adapter(stored: Stored, path: StrPath) -> None:
         architecture=stored.in_gguf,
     )
 
+
+__all__ = [
+    "EXPORT_TYPES", "HUGGING_FACE_FILES", "HUGGING_FACE_TYPES", "KEEP", "PEFT_FILES", "check_exportable", "export_adapter",
+    "export_hugging_face", "export_model", "export_peft", "merge_adapters", "plain_model",
+]  # fmt: skip
 
 HUGGING_FACE_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
