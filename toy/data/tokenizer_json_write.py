@@ -53,14 +53,14 @@ def token_ids(tokenizer: Any) -> dict[str, Any]:
 
 
 def _description(tokenizer):
-    data = {
+    data: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
         "pre_tokenizer": None, "post_processor": None, "decoder": None,
     }  # fmt: skip
     if isinstance(tokenizer, CharTokenizer):
         vocabulary = {character: i for i, character in enumerate(tokenizer.characters)}
         return data | {
-            "pre_tokenizer": _split("(?s:.)"), "decoder": {"type": "Fuse"},
+            "pre_tokenizer": _split(r"[\s\S]"), "decoder": {"type": "Fuse"},
             "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "\0\0"},
         }  # fmt: skip
     if isinstance(tokenizer, ByteTokenizer):

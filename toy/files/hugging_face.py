@@ -22,7 +22,7 @@ from toy.files.errors import BadFileError
 from toy.files.gguf import GGUF, TensorRecord
 from toy.files.gguf_models import UnsupportedModelError, short
 from toy.files.hugging_face_config import Family, read_config
-from toy.files.safetensors_file import DTYPES, PICKLES, StoredTensor, map_safetensors, read_json
+from toy.files.safetensors_file import DTYPES, PICKLES, StoredTensor, map_safetensors, read_json, shown
 from toy.quantized import dequantize
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -73,6 +73,10 @@ class HuggingFaceModel(GGUF):
         other, UnsupportedModelError for sound ones of a model that this library does not have, and for pickles.
         """
         path = Path(path)
+        if (path / "adapter_config.json").exists() and not (path / CONFIG).exists():
+            raise UnsupportedModelError(
+                f"{path} is an adapter of PEFT: give its base as the model, and it as the adapter"
+            )
         if not (path / CONFIG).exists():
             raise BadFileError(path, f"has no {CONFIG}, which says what model it is")
         files = _weight_files(path)
@@ -86,7 +90,7 @@ class HuggingFaceModel(GGUF):
                 for name, tensor in tensors.items():
                     if name in stored:
                         raise BadFileError(
-                            file, f"has the tensor {short(name)}, which another file of the model has already"
+                            file, f"has the tensor {shown(name)}, which another file of the model has already"
                         )
                     stored[name] = part, tensor
             _check_index(path, stored)
@@ -199,7 +203,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name in names.values():
         if not isinstance(name, str) or _SHARD.fullmatch(name) is None:
             raise BadFileError(
-                index, f"names the file {short(name)}, expected the name of a .safetensors file beside it"
+                index, f"names the file {shown(str(name))}, expected the name of a .safetensors file beside it"
             )
     if len(set(names.values())) > _MAX_SHARDS:
         raise BadFileError(index, f"names {len(set(names.values()))} files, more than any model ({_MAX_SHARDS})")
@@ -211,7 +215,7 @@ def _check_index(path: Path, stored: Mapping[str, Any]) -> None:
         return
     for name, file in _weight_map(path).items():
         if name not in stored:
-            raise BadFileError(path / file, f"has no tensor {short(name)}, which {INDEX} says is in it")
+            raise BadFileError(path / file, f"has no tensor {shown(name)}, which {INDEX} says is in it")
 
 
 def _translate(
@@ -263,7 +267,7 @@ def _translate(
     if others:
         raise UnsupportedModelError(
             f"{path} has tensors that this library's {family.form} has no place for: "
-            + ", ".join(short(name) for name in others[:3])
+            + ", ".join(shown(name) for name in others[:3])
             + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         )
     return records, parts, changes

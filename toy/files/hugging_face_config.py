@@ -233,7 +233,7 @@ def _rope(keys: _Keys, family: Family, fields: Fields, said: dict[str, Any], the
     if partial not in (None, 1):
         raise keys.refuse("partial_rotary_factor", partial)
     kind = said.get("rope_type", said.get("type", "default"))
-    original = said.get("original_max_position_embeddings", fields["context_length"])
+    original: Any = said.get("original_max_position_embeddings", fields["context_length"])
     original = keys.data.get("original_max_position_embeddings", original)
     if kind in ("llama3", "yarn") and (type(original) is not int or not 0 < original < 2**31):
         raise BadFileError(
@@ -416,6 +416,9 @@ def _gemma2(keys: _Keys, fields: Fields) -> Fields:
         "attention_softcap": _cap(keys, "attn_logit_softcapping", 50.0),
         "logit_softcap": _cap(keys, "final_logit_softcapping", 30.0),
     }
+    for key, value in zip(("attn_logit_softcapping", "final_logit_softcapping"), caps.values()):
+        if value is None:
+            raise keys.refuse(key, None, "and llama.cpp reads no such model as gemma2")
     return _gemma(keys, fields, 2) | caps
 
 
@@ -493,7 +496,8 @@ FAMILIES = {
     "gemma3_text": Family(
         "gemma3", "Gemma3ForCausalLM", modules=_ATTENTION | _MLP | _QK_NORMS | _GEMMA_NORMS, more=_gemma3, say=_say_gemma,
         extra=_WINDOW
-        | {"query_pre_attn_scalar", "final_logit_softcapping", "rope_local_base_freq", "sliding_window_pattern"},
+        | {"query_pre_attn_scalar", "final_logit_softcapping", "rope_local_base_freq", "sliding_window_pattern"}
+        | {"_sliding_window_pattern"},  # written beside layer_types, which say it
         only=_GELU | _NO_BIAS | _ONE_WAY | {"attn_logit_softcapping": (None,)}, tied=True, head_dim=256, plus_one=True,
     ),
     "gpt2": Family(
@@ -596,7 +600,7 @@ def _llama3_numbers(c: LlamaConfig) -> Fields:
     """Llama 3.1's numbers that give a config's factors, which are all that a GGUF file keeps of them."""
     factors = cast(tuple[float, ...], c.rope_factors)
     for factor in (max(factors), 8.0, 32.0):
-        for original in (8192, *(2**n for n in range(5, 20))):
+        for original in (8192, *(2**n for n in range(3, 20))):
             if np.allclose(llama3_factors(c.d_head, c.rope_base, factor, 1, 4, original), factors, rtol=1e-6, atol=0):
                 return {
                     "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

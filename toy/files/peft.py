@@ -27,7 +27,15 @@ from toy.files.gguf_write import Adapter, check_adapter, read_adapter
 from toy.files.hugging_face import hugging_face_name, permuted_heads, rows_of_pairs
 from toy.files.hugging_face_config import FAMILIES, Family
 from toy.files.hugging_face_write import write_json
-from toy.files.safetensors_file import DTYPES, NewTensor, map_safetensors, read_json, refuse_pickle, write_safetensors
+from toy.files.safetensors_file import (
+    DTYPES,
+    NewTensor,
+    map_safetensors,
+    read_json,
+    refuse_pickle,
+    shown,
+    write_safetensors,
+)
 from toy.quantized import Leaf, dequantize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,7 +53,8 @@ _USED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pa
 # the others, "pissa" say, change the base too, whose weights PEFT then makes anew
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _KINDS = {
-    "lora_magnitude_vector": "use_dora (a DoRA)", "lora_embedding": "an adapter on an embedding", "modules_to_save":
+    "lora_magnitude_vector": "use_dora (a DoRA)", "lora_embedding": "an adapter on an embedding",
+    ".base_layer.": "an adapter on an embedding", "modules_to_save":
     "modules_to_save", "lora_bias": "lora_bias", ".bias": "bias",
 }  # fmt: skip
 _PATTERN = re.compile(r"(?:[\w.^$|()\[\]-]|\\[.dw]|(?<![()|^])[*+?](?![*+?{]))+", re.ASCII)
@@ -144,26 +153,26 @@ def _parameters(path: Path, config: LanguageModelConfig) -> tuple[dict[str, np.n
         if match is None:
             kind = next((words for part, words in _KINDS.items() if part in name), None)
             why = f": this library cannot do {kind}" if kind else ": it is no part of a LoRA adapter"
-            raise UnsupportedModelError(f"{path} has the tensor {short(name)}{why}")
+            raise UnsupportedModelError(f"{path} has the tensor {shown(name)}{why}")
         module = match[1] if match[1] in places else prefix + match[1]
         if module not in places:
-            raise ValueError(f"{path} is an adapter for another base: the model has no matrix {short(match[1])}")
+            raise ValueError(f"{path} is an adapter for another base: the model has no matrix {shown(match[1])}")
         if tensor.dtype not in DTYPES or len(tensor.shape) != 2 or 0 in tensor.shape:
             raise BadFileError(
-                path, f"has {short(name)} as {tensor.dtype} {tensor.shape}, expected a matrix of numbers"
+                path, f"has {shown(name)} as {tensor.dtype} {tensor.shape}, expected a matrix of numbers"
             )
         stem = places[module]
         array = np.empty(tensor.shape, np.float32)
         raw = data[tensor.offset : tensor.offset + tensor.n_bytes].reshape(tensor.shape[0], -1)
         dequantize(raw, tensor.dtype, array)
         if not np.isfinite(array).all():
-            raise BadFileError(path, f"tensor {short(name)} holds numbers that are not finite")
+            raise BadFileError(path, f"tensor {shown(name)} holds numbers that are not finite")
         heads = permuted_heads(f"{stem}.weight", config, family)
         if match[2] == "B" and heads is not None and array.shape[0] == shapes[f"{stem}.weight"][0]:
             array = array[rows_of_pairs(len(array), heads)]
         key = f"{stem}.lora_{match[2].lower()}"
         if key in parameters:
-            raise BadFileError(path, f"has the adapters of {short(match[1])} twice")
+            raise BadFileError(path, f"has the adapters of {shown(match[1])} twice")
         parameters[key], modules[stem] = array, module
     if not parameters:
         raise BadFileError(path, "has no adapters in it")
@@ -189,12 +198,12 @@ def _said_for(path: Path, said: dict[str, Any], key: str, module: str, default: 
     for pattern, value in patterns.items():
         repeats = sum(pattern.count(sign) for sign in "*+?")
         if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or _PATTERN.fullmatch(pattern) is None:
-            raise UnsupportedModelError(f"{path} has the pattern {short(pattern)} in {key}: name the modules instead")
+            raise UnsupportedModelError(f"{path} has the pattern {shown(pattern)} in {key}: name the modules instead")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise BadFileError(path, f"has the pattern {short(pattern)} in {key}, which is none ({error})") from error
+            raise BadFileError(path, f"has the pattern {shown(pattern)} in {key}, which is none ({error})") from error
     return default
 
 

@@ -89,6 +89,11 @@ def read_json(path: Path, at_most: int = _MAX_JSON) -> dict[str, Any]:
     return _parsed(path, read_regular(path, at_most))
 
 
+def shown(name: str) -> str:
+    """A name out of a file, for error messages: as long as any model's are."""
+    return repr(name if len(name) <= 120 else f"{name[:120]}...")
+
+
 def refuse_pickle(path: Path) -> None:
     """Raise UnsupportedModelError for a file of PyTorch's own format: reading it runs what is in it."""
     if path.suffix in PICKLES:
@@ -107,7 +112,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise BadFileError(path, f"describes the tensor {short(name)} as {short(entry)}, which does not fit the file")
+        raise BadFileError(path, f"describes the tensor {shown(name)} as {short(entry)}, which does not fit the file")
     return StoredTensor(dtype, shape, start + first, last - first)
 
 
