@@ -109,7 +109,7 @@ def _tokenizer_of_file(data):
     Raises BadFileError when the file there has another tokenizer by now, FileNotFoundError when it is gone.
     """
     try:
-        with open_model(Path(data["path"])) as gguf:
+        with open_model(data["path"]) as gguf:
             tokenizer = load_tokenizer(gguf)
     except FileNotFoundError as error:
         raise FileNotFoundError(

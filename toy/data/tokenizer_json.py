@@ -33,6 +33,10 @@ _MAX_CONTAINERS, _MAX_ITEMS = (
 _MAX_TOKENS = 2**20
 _MAX_SPLITS = 2**28  # of all tokens in two, counted with the characters that each looks at
 
+# bytes that texts of every script are made of, and those that UTF-8 never has
+_EVERYWHERE = {*b"\t\n", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF0)}
+_IN_NO_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}
+
 # The patterns of models' own files, as one string in which they are separated, to the names that llama.cpp gives them, by
 # whether a piece that is a token is not built from merges. Left out are those that llama.cpp only comes near to (gpt-4o).
 _NUL = "\0"
@@ -236,9 +240,15 @@ class _Description:
             )
         if self.model.get("byte_fallback"):
             raise ValueError("it is byte-level and has byte_fallback, which cannot be done the same way")
-        missing = set(CHARACTER_OF_BYTE.values()) - set(self.tokens)
-        if missing:
+        known = set(self.tokens)
+        missing = {byte for byte, character in CHARACTER_OF_BYTE.items() if character not in known}
+        if missing & _EVERYWHERE:
             raise BrokenTokenizerError(f"is byte-level BPE and has no token for {len(missing)} of the 256 bytes")
+        if rare := sorted(missing - _IN_NO_TEXT):  # SmolLM2's has none for some control characters
+            self.notices.append(
+                f"it has no token for the bytes {' '.join(f'{byte:02x}' for byte in rare)}: they are left out of a text, as in "
+                "llama.cpp and transformers"
+            )
         whole = bool(self.model.get("ignore_merges"))
         pre = _PATTERNS.get(_NUL.join(self._patterns()), {}).get(whole)
         if pre is None:

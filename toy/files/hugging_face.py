@@ -18,6 +18,7 @@ import numpy as np
 
 from toy.config import LanguageModelConfig
 from toy.files import gguf_models
+from toy.files.atomic import StrPath
 from toy.files.errors import BadFileError
 from toy.files.gguf import GGUF, TensorRecord
 from toy.files.gguf_models import UnsupportedModelError, short
@@ -49,8 +50,9 @@ def is_model_folder(path: Path) -> bool:
         return False
 
 
-def open_model(path: Path) -> GGUF:
+def open_model(path: StrPath) -> GGUF:
     """An open model: a GGUF file, or a Hugging Face model folder. Errors as `GGUF.open` and `HuggingFaceModel.open`."""
+    path = Path(path)
     return HuggingFaceModel.open(path) if is_model_folder(path) else GGUF.open(path)
 
 
@@ -66,7 +68,7 @@ class HuggingFaceModel(GGUF):
     _changes: Mapping[str, Change]
 
     @classmethod
-    def open(cls, path: Any) -> "HuggingFaceModel":
+    def open(cls, path: StrPath) -> "HuggingFaceModel":
         """Map the weights of the folder `path`, and check that they are the model that its config describes.
 
         Raises FileNotFoundError where there is no folder, BadFileError for files that are damaged, missing or contradict each

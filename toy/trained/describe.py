@@ -29,7 +29,7 @@ def describe(path):
     A model that this library cannot run is described as far as the file goes. Raises BadFileError for a damaged file and
     FileNotFoundError for a path where nothing is.
     """
-    with open_model(Path(path)) as gguf:
+    with open_model(path) as gguf:
         config, problem = None, None
         try:
             config = gguf.config()
@@ -75,7 +75,7 @@ def facts(path):
 
     config: of the model, None (and `problem` says why) when this library cannot run it. metadata: without the arrays.
     """
-    with open_model(Path(path)) as gguf:
+    with open_model(path) as gguf:
         config, problem = None, None
         try:
             config = dataclasses.asdict(gguf.config())
