@@ -8,10 +8,13 @@ import json
 
 import numpy as np
 import pytest
+from fetch_test_data import COMMAND, vocabularies
+from tokenizer_oracle import hard_texts
 
 import toy
 from toy.data.bpe_tokenizer import BPETokenizer
 from toy.data.gguf_tokenizer import GGUFTokenizer
+from toy.data.open_tokenizer import load_tokenizer
 from toy.data.tokenizer_json import read_tokenizer_json
 from toy.data.tokenizer_json_write import tokenizer_files
 from toy.data.tokenizers import ByteTokenizer, CharTokenizer
@@ -368,6 +371,20 @@ def test_a_tokenizer_and_back(tmp_path, name):
     again = read_tokenizer_json(tmp_path / "folder")
     assert again.encode(TEXT, add_special=True).tolist() == tokenizer.encode(TEXT, add_special=True).tolist()
     assert again.stop_ids == tokenizer.stop_ids and again.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-spm", "falcon"])
+def test_published_vocabularies_in_the_library(tmp_path, name):
+    """Those of llama.cpp's test data, as tokenizer.json: ids of hard texts and runs of spaces in the tokenizers library."""
+    if vocabularies() is None:
+        pytest.skip(f"llama.cpp's vocabularies were not fetched: {COMMAND}")
+    library = pytest.importorskip("tokenizers")
+    with GGUF.open(vocabularies() / f"ggml-vocab-{name}.gguf") as gguf:
+        tokenizer = load_tokenizer(gguf)
+    theirs = library.Tokenizer.from_str(tokenizer_files(tokenizer)["tokenizer.json"].decode())
+    for text in [*hard_texts(100, 7), *("a" + " " * n + "b" for n in range(40))]:
+        assert theirs.encode(text).ids == tokenizer.encode(text, add_special=True, parse_special=True).tolist(), text
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer(" \nabcdehlorwÜ日!"), CharTokenizer("a")])

@@ -4,6 +4,7 @@ the command line around them. transformers and PEFT themselves are asked in test
 import json
 import os
 import re
+import shutil
 import struct
 
 import model_files
@@ -20,6 +21,7 @@ from toy.files.errors import BadFileError
 from toy.files.folders import check_replaceable, replacing_folder
 from toy.files.gguf import GGUF
 from toy.files.gguf_models import UnsupportedModelError
+from toy.files.gguf_vocabulary import CHARACTER_OF_BYTE
 from toy.files.hugging_face import HuggingFaceModel, is_model_folder, rows_of_pairs
 from toy.files.hugging_face_write import FILES, write_model_folder
 from toy.files.peft import FILES as PEFT_FILES
@@ -387,6 +389,41 @@ def test_folders_that_are_none(tmp_path, folder, adapter):
         read_trained(adapter)
 
 
+def test_a_folder_in_the_hub_s_cache(tmp_path, folder, adapter, toy_command, monkeypatch):
+    """It is listed with what it is, by its config alone, and its name works wherever a model is named."""
+    for name in ("TOY_CACHE", "HF_HOME", "OLLAMA_MODELS", "LLAMA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "nothing"))
+    monkeypatch.setenv("HOME", str(tmp_path / "nothing"))
+    hub = tmp_path / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    for repository, source in (
+        ("anna/good", folder),
+        ("anna/other", folder),
+        ("anna/pickled", folder),
+        ("anna/lora", adapter),
+    ):
+        place = hub / f"models--{repository.replace('/', '--')}"
+        shutil.copytree(source, place / "snapshots" / ("a" * 40))
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("a" * 40)
+    change_json(hub / "models--anna--other" / "snapshots" / ("a" * 40) / "config.json", model_type="bert")
+    pickled = hub / "models--anna--pickled" / "snapshots" / ("a" * 40)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    code, out, _ = toy_command("list", "--json")
+    rows = {row["name"]: row for row in map(json.loads, out.splitlines())}
+    assert code == 0 and rows.keys() == {"anna/good", "anna/other", "anna/pickled", "anna/lora"}
+    assert (
+        rows["anna/good"]["usable"]
+        and rows["anna/good"]["architecture"] == "llama"
+        and rows["anna/good"]["type"] == "F32"
+    )
+    assert "of the type 'bert'" in rows["anna/other"]["problem"] and "pickle" in rows["anna/pickled"]["problem"]
+    assert rows["anna/lora"]["kind"] == "adapter"
+    monkeypatch.chdir(tmp_path)
+    code, out, error = toy_command("generate", "anna/good", "--tokens", 2)
+    assert code == 0, error
+
+
 # -- the tokenizer beside it -------------------------------------------------------------------------------------------
 
 
@@ -401,6 +438,23 @@ def test_rows_beyond_the_last_token(tmp_path):
     write_folder(tmp_path / "short", config=short)
     with pytest.raises(BadFileError, match=f"has {TOKENIZER.vocab_size} tokens, and the model's embedding"):
         read_trained(tmp_path / "short")
+
+
+def test_control_characters_that_a_vocabulary_lacks(folder):
+    """SmolLM2's has no token for some; a letter is another matter."""
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    for byte, message in ((4, None), (ord("q"), "has no token for 2 of the 256 bytes")):
+        character = CHARACTER_OF_BYTE[byte]
+        data["model"]["vocab"][f"a token in its place {byte}"] = data["model"]["vocab"].pop(character)
+        path.write_text(json.dumps(data))
+        if message is None:
+            tokenizer = read_trained(folder).tokenizer
+            assert "no token for the bytes 04" in " ".join(tokenizer.notices)
+            assert tokenizer.encode("a\4b").tolist() == tokenizer.encode("ab").tolist()
+        else:
+            with pytest.raises(BadFileError, match=message):
+                read_trained(folder)
 
 
 def test_what_ends_an_answer(folder):
@@ -540,6 +594,26 @@ def test_a_folder_is_the_old_one_or_the_new_one(tmp_path):
     with replacing_folder(tmp_path / "out", ("a", "b")) as folder:
         (folder / "b").write_text("second")
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_an_interruption_between_the_two_renames(tmp_path, monkeypatch, place):
+    """Ctrl-C at the worst moments: the old folder is there again, or the new one is."""
+    with replacing_folder(tmp_path / "out", ("a",)) as folder:
+        (folder / "a").write_text("first")
+    rename, calls = os.rename, []
+
+    def interrupted(source, target):
+        calls.append(source)
+        if len(calls) == place:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "out", ("a",)) as folder:
+        (folder / "a").write_text("second")
+    assert (tmp_path / "out" / "a").read_text() == "first"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

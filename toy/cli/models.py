@@ -1,7 +1,7 @@
 """The commands that use a model which exists: toy generate, eval, export.
 
-MODEL is what `toy.trained.read_trained` takes: a run directory, a checkpoint, a GGUF file, a Hugging Face folder, the name of a
-fetched model.
+MODEL is what `toy.trained.read_trained` takes: a run directory, a checkpoint, a GGUF file, a Hugging Face folder, the name
+of a fetched model.
 """
 
 import csv
@@ -83,8 +83,8 @@ def generate(
     """Let a model write.
 
     MODEL is a run directory, a checkpoint, a GGUF file, a Hugging Face folder, or the name of a fetched model (toy fetch).
-    It stops early at a token that ends a text, if the model has such tokens. Of a file or stdin the last line end is not part of the text; a
-    prompt that begins with @ itself is given as @@.
+    It stops early at a token that ends a text, if the model has such tokens. Of a file or stdin the last line end is not
+    part of the text; a prompt that begins with @ itself is given as @@.
     """
     from toy.models.generation import generate as generate_ids
     from toy.trained.writing import Writing, check_stop, stop_ids_of

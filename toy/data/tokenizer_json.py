@@ -85,8 +85,11 @@ def read_tokenizer_json(path):
     Raises FileNotFoundError, BadFileError for a file that is damaged or contradicts itself, and ValueError for one that
     describes something that cannot be done the same way here.
     """
-    with _named(path):
-        metadata, notices = read_metadata(path)
+    with _named(path) as file:
+        data = _read_json(file)
+        if (own := own_characters(data)) is not None:
+            return own
+        metadata, notices = _metadata(file, data)
         return GGUFTokenizer(metadata, notices=notices)
 
 
@@ -98,10 +101,11 @@ def read_model_tokenizer(folder, vocab_size, ends=()):
     `read_tokenizer_json`.
     """
     folder = Path(folder)
-    with _named(folder):
-        if (own := own_characters(_read_json(folder / "tokenizer.json"))) is not None and own.vocab_size == vocab_size:
+    with _named(folder) as file:
+        data = _read_json(file)
+        if (own := own_characters(data)) is not None and own.vocab_size == vocab_size:
             return own
-        metadata, notices = read_metadata(folder)
+        metadata, notices = _metadata(file, data)
         tokens = metadata["tokenizer.ggml.tokens"]
         missing = vocab_size - len(tokens)
         if missing < 0:
@@ -122,12 +126,9 @@ def read_model_tokenizer(folder, vocab_size, ends=()):
         return GGUFTokenizer(metadata, path=folder, notices=notices)
 
 
-def read_metadata(path):
-    """The keys of a GGUF file that say what a `tokenizer.json` (or that in the folder `path`) says, and a list of sentences
-    about what is left out."""
-    path = Path(path)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    data = _read_json(path)
+def _metadata(path, data):
+    """The keys of a GGUF file that say what a `tokenizer.json` says, and a list of sentences about what is left out. data:
+    what is in the file."""
     config = _read_json(path.with_name("tokenizer_config.json"), {})
     notices: list[str] = []
     metadata = _Description(data, notices).metadata()
@@ -138,11 +139,11 @@ def read_metadata(path):
 
 @contextlib.contextmanager
 def _named(path):
-    """Errors name the file."""
+    """Gives the path of the file, which is `path` or in the folder `path`; errors name it."""
     path = Path(path)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        yield
+        yield path
     except BadFileError:
         raise
     except BrokenTokenizerError as error:
@@ -245,9 +246,9 @@ class _Description:
         if missing & _EVERYWHERE:
             raise BrokenTokenizerError(f"is byte-level BPE and has no token for {len(missing)} of the 256 bytes")
         if rare := sorted(missing - _IN_NO_TEXT):  # SmolLM2's has none for some control characters
+            named = " ".join(f"{byte:02x}" for byte in rare)
             self.notices.append(
-                f"it has no token for the bytes {' '.join(f'{byte:02x}' for byte in rare)}: they are left out of a text, as in "
-                "llama.cpp and transformers"
+                f"it has no token for the bytes {named}: they are left out of a text, as in llama.cpp and transformers"
             )
         whole = bool(self.model.get("ignore_merges"))
         pre = _PATTERNS.get(_NUL.join(self._patterns()), {}).get(whole)

@@ -40,16 +40,13 @@ def replacing_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
         check_replaceable(path, names)  # it may have been written to in the meantime
         if path.is_dir():
             os.rename(path, old)
-        try:
-            os.rename(temporary, path)
-        except OSError:
-            if old.is_dir():
-                os.rename(old, path)
-            raise
+        os.rename(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError):
             raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         raise
     finally:
+        if old.is_dir() and not path.exists():  # the new one did not come
+            os.rename(old, path)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -81,7 +81,7 @@ class HuggingFaceModel(GGUF):
             )
         if not (path / CONFIG).exists():
             raise BadFileError(path, f"has no {CONFIG}, which says what model it is")
-        files = _weight_files(path)
+        files = weight_files(path)
         config, family = read_config(path / CONFIG)
         mapped: list[mmap.mmap] = []
         try:
@@ -174,8 +174,11 @@ def is_less_one(name: str, family: Family) -> bool:
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files that hold the model. As in transformers one file goes before several."""
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that hold the model in a folder. As in transformers one file goes before several.
+
+    Raises BadFileError where they are missing, UnsupportedModelError for pickles.
+    """
     if (path / WEIGHTS).exists():
         return [path / WEIGHTS]
     if (path / INDEX).exists():

@@ -173,8 +173,8 @@ def config_of(path: Path, data: dict[str, Any]) -> tuple[LanguageModelConfig, Fa
         )
     family = FAMILIES[kind]
     heads = data.get("architectures")
-    whole = (family.head, family.head.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model"))
-    if isinstance(heads, list) and heads and heads[0] not in whole:
+    whole = (family.head.lower(), family.head.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model").lower())
+    if isinstance(heads, list) and heads and str(heads[0]).lower() not in whole:
         raise keys.refuse("architectures", heads, f"expected {family.head}: a model that writes text")
     if data.get("quantization_config") is not None:
         raise keys.refuse(
@@ -248,9 +248,9 @@ def _rope(keys: _Keys, family: Family, fields: Fields, said: dict[str, Any], the
         )
         if high <= low:
             raise BadFileError(keys.path, f"has high_freq_factor = {high}, expected more than low_freq_factor {low}")
-        found["rope_factors"] = llama3_factors(d_head, found["rope_base"], factor, low, high, original)
+        found["rope_factors"] = llama3_factors(d_head, found["rope_base"], factor, low, high, int(original))
     elif kind == "yarn":
-        found |= _yarn(keys, said, original, fields["context_length"])
+        found |= _yarn(keys, said, int(original), fields["context_length"])
     elif kind != "default":
         raise keys.refuse("rope_type", kind, "this library has default, linear, llama3 and yarn")
     return found
