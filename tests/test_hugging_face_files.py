@@ -661,6 +661,8 @@ def test_a_run_from_a_folder_to_every_form(tmp_path, folder, lora_run, toy_comma
     with toy.load(tmp_path / "merged") as merged, toy.load(folder, adapter=tmp_path / "adapter") as beside:
         assert np.abs(merged.logits([5, 6, 7]) - want).max() < 1e-5
         assert (beside.logits([5, 6, 7]) == want).all()
+    code, out, error = toy_command("export", lora_run, "--out", tmp_path / "adapter.gguf")
+    assert code == 0 and f"export {folder} --type keep --out model.gguf && llama-cli -m model.gguf --lora" in out
     code, _, error = toy_command("generate", folder, "--adapter", tmp_path / "adapter", "--tokens", 3)
     assert code == 0, error
     code, _, error = toy_command("export", folder, "--lora", tmp_path / "adapter", "--out", tmp_path / "merged.gguf")

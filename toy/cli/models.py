@@ -25,6 +25,7 @@ from toy.cli.base import (
     as_json,
     command,
     note,
+    program,
     quoted,
     tell_checkpoint,
 )
@@ -514,8 +515,12 @@ def _export_folder(model, adapter, merge, lora, kind, form, ollama, out, force, 
 def llama_cpp_command(stored, out, whole):
     """What to type to use the file with llama.cpp."""
     chat = getattr(stored.tokenizer, "chat_template", None) is not None
-    files = f"-m {quoted(out)}" if whole else f"-m {quoted(stored.base)} --lora {quoted(out)}"
-    return f"llama-cli {files}" if chat else f"llama-completion {files} -p 'Once upon a time'"
+    files, before = f"-m {quoted(out)}" if whole else f"-m {quoted(stored.base)} --lora {quoted(out)}", ""
+    if not whole and stored.base.is_dir():  # a Hugging Face folder, which llama.cpp does not read
+        base = f"{stored.base.name}.gguf"
+        before = f"{program()} export {quoted(stored.base)} --type keep --out {quoted(base)} && "
+        files = f"-m {quoted(base)} --lora {quoted(out)}"
+    return before + (f"llama-cli {files}" if chat else f"llama-completion {files} -p 'Once upon a time'")
 
 
 def _name_of(model):
