@@ -24,7 +24,7 @@ from toy.files.hugging_face_config import FAMILIES
 from toy.files.hugging_face_write import write_model_folder
 from toy.files.peft import read_peft, write_peft
 from toy.trained import read_trained
-from toy.trained.export import export_hugging_face, export_model, export_peft, merge_adapters
+from toy.trained.export import export_adapter, export_hugging_face, export_model, export_peft, merge_adapters
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install torch)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install transformers)")
@@ -413,6 +413,14 @@ ADAPTERS = {
     "llama, narrow heads": ("llama, tied, biases, narrow heads", {"target_modules": ["q_proj", "k_proj"]}),
     "llama, rsLoRA": ("llama", {"target_modules": ["q_proj"], "use_rslora": True}),
     "llama, a regular expression": ("llama", {"target_modules": r".*\.1\.self_attn\.[qk]_proj"}),
+    "llama, ranks of their own": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 3, "^model.layers.0.self_attn.q_proj": 7},
+        },
+    ),
+    "llama, the output": ("llama", {"target_modules": ["lm_head", "v_proj"]}),
     "qwen2": ("qwen2", {"target_modules": ["q_proj", "k_proj", "down_proj"]}),
     "gemma3": ("gemma3", {"target_modules": ["k_proj", "up_proj"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
@@ -442,7 +450,7 @@ def on_base(folder, model):
     return peft.PeftModel.from_pretrained(opened(folder), model).eval()
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "gpt2"])
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_peft(tmp_path, name):
     base, settings = ADAPTERS[name]
     model = adapted(tmp_path / "adapter", made(tmp_path / "base", base), settings)
@@ -455,8 +463,9 @@ def test_an_adapter_of_peft(tmp_path, name):
 def test_an_adapter_there_and_back_bit_for_bit(tmp_path, name):
     base, settings = ADAPTERS[name]
     model = adapted(tmp_path / "adapter", made(tmp_path / "base", base), settings)
-    config = read_trained(tmp_path / "base").config
-    read = read_peft(tmp_path / "adapter", config)
+    stored = read_trained(tmp_path / "base")
+    config = stored.config
+    read = read_peft(tmp_path / "adapter", config, stored.parameters)
     write_peft(tmp_path / "again", config, read.parameters, read.alpha, str(tmp_path / "base"))
     again = read_peft(tmp_path / "again", config)
     assert again.alpha == read.alpha and again.parameters.keys() == read.parameters.keys()
@@ -474,6 +483,31 @@ def test_scales_of_their_own(tmp_path):
     settings = {"target_modules": ["q_proj", "k_proj", "up_proj"], "alpha_pattern": patterns}
     want = logits(adapted(tmp_path / "adapter", made(tmp_path / "base"), settings))
     assert difference(ours(tmp_path / "base", adapter=tmp_path / "adapter"), want) < BAR
+
+
+def test_a_copy_of_the_output_matrix(tmp_path):
+    """PEFT saves it beside adapters on it: the base's own is nothing new, another one would be left out."""
+    model = adapted(tmp_path / "adapter", made(tmp_path / "base"), {"target_modules": ["lm_head"]})
+    assert difference(ours(tmp_path / "base", adapter=tmp_path / "adapter"), logits(model)) < BAR
+    with torch.no_grad():
+        model.base_model.model.lm_head.base_layer.weight[3, 4] += 1
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"weights of its own for .*lm_head\.base_layer\.weight"):
+        ours(tmp_path / "base", adapter=tmp_path / "adapter")
+
+
+def test_rslora_with_ranks_of_their_own(tmp_path):
+    settings = {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 3}, "use_rslora": True}
+    want = logits(adapted(tmp_path / "adapter", made(tmp_path / "base"), settings))
+    assert difference(ours(tmp_path / "base", adapter=tmp_path / "adapter"), want) < BAR
+
+
+def test_several_with_scales(tmp_path):
+    """A GGUF adapter and one of PEFT together, each times its scale."""
+    model = adapted(tmp_path / "adapter", made(tmp_path / "base"), {"target_modules": ["q_proj", "k_proj"]})
+    export_adapter(read_trained(tmp_path / "base", tmp_path / "adapter"), tmp_path / "adapter.gguf")
+    both = {tmp_path / "adapter": 0.75, tmp_path / "adapter.gguf": 0.25}
+    assert difference(ours(tmp_path / "base", adapter=both), logits(model)) < BAR
 
 
 def test_merged_and_exported(tmp_path):
@@ -494,7 +528,7 @@ def test_merged_and_exported(tmp_path):
         ({"bias": "all"}, "bias = 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
-        ({"target_modules": ["embed_tokens"]}, "an adapter on an embedding"),
+        ({"target_modules": ["embed_tokens"]}, "an adapter on an embedding|weights of its own"),
         ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias = True"),
     ],

@@ -62,7 +62,7 @@ def adapter_option(name, help):
     )  # fmt: skip
 
 
-ADAPTER = adapter_option("--adapter", "LoRA adapter to put on the model, times SCALE")
+ADAPTER = adapter_option("--adapter", "LoRA adapter (GGUF, or a PEFT folder) to put on the model, times SCALE")
 BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(BACKEND_NAMES)}.")
 
 

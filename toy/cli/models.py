@@ -387,7 +387,7 @@ def _write_tokens(path, rows):
 @MODEL
 @click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone. [default for one]")
 @click.option("--merge", is_flag=True, help="Of a LoRA run: the whole model with the adapter in it.")
-@adapter_option("--lora", "Merge the adapter in this file into the model, times SCALE")
+@adapter_option("--lora", "Merge this adapter into the model, times SCALE")
 @click.option(
     "--type",
     "kind",

@@ -30,17 +30,19 @@ from toy.files.hugging_face_write import write_json
 from toy.files.safetensors_file import (
     DTYPES,
     NewTensor,
+    StoredTensor,
     map_safetensors,
     read_json,
     refuse_pickle,
     shown,
     write_safetensors,
 )
-from toy.quantized import Leaf, dequantize
+from toy.quantized import Leaf, dequantize, dequantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 _PREFIX = "base_model.model."
+_COPY = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 # settings that change nothing in what trained adapters compute, or that the tensors themselves say
 _HARMLESS = {
@@ -54,8 +56,7 @@ _USED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pa
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _KINDS = {
     "lora_magnitude_vector": "use_dora (a DoRA)", "lora_embedding": "an adapter on an embedding",
-    ".base_layer.": "an adapter on an embedding", "modules_to_save":
-    "modules_to_save", "lora_bias": "lora_bias", ".bias": "bias",
+    "modules_to_save": "modules_to_save", "lora_bias": "lora_bias", ".bias": "bias",
 }  # fmt: skip
 _PATTERN = re.compile(r"(?:[\w.^$|()\[\]-]|\\[.dw]|(?<![()|^])[*+?](?![*+?{]))+", re.ASCII)
 _LONGEST_PATTERN, _MOST_REPEATS = 200, 3
@@ -73,7 +74,7 @@ def open_adapter(
         return read_adapter(path, config, base)
     if config is None:
         raise ValueError(f"{path} is an adapter of PEFT, which is read with the config of its base")
-    return read_peft(path, config)
+    return read_peft(path, config, base)
 
 
 def family_of(config: LanguageModelConfig) -> Family:
@@ -87,8 +88,9 @@ def family_of(config: LanguageModelConfig) -> Family:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_peft(path: Path, config: LanguageModelConfig) -> Adapter:
-    """The LoRA adapter in a folder of PEFT -> `Adapter`. config: of the model that it is for.
+def read_peft(path: Path, config: LanguageModelConfig, base: GGUF | Mapping[str, Leaf] | None = None) -> Adapter:
+    """The LoRA adapter in a folder of PEFT -> `Adapter`. config: of the model that it is for. base: that model; PEFT puts a
+    copy of its matrices beside adapters on the output, which must be the same.
 
     Raises BadFileError for files that are damaged or missing, UnsupportedModelError for what this library cannot do (DoRA,
     whole modules, biases, embeddings), ValueError for an adapter of another base.
@@ -102,7 +104,7 @@ def read_peft(path: Path, config: LanguageModelConfig) -> Adapter:
             if (path / name).exists():
                 refuse_pickle(path / name)
         raise BadFileError(path / WEIGHTS, "is missing: the adapters should be in it")
-    parameters, modules = _parameters(path / WEIGHTS, config)
+    parameters, modules = _parameters(path / WEIGHTS, config, base)
     try:
         check_adapter(parameters, config)
     except ValueError as error:
@@ -115,12 +117,11 @@ def read_peft(path: Path, config: LanguageModelConfig) -> Adapter:
                 path, f"says rank {short(rank)} for {module}, and its adapters are of rank {ranks[stem]}"
             )
     alphas = {stem: _alpha(path / CONFIG, said, modules[stem], ranks[stem]) for stem in modules}
-    common = set(alphas.values())
-    alpha = common.pop() if len(common) == 1 else None
-    if alpha is None:  # a scale for each: it goes into B
+    alpha: float | None = next(iter(alphas.values()))
+    if len(set(alphas.values())) > 1:  # scales of their own: they go into B
+        alpha = None
         for stem, own in alphas.items():
             parameters[f"{stem}.lora_b"] = parameters[f"{stem}.lora_b"] * np.float32(own / ranks[stem])
-        alpha = float(max(ranks.values()))
     return Adapter(family_of(config).form, max(ranks.values()), alpha, parameters, said)
 
 
@@ -138,7 +139,9 @@ def _check_settings(path: Path, said: dict[str, Any]) -> None:
             raise UnsupportedModelError(f"{path} has {name} = {short(value)}, which this library cannot do")
 
 
-def _parameters(path: Path, config: LanguageModelConfig) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _parameters(
+    path: Path, config: LanguageModelConfig, base: GGUF | Mapping[str, Leaf] | None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays by this library's names, and of each matrix what its module is called."""
     family, shapes = family_of(config), gguf_models.parameter_shapes(config)
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
@@ -150,6 +153,10 @@ def _parameters(path: Path, config: LanguageModelConfig) -> tuple[dict[str, np.n
     data, parameters, modules = np.frombuffer(mapped, np.uint8), {}, {}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
+        copied = _COPY.fullmatch(name)
+        if copied is not None and places.get(copied[1]) in ("token_embd", "output"):
+            _check_copy(path, name, f"{places[copied[1]]}.weight", tensor, data, base)
+            continue
         if match is None:
             kind = next((words for part, words in _KINDS.items() if part in name), None)
             why = f": this library cannot do {kind}" if kind else ": it is no part of a LoRA adapter"
@@ -177,6 +184,22 @@ def _parameters(path: Path, config: LanguageModelConfig) -> tuple[dict[str, np.n
     if not parameters:
         raise BadFileError(path, "has no adapters in it")
     return parameters, modules
+
+
+def _check_copy(
+    path: Path, name: str, ours: str, tensor: StoredTensor, data: np.ndarray, base: GGUF | Mapping[str, Leaf] | None
+) -> None:
+    """Raise UnsupportedModelError unless a copy of the embedding or the output matrix is that of the base."""
+    if base is not None and tensor.dtype in DTYPES and len(tensor.shape) == 2:
+        numbers = np.empty(tensor.shape, np.float32)
+        raw = data[tensor.offset : tensor.offset + tensor.n_bytes].reshape(tensor.shape[0], -1)
+        dequantize(raw, tensor.dtype, numbers)
+        leaf = base.matrix(ours) if isinstance(base, GGUF) else base[ours]
+        if np.array_equal(numbers, dequantized(leaf)):
+            return
+    raise UnsupportedModelError(
+        f"{path} has weights of its own for {shown(name)}, other than the base's: merge it with PEFT's merge_and_unload first"
+    )
 
 
 def _alpha(path: Path, said: dict[str, Any], module: str, rank: int) -> float:

@@ -47,9 +47,9 @@ def with_scales(adapters: Adapters | None) -> list[tuple[Path, float]]:
 def read_adapters(
     adapters: Iterable[tuple[Path, float]], config: LanguageModelConfig, base: Mapping[str, Leaf]
 ) -> Together:
-    """The adapters in GGUF files, each times its scale -> `Together`. config, base: of the model.
+    """The adapters in GGUF files and PEFT folders, each times its scale -> `Together`. config, base: of the model.
 
-    Errors as `read_adapter`; an AdapterWarning for norms in a file, which are not used.
+    Errors as `open_adapter`; an AdapterWarning for norms in a file, which are not used.
     """
     read = []
     for path, scale in adapters:

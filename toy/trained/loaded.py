@@ -30,7 +30,6 @@ def load(
     """A model that exists, to use -> `Loaded`, or `LoadedClassifier` for an image model.
 
     path: a run directory, a checkpoint, a GGUF file, a Hugging Face folder, the name of a fetched model, or what
-    path: a run directory, a checkpoint, a GGUF file, a Hugging Face folder, the name of a fetched model, or what
     `recipe.save` wrote. adapter: a LoRA adapter (GGUF, or a PEFT folder) to put on it, a list of several, or a dict of their
     paths to what each is multiplied by. backend: "auto", "numpy", "cython" or "ggml" (which generates on the compiled
     kernels). checkpoint: of a run, "last", "best" (the lowest validation loss) or a step. Raises FileNotFoundError for a path
