@@ -176,6 +176,13 @@ def _follow_environment_threads() -> None:
         set_num_threads(int(setting))
 
 
+def usable_processors() -> int:
+    """How many processors this process may use: its affinity, and where the kernels are built its control group's quota."""
+    if (kernels := _kernel_threads()) is not None:
+        return int(kernels._usable_cpus())
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def num_threads() -> int | None:
     """What `set_num_threads` was told, None before it was."""
     return _n_threads

@@ -52,6 +52,15 @@ class Piece(NamedTuple):
     counted: int
 
 
+def n_counted(labels: np.ndarray) -> int:
+    """How many rows of checked labels count: those that are not -1, or not all zero."""
+    return int((labels >= 0).sum() if labels.ndim == 1 else labels.any(axis=1).sum())
+
+
+# what each of several processes found, made what all of them found: a flat float32 gradient, in place, and a loss -> the loss
+AddUp = Callable[[np.ndarray, float], float]
+
+
 class Engine:
     """A model realized for training: its weights, moments and one training step of a fixed shape.
 
@@ -60,7 +69,7 @@ class Engine:
     table; this class has checked what goes in.
     """
 
-    _train: Callable[[Sequence[Piece], np.ndarray, bool], float]
+    _train: Callable[[Sequence[Piece], int, np.ndarray, bool], float]  # pieces, counted rows of the step, hp, is_first
     _evaluate: Callable[[Arrays, np.ndarray], float]
     _logits: Callable[[Arrays], np.ndarray]
     parameters: Callable[[], Arrays]
@@ -85,11 +94,15 @@ class Engine:
         self.step_batch = self.model_class.batch_type(config, options.accumulate * options.t_batch, options.t_seq)
         self.arch = self.model_class.arch
         self.hp_mode = self.model_class.hp_mode if weights.hp_mode is None else weights.hp_mode
+        self._check_fits()
+        self.grad_norm = float("nan")  # L2 norm of the last step's whole gradient, before clipping
+
+    def _check_fits(self) -> None:
+        """Raise MemoryError when the machine has too little memory for a pass, whatever else is there."""
         if self.device.startswith("cpu"):
             # float32: a weight that is trained has a gradient and two moments; the logits have a gradient
             n_bytes = 4 * (4 * self.n_trained + 2 * self.batch.n_rows * self.batch.n_classes)
             check_fits(n_bytes, f"training {self.n_trained:,} parameters on {self.batch.n_rows:,} rows")
-        self.grad_norm = float("nan")  # L2 norm of the last step's whole gradient, before clipping
 
     def __enter__(self) -> "Self":
         return self
@@ -141,7 +154,8 @@ class Engine:
         row = check_row(hp, self.hp_mode)
         if not isinstance(is_first, (bool, np.bool_)):
             raise ValueError(f"is_first must be True or False, got {is_first!r}")
-        return self._train(self._pieces(arrays, labels), row, bool(is_first))
+        pieces = self._pieces(arrays, labels)
+        return self._train(pieces, sum(piece.counted for piece in pieces), row, bool(is_first))
 
     def _pieces(self, inputs: Arrays, labels: np.ndarray) -> list[Piece]:
         """The batch of a step, cut for `accumulate` passes; a pass in which no label counts is left out."""
@@ -149,8 +163,7 @@ class Engine:
         parts = {role: np.split(array, n) for role, array in inputs.items()}
         pieces = []
         for i, part in enumerate(np.split(labels, n)):
-            counted = int((part >= 0).sum() if part.ndim == 1 else part.any(axis=1).sum())
-            if counted:
+            if counted := n_counted(part):
                 pieces.append(Piece({role: arrays[i] for role, arrays in parts.items()}, part, counted))
         return pieces
 
