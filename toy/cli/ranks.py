@@ -24,6 +24,7 @@ from toy.training.together import follow
 
 _WATCHER = "TOY_RANK_WATCHER"  # in a rank's environment: the socket at whose other end its watcher is
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_NOT_JOINED = 78  # exit code of a rank that the others wait for in vain
 _PATIENCE = 20  # seconds that a rank whose end rank 0 tells waits for it
 
 
@@ -43,7 +44,7 @@ def as_ranks(run, given, debug):
             return _differ(place, failure)
         if _local_rank() == 0:  # the others of this machine would say the same
             click.echo(f"toy: rank {place[0]} on host {socket.gethostname()}: {failure.message}", err=True)
-        return failure.exit_code
+        return _NOT_JOINED
     try:
         ranks.check_same(given)
     except RanksDifferError as error:
@@ -99,8 +100,16 @@ def _differ(place, failure):
 
 
 def _local_rank():
-    names = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
+    return _number(("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"), 0)
+
+
+def _others_elsewhere(size):
+    """Whether other machines have ranks too, as far as the launcher says it."""
+    return _number(("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"), size) < size
+
+
+def _number(variables, otherwise):
+    return next((int(os.environ[name]) for name in variables if os.environ.get(name, "").isdigit()), otherwise)
 
 
 class _Stop:
@@ -150,8 +159,10 @@ def _watch(rank, size):
     its.close()
     code = process.wait()
     mine.close()
+    if code == _NOT_JOINED and _others_elsewhere(size):
+        _end_like(signal.SIGTERM)
     if code >= 0:
-        return code
+        return 2 if code == _NOT_JOINED else code
     if not told:
         name, more = _name(-code), " (was there enough memory?)" if -code == signal.SIGKILL else ""
         click.echo(
@@ -159,7 +170,7 @@ def _watch(rank, size):
             "its last checkpoint with --resume.",
             err=True,
         )
-    return 128 - code
+    _end_like(-code)
 
 
 def _end_with_the_watcher():
@@ -172,6 +183,14 @@ def _end_with_the_watcher():
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _end_like(number):
+    """End this process by a signal: of one that ends otherwise before MPI has begun, the launcher thinks nothing."""
+    sys.stderr.flush()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), number if number in (signal.SIGKILL, signal.SIGTERM) else signal.SIGKILL)
+    time.sleep(_PATIENCE)  # it comes at once
 
 
 def _name(number):
