@@ -19,7 +19,7 @@ import click
 
 from toy.cli.base import Failure, Phase
 from toy.engines.shared import DriftError
-from toy.training.ranks import RanksDifferError, join, launched
+from toy.training.ranks import LOST, RanksDifferError, join, launched
 from toy.training.together import follow
 
 _WATCHER = "TOY_RANK_WATCHER"  # in a rank's environment: the socket at whose other end its watcher is
@@ -148,7 +148,7 @@ def _watch(rank, size):
 
     def pass_on(number, frame):
         told.append(number)
-        if process.poll() is None:
+        if process.returncode is None and process.poll() is None:
             process.send_signal(number)
 
     # close_fds: the launcher's own connection to the rank is among them
@@ -159,6 +159,9 @@ def _watch(rank, size):
     its.close()
     code = process.wait()
     mine.close()
+    if code == LOST:
+        _end_the_launcher()
+        code = 1
     if code == _NOT_JOINED and _others_elsewhere(size):
         _end_like(signal.SIGTERM)
     if code >= 0:
@@ -183,6 +186,25 @@ def _end_with_the_watcher():
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _end_the_launcher():
+    """Press Ctrl-C twice for the launcher, where it runs on this machine: it would wait for the machine that is lost, for as
+    long as the system thinks that it may come back."""
+    pid = os.getppid()
+    for _ in range(3):  # its helper on this machine is between
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                name, _, rest = file.read().partition("(")[2].rpartition(")")
+        except OSError:  # not Linux
+            return
+        if name.startswith(("mpirun", "mpiexec", "prterun")):
+            for _ in range(2):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGINT)
+                time.sleep(0.5)
+            return
+        pid = int(rest.split()[1])
 
 
 def _end_like(number):

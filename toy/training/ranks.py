@@ -27,6 +27,7 @@ from toy.switch import MOST_THREADS
 _LAUNCHERS = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 
 SILENCE = 20.0  # seconds without a sign of life after which a rank is lost; TOY_RANKS_SILENCE sets another number
+LOST = 79  # exit code of a rank that misses another one
 _EVERY = 1.0  # seconds between two signs of life
 _THREAD_VARIABLES = ("TOY_NUM_THREADS", "OMP_NUM_THREADS")
 _ORDERS = 1  # tag of messages
@@ -290,7 +291,7 @@ class _Heart(threading.Thread):
         )
         with contextlib.suppress(OSError):
             os.write(2, sentence.encode(errors="replace"))
-        self.ranks.abort(1)
+        self.ranks.abort(LOST)
 
 
 def _silence() -> float:
