@@ -13,6 +13,7 @@ import time
 import mpi
 import numpy as np
 import pytest
+import two_hosts
 from conftest import PURE
 from processes import finish
 from ranks_attack import attack
@@ -268,6 +269,35 @@ def test_a_rank_that_stands_still_ends_the_job(files, tmp_path):
 def test_killed_ranks_lose_nothing(tmp_path):
     found = attack(tmp_path, 3, 2, random.Random(0), steps=30)
     assert found.pop("killed") == 3 and found.keys() <= {"done", "runs that ended bit-identical"}, found
+
+
+@needs_mpi
+@pytest.mark.skipif(OPEN_MPI, reason="its launcher is told of hosts in another way")
+def test_two_hosts(files, tmp_path):
+    """The curve over a network, with the run on the first host alone; then the cable is pulled."""
+    with two_hosts.hosts() as pull:
+        if pull is None:
+            pytest.skip("network namespaces need root and `ip`")
+        program = [sys.executable, "-m", "toy"]
+        process = two_hosts.start(tmp_path, [*program, *command("from-scratch", tmp_path / "two", files)])
+        out, err = finish(process)
+        assert process.returncode == 0 and "1 on toyhosta, 1 on toyhostb" in out, err
+        alone(*command("from-scratch", tmp_path / "one", files))
+        assert np.abs(np.subtract(curve(tmp_path / "two"), curve(tmp_path / "one"))).max() <= 1e-5
+
+        words = command("from-scratch", tmp_path / "cut", files, steps=100_000, save_every=5)
+        process = two_hosts.start(tmp_path, [*program, *words], TOY_RANKS_SILENCE="4")
+        try:
+            while not (tmp_path / "cut" / "weights" / "latest").exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)
+            pull()
+            _, err = finish(process)
+        finally:
+            mpi.end(process)
+        assert process.returncode != 0
+        assert "toy: rank 1 on host toyhostb has given no sign of life for 4 seconds" in err, err
+    alone("train", "from-scratch", "--resume", tmp_path / "cut", "--steps", 100_000, "--threads", 1, "--dry-run")
 
 
 # -- by themselves -----------------------------------------------------------------------------------------------------
