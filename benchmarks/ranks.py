@@ -46,7 +46,13 @@ def child(arguments):
     kind = toy.GPT2Config if arguments.shape == "gpt2-124M" else toy.LlamaConfig
     more = {} if kind is toy.GPT2Config else {"n_kv_heads": heads}
     config = kind(
-        vocab_size=vocabulary, d_model=width, n_heads=heads, d_ff=4 * width, n_layers=layers, context_length=context, **more
+        vocab_size=vocabulary,
+        d_model=width,
+        n_heads=heads,
+        d_ff=4 * width,
+        n_layers=layers,
+        context_length=context,
+        **more,
     )
     recipe = toy.recipes.FromScratch(arguments.backend)
     recipe.ranks = ranks

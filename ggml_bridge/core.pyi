@@ -194,6 +194,7 @@ class Graph:
         writes: Sequence[Tensor] = (),
         name: str | None = None,
         n_tasks: int | None = None,
+        scratch: Sequence[Tensor] = (),
     ) -> Tensor: ...
     def custom_into(
         self,

@@ -816,13 +816,13 @@ cdef class Graph:
 
     # --- the project's own kernels (CPU only)
 
-    def custom(self, kernel, inputs, shape, dtype="f32", params=b"", writes=(), name=None, n_tasks=None):
+    def custom(self, kernel, inputs, shape, dtype="f32", params=b"", writes=(), name=None, n_tasks=None, scratch=()):
         """A node computed by a C function. See kernel.pxd for how to write one; it runs on CPU devices only.
 
         kernel: a capsule from `kernel_capsule`. inputs: up to 9 tensors, which become dst.src[0], dst.src[1], ...
         params: bytes handed to the kernel. writes: those of the inputs that the kernel writes into (persistent or
-        computed, f32, contiguous); a node that writes is never dropped. n_tasks: how many threads call the kernel at most;
-        None = all.
+        computed, f32, contiguous); a node that writes is never dropped. scratch: likewise, where nothing else reads what is
+        written: that alone keeps no node. n_tasks: how many threads call the kernel at most; None = all.
         The kernel's own demands on shapes, contiguity and the range of indices (see `limit`) are the caller's to check.
         """
         cdef void *function = self.kernel_function(kernel, "custom")
@@ -830,7 +830,7 @@ cdef class Graph:
         shape = checked_shape(shape, kind)
         cdef ggml_tensor *arguments[10]
         cdef int n = self.custom_arguments(inputs, 9, arguments, "custom")
-        for target in writes:
+        for target in (*writes, *scratch):
             self.arg_writable(target, "custom", "writes")
             if not any(target is tensor for tensor in inputs):
                 raise ValueError(f"custom: {target!r} is written but is none of the inputs")

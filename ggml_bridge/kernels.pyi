@@ -22,6 +22,8 @@ ROPE: CapsuleType
 ATTENTION: CapsuleType
 ATTENTION_BACKWARD: CapsuleType
 CROSS_ENTROPY: CapsuleType
+COUNTED: CapsuleType
+ADD_LOSSES: CapsuleType
 MEAN_LOSS: CapsuleType
 CROSS_ENTROPY_BACKWARD: CapsuleType
 ADAMW: CapsuleType

@@ -314,25 +314,49 @@ cdef void cross_entropy_node(ggml_tensor* dst, int ith, int nth, void* params) n
     cross_entropy_forward(&a, ith, nth)
 
 
-cdef void mean_loss_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
-    """dst: (2,) mean loss and 1 / number of rows that count."""
-    cdef const ggml_tensor* statistics = dst.src[0]
-    cdef Py_ssize_t rows = statistics.ne[0], counted = 0, i
-    cdef const double* losses = <const double*> statistics.data
-    cdef const float* weights = data(statistics) + 3 * rows
-    cdef double total = 0
+cdef void counted_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
+    """dst: (4,) the beginning of the totals of a loss, from labels of which src[0] has a row each: a double 0, to which
+    losses are added, the number of rows that count, and 1 / that number."""
+    cdef const ggml_tensor* labels = dst.src[0]
+    cdef bint dense = (<int64_t*> params)[0]
+    cdef Py_ssize_t i, j, counted = 0
+    cdef const float* row
     if ith == 0:
-        for i in range(rows):
-            total += losses[i]
-            counted += weights[i] != 0
-        data(dst)[0] = <float> (total / (counted if counted else 1))
-        data(dst)[1] = <float> (1.0 / (counted if counted else 1))
+        for i in range(labels.ne[1]):
+            if not dense:
+                counted += (<const long long*> labels.data)[i] >= 0
+                continue
+            row = data(labels) + i * stride(labels)
+            for j in range(labels.ne[0]):
+                if row[j] != 0:
+                    counted += 1
+                    break
+        (<double*> dst.data)[0] = 0
+        data(dst)[2] = <float> counted
+        data(dst)[3] = <float> (1.0 / (counted if counted else 1))
+
+
+cdef void add_losses_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
+    """dst is a view of the totals, src[0]; the losses in the statistics, src[1], are added to them."""
+    cdef const double* losses = <const double*> dst.src[1].data
+    cdef Py_ssize_t i
+    if ith == 0:
+        for i in range(dst.src[1].ne[0]):
+            (<double*> dst.data)[0] += losses[i]
+
+
+cdef void mean_loss_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
+    """dst: (2,) the mean loss, of the totals src[0], and 1 / number of rows that count."""
+    cdef const float* counted = data(dst.src[0]) + 2
+    if ith == 0:
+        data(dst)[0] = <float> ((<const double*> dst.src[0].data)[0] / (counted[0] if counted[0] else 1))
+        data(dst)[1] = counted[1]
 
 
 cdef void cross_entropy_backward_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
     cdef CrossEntropy a  # dst is a view of the logits, src[0]: their gradient takes their place
     fill_loss(&a, dst, dst.src[1], dst.src[2], (<int64_t*> params)[0])
-    a.scale = data(dst.src[3])[1]
+    a.scale = data(dst.src[3])[3]  # of the totals
     a.d_logits, a.d_logits_stride = data(dst), stride(dst)
     cross_entropy_backward_(&a, ith, nth)
 
@@ -395,6 +419,8 @@ ROPE = kernel_capsule(rope_node)
 ATTENTION = kernel_capsule(attention_node)
 ATTENTION_BACKWARD = kernel_capsule(attention_backward_node)
 CROSS_ENTROPY = kernel_capsule(cross_entropy_node)
+COUNTED = kernel_capsule(counted_node)
+ADD_LOSSES = kernel_capsule(add_losses_node)
 MEAN_LOSS = kernel_capsule(mean_loss_node)
 CROSS_ENTROPY_BACKWARD = kernel_capsule(cross_entropy_backward_node)
 ADAMW = kernel_capsule(adamw_node)

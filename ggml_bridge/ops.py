@@ -14,7 +14,7 @@ returned. `d_<name>` is the gradient of the loss with respect to `<name>`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -330,46 +330,72 @@ def cross_entropy(g: Graph, logits: Tensor, labels: Tensor, columns: int) -> tup
     gradients are divided by the count when they are used (`part_of_row`), not here. Metal multiplies matrices in
     half precision, where the gradient of a mean over many tokens would mostly round to zero.
     """
-    n, v = logits.shape
-    rows, column = (n, v, 1), (n, 1, 1)  # every row of the logits as a table of V numbers; one number taken from each
-    table = g.reshape(logits, rows)
-    top = g.reshape(g.argmax(logits), (n, 1))
-    x_top = g.get_rows(table, top)
-    weights = g.input(column, name=f"{labels.name}: weights")  # of the rows: 0 or 1, or the sum of the label's row
-    inverse_count = g.input((1, columns), name=f"{labels.name}: 1/count")
-    if labels.dtype == "i32":
-        g.limit(labels, -1, v, "classes of the loss, -1 = not counted")
-        target = g.input((n, 1), "i32", name=f"{labels.name}: classes")
-        below_top = g.mul(g.sub(x_top, g.get_rows(table, target)), weights)
-    else:
-        target = labels
-        logits = g.sub(logits, g.reshape(x_top, (n, 1)))
-        below_top = g.reshape(g.scale(g.sum_rows(g.mul(labels, logits)), -1.0), column)
-    # -log softmax(x)[i] = (x_top - x_i) - log(p_top): exact however small p_i is, and p_top is never small. The softmax
-    # comes last, because it then takes the memory of the logits.
-    p = g.soft_max_ext(logits)
-    log_p_top = g.log(g.get_rows(g.reshape(p, rows), top))
-    losses = g.sub(below_top, g.mul(log_p_top, weights))
-
-    def derive(values: np.ndarray) -> None:
-        values = values.reshape(n, -1)
-        if labels.dtype == "i32":
-            target.upload(np.maximum(values, 0))
-            weights.upload((values >= 0).astype(np.float32).reshape(column))
-            count = np.count_nonzero(values >= 0)
-        else:
-            weights.upload(values.sum(axis=1, dtype=np.float64).reshape(column))
-            count = np.count_nonzero(np.any(values != 0, axis=1))
-        inverse_count.upload(np.full((1, columns), 1.0 / max(int(count), 1), np.float32))
-
-    g.on_upload(labels, derive)
-    mean = g.mul(g.sum(losses), part_of_row(g, inverse_count, 1))
-    return mean, (p, weights, target, inverse_count)
+    inputs = loss_inputs(g, labels, logits.shape[1], columns)
+    total, kept = sum_of_losses(g, logits, inputs.target, inputs.weights)
+    return mean_loss(g, total, inputs.inverse_count), (*kept, inputs.inverse_count)
 
 
 def cross_entropy_backward(g: Graph, cache: LossCache) -> Tensor:
     """-> the gradient of the *sum* of the losses with respect to the logits (N, V)."""
     p, weights, target, _ = cache
+    return sum_of_losses_backward(g, p, weights, target)
+
+
+class LossInputs(NamedTuple):
+    """What is derived from labels when those are uploaded."""
+
+    target: Tensor  # the classes i32 (N, 1), or the labels f32 (N, V)
+    weights: Tensor  # (N, 1, 1) of the rows: 0 or 1, or the sum of the label's row
+    inverse_count: Tensor  # (1, columns)
+
+
+def loss_inputs(g: Graph, labels: Tensor, classes: int, columns: int) -> LossInputs:
+    """labels: as for `cross_entropy`. classes: what a label chooses from. columns: of 1/count."""
+    n = labels.shape[0]
+    weights = g.input((n, 1, 1), name=f"{labels.name}: weights")
+    inverse_count = g.input((1, columns), name=f"{labels.name}: 1/count")
+    target = labels
+    if labels.dtype == "i32":
+        g.limit(labels, -1, classes, "classes of the loss, -1 = not counted")
+        target = g.input((n, 1), "i32", name=f"{labels.name}: classes")
+
+    def derive(values: np.ndarray) -> None:
+        values = values.reshape(n, -1)
+        if labels.dtype == "i32":
+            target.upload(np.maximum(values, 0))
+            weights.upload((values >= 0).astype(np.float32).reshape(n, 1, 1))
+            count = np.count_nonzero(values >= 0)
+        else:
+            weights.upload(values.sum(axis=1, dtype=np.float64).reshape(n, 1, 1))
+            count = np.count_nonzero(np.any(values != 0, axis=1))
+        inverse_count.upload(np.full((1, columns), 1.0 / max(int(count), 1), np.float32))
+
+    g.on_upload(labels, derive)
+    return LossInputs(target, weights, inverse_count)
+
+
+def sum_of_losses(g: Graph, logits: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """logits (N, V), target and weights: those of its rows -> the sum of the losses (1,), what the backward takes."""
+    n, v = logits.shape
+    rows, column = (n, v, 1), (n, 1, 1)  # every row of the logits as a table of V numbers; one number taken from each
+    table = g.reshape(logits, rows)
+    top = g.reshape(g.argmax(logits), (n, 1))
+    x_top = g.get_rows(table, top)
+    if target.dtype == "i32":
+        below_top = g.mul(g.sub(x_top, g.get_rows(table, target)), weights)
+    else:
+        logits = g.sub(logits, g.reshape(x_top, (n, 1)))
+        below_top = g.reshape(g.scale(g.sum_rows(g.mul(target, logits)), -1.0), column)
+    # -log softmax(x)[i] = (x_top - x_i) - log(p_top): exact however small p_i is, and p_top is never small. The softmax
+    # comes last, because it then takes the memory of the logits.
+    p = g.soft_max_ext(logits)
+    log_p_top = g.log(g.get_rows(g.reshape(p, rows), top))
+    losses = g.sub(below_top, g.mul(log_p_top, weights))
+    return g.sum(losses), (p, weights, target)
+
+
+def sum_of_losses_backward(g: Graph, p: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """-> the gradient of `sum_of_losses` with respect to the logits (N, V)."""
     n, v = p.shape
     d_logits = g.mul(p, g.reshape(weights, (n, 1)))
     if target.dtype != "i32":
@@ -378,3 +404,8 @@ def cross_entropy_backward(g: Graph, cache: LossCache) -> Tensor:
     table = g.reshape(d_logits, (n, v, 1))
     at_label = g.sub(g.get_rows(table, target), weights)
     return g.reshape(g.set_rows(table, at_label, target), (n, v))
+
+
+def mean_loss(g: Graph, total: Tensor, inverse_count: Tensor) -> Tensor:
+    """total: (1,) a sum of losses -> (1,)."""
+    return g.mul(total, part_of_row(g, inverse_count, 1))

@@ -109,7 +109,6 @@ def pytest_configure(config):
     if TORCH_REQUIRED and importlib.util.find_spec("torch") is None:
         raise pytest.UsageError("TOY_REQUIRE_TORCH is set but PyTorch is not installed: pip install torch")
 
-
     if MPI_REQUIRED and not mpi.THERE:
         raise pytest.UsageError("TOY_REQUIRE_MPI is set but there is no MPI: pip install mpi4py mpich")
 

@@ -25,7 +25,13 @@ def environment(**changes):
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
     }  # fmt: skip
-    with_them = {**os.environ, **open_mpi, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    with_them = {
+        **os.environ,
+        **open_mpi,
+        "PYTHONPATH": str(ROOT),
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
     return {name: value for name, value in {**with_them, **changes}.items() if value is not None}
 
 

@@ -71,8 +71,12 @@ def _once(out, command, size, rng, kill):
     finally:
         mpi.end(process)
     if victim is None or process.returncode == 0 or "has done its" in err:
-        return "done" if process.returncode == 0 or "has done its" in err else f"WRONG: {process.returncode}: {err[-900:]}"
-    told = re.findall(rf"^toy: .*rank {victim} on host {re.escape(socket.gethostname())} was ended by SIGKILL.*$", err, re.M)
+        return (
+            "done" if process.returncode == 0 or "has done its" in err else f"WRONG: {process.returncode}: {err[-900:]}"
+        )
+    told = re.findall(
+        rf"^toy: .*rank {victim} on host {re.escape(socket.gethostname())} was ended by SIGKILL.*$", err, re.M
+    )
     others = [line for line in err.splitlines() if line.startswith("toy: ")]
     while left := mpi.ranks_of(str(out)):
         if time.monotonic() - ended > LONGEST:

@@ -1,9 +1,10 @@
 """A repeated attack on run directories: `python tests/runs_attack.py --kills 200 --corruptions 5000 --seed 0`.
 
-Kills: a training that saves often is killed at a random moment (SIGKILL), gone on with, killed again, until it is done.
-Its weights, moments and log must be those of the run that was left alone, bit for bit. Corruptions: one file of a finished
-run is changed at random (bits, a run of zeros, a cut, bytes of another place, lines swapped, digits), then it is gone on
-with, used, and its curve is read: one sentence or the right numbers, nothing else. Prints how many tries ended how, and ends
+Kills: a training that saves often is killed at a random moment (SIGKILL), gone on with, killed again, at most MOST_KILLS
+times, and then let come to its end. Its weights, moments and log must be those of the run that was left alone, bit for bit.
+Corruptions: one file of a finished run is changed at random (bits, a run of zeros, a cut, bytes of another place, lines
+swapped, digits), then it is gone on with, used, and its curve is read: one sentence or the right numbers, nothing else. A run
+that ended with other numbers is kept, and the line says where. Prints how many tries ended how, and ends
 with 1 when one ended as it must not. A few of both run in the suite (tests/test_runs_attack.py).
 """
 
@@ -28,6 +29,7 @@ from toy.training import FromScratchOptions, Training
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(f"{i} squared is {i * i}, and then comes {i + 1}.\n" for i in range(300))
 SIZES = {"batch": 3, "context": 8, "d_model": 8, "layers": 1, "heads": 2, "eval_batches": 2, "sample_tokens": 5}
+MOST_KILLS = 8  # of one run
 EVERY = {"save_every": 1, "eval_every": 3, "sample_every": 5}
 FILES = (
     "config.json",
@@ -65,16 +67,18 @@ def attack_by_kills(folder, n_kills, rng, steps=60):
     """-> Counter of outcomes. Runs are begun and killed until there were `n_kills` kills."""
     corpus = folder / "text.txt"
     corpus.write_text(TEXT)
-    for _ in Training(options(corpus, steps=steps), out=folder / "straight").run():
-        pass
+    began = time.monotonic()
+    _start(folder / "straight", corpus, steps).communicate()
+    whole = time.monotonic() - began  # on this machine, as busy as it is
     want, found, number = state(folder / "straight"), collections.Counter(), 0
     while found["killed"] < n_kills:
         out = folder / f"killed-{number}"
         number += 1
+        kills_left = rng.randint(1, MOST_KILLS)
         while True:
             process = _start(out, corpus, steps)
-            moment = rng.choice((rng.uniform(0.2, 1.5), rng.uniform(0.8, 2.5)))  # while it begins, and while it trains
-            if found["killed"] < n_kills:
+            moment = whole * rng.uniform(0.1, 1.1)  # while it begins, while it trains, and when it is done
+            if kills_left and found["killed"] < n_kills:
                 deadline = time.monotonic() + moment
                 while process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.005)
@@ -82,6 +86,7 @@ def attack_by_kills(folder, n_kills, rng, steps=60):
             _, err = process.communicate()
             if process.returncode == -signal.SIGKILL:
                 found["killed"] += 1
+                kills_left -= 1
             elif process.returncode == 0 or "has done its" in err:
                 break
             else:
@@ -92,7 +97,10 @@ def attack_by_kills(folder, n_kills, rng, steps=60):
         except (BadFileError, OSError) as error:
             right = False
             found[f"WRONG: {error}"] += 1
-        found["runs that ended bit-identical" if right else "WRONG: runs with other numbers"] += 1
+        outcome = "runs that ended bit-identical"
+        if not right:
+            outcome = f"WRONG: a run with other numbers, kept at {shutil.copytree(out, tempfile.mkdtemp() + '/run')}"
+        found[outcome] += 1
         shutil.rmtree(out, ignore_errors=True)
     return found
 

@@ -149,3 +149,8 @@ def test_the_code_in_readme_runs(tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(block.replace("range(100)", "range(3)"), names)
     assert 3 < names["loss"] < 5 and capsys.readouterr().out == "(64, 65)\n"
+
+
+@pytest.mark.parametrize("name", (*DOCUMENTS, "CHANGELOG.md"))
+def test_no_merge_is_left_half_done(name):
+    assert not re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", text_of(name), re.M)

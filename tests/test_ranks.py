@@ -27,9 +27,7 @@ from toy.models import model_for
 from toy.training import ranks as ranks_of_mpi
 
 needs_mpi = pytest.mark.skipif(not mpi.THERE, reason="no MPI is installed (pip install mpi4py mpich)")
-OPEN_MPI = (
-    mpi.THERE and "Open MPI" in subprocess.run([mpi.MPIRUN, "--version"], capture_output=True, text=True).stdout
-)
+OPEN_MPI = mpi.THERE and "Open MPI" in subprocess.run([mpi.MPIRUN, "--version"], capture_output=True, text=True).stdout
 HOST = re.escape(socket.gethostname())
 SMALL = {
     "d-model": 16, "layers": 2, "heads": 2, "context": 16, "batch": 5, "sample-every": 0, "eval-batches": 2, "steps": 12,
@@ -116,7 +114,9 @@ def test_every_recipe(files, tmp_path, recipe):
 def test_a_run_goes_on_with_any_number_of_ranks(files, tmp_path):
     alone(*command("from-scratch", tmp_path / "straight", files, steps=18))
     run = tmp_path / "run"
-    process = mpi.start(mpi.toy(2, *command("from-scratch", run, files, steps=18, save_every=3, eval_every=6), "--json"))
+    process = mpi.start(
+        mpi.toy(2, *command("from-scratch", run, files, steps=18, save_every=3, eval_every=6), "--json")
+    )
     for line in process.stdout:  # until it has a checkpoint of step 6
         if json.loads(line)["kind"] == "eval" and json.loads(line)["step"] == 6:
             break
@@ -125,7 +125,9 @@ def test_a_run_goes_on_with_any_number_of_ranks(files, tmp_path):
     assert code == 0 and config(run)["backend"]["ranks"] == 3, err
     alone("train", "from-scratch", "--resume", run, "--steps", 20, "--threads", 1)
     assert "ranks" not in config(run)["backend"]
-    assert np.abs(np.subtract(curve(run)[: len(curve(tmp_path / "straight"))], curve(tmp_path / "straight"))).max() <= 1e-5
+    assert (
+        np.abs(np.subtract(curve(run)[: len(curve(tmp_path / "straight"))], curve(tmp_path / "straight"))).max() <= 1e-5
+    )
 
 
 @needs_mpi
@@ -173,7 +175,10 @@ def test_a_rank_that_differs_ends_the_job(files, tmp_path, before, flags, what):
 
 @needs_mpi
 def test_bad_input_is_one_sentence(files, tmp_path):
-    for changes, what in (({"batch": 1}, "a batch of 1 cannot be shared by 2 ranks"), ({"corpus": "none.txt"}, "none.txt")):
+    for changes, what in (
+        ({"batch": 1}, "a batch of 1 cannot be shared by 2 ranks"),
+        ({"corpus": "none.txt"}, "none.txt"),
+    ):
         code, out, err = mpi.run(2, *command("from-scratch", tmp_path / "run", files, **changes))
         assert code == 2 and what in sentence(err) and not out
         assert not (tmp_path / "run").exists()
@@ -185,7 +190,11 @@ def test_without_mpi4py_no_rank_trains_for_itself(files, tmp_path):
     path = os.pathsep.join([str(tmp_path), str(mpi.ROOT)])
     said = []
     for rank in (0, 1):
-        place = {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}
+        place = {
+            "OMPI_COMM_WORLD_RANK": str(rank),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+            "OMPI_COMM_WORLD_SIZE": "2",
+        }
         words = [sys.executable, "-m", "toy", *map(str, command("from-scratch", tmp_path / "run", files))]
         process = subprocess.run(
             words, capture_output=True, text=True, env=mpi.environment(**{**place, "PYTHONPATH": path})
@@ -233,9 +242,9 @@ def test_ctrl_c_saves_once(files, tmp_path):
     step = max(event["step"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["kind"] == "step")
     assert f"stopped after step {step} of 100000, and saved" in out and process.returncode != 0
     assert err.count("stopping after this step") == 1
-    assert [event["reason"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["kind"] == "run_end"] == [
-        "interrupted"
-    ]
+    assert [
+        event["reason"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["kind"] == "run_end"
+    ] == ["interrupted"]
     assert (tmp_path / "run" / "weights" / "latest").read_text() == f"step_{step}.safetensors\n"
 
 

@@ -269,6 +269,9 @@ class RecipeOptions:
     weight_dtype: "f32", or "f16" / "bf16" for compute copies rounded from the f32 masters after every update.
     untied, qkv_bias: options of models that have them. seed: of the initialisation. init_scale: multiplies its
     standard deviations. grad_clip: largest L2 norm of the whole gradient (longer ones are scaled down), None = off.
+    recompute: of how many blocks, from the first on, the backward runs the forward again, so that their activations need not
+    be kept: the same numbers in less memory, for the time of a second forward. True: all but the last, which are used at
+    once; None: as many as it takes to fit into memory.
     Raises ValueError for a value out of range.
     """
 
@@ -281,10 +284,13 @@ class RecipeOptions:
     init_scale: float = 1.0
     grad_clip: float | None = None
     accumulate: int = 1
+    recompute: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("t_seq", "t_batch", "accumulate"):
             object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        if self.recompute is not None and not (hasattr(self.recompute, "__index__") and self.recompute >= 0):
+            raise ValueError(f"recompute must be True, False, a number of blocks or None, got {self.recompute!r}")
         if self.weight_dtype not in WEIGHT_DTYPES:
             raise ValueError(f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {self.weight_dtype!r}")
         if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__") or self.seed.__index__() < 0:

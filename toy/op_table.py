@@ -4,8 +4,9 @@
 compiled kernels. The tables of `toy.ops.graph` take and give nodes of a graph where the types here say arrays.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,6 +14,18 @@ from toy.quantized import Leaf
 
 Array = np.ndarray
 OpCache = Any  # what the backward of an op needs: of the op alone, opaque to models
+Result = TypeVar("Result")
+
+# numbers of the logits that `linear_cross_entropy` has at a time (64 MB), and the rows that pay for reading a whole head
+LOGITS_AT_ONCE, LEAST_ROWS = 2**24, 128
+
+
+def row_bands(rows: int, columns: int) -> list[slice]:
+    """Bands of rows, nearly equal, of a matrix (rows, columns) of which no more than `LOGITS_AT_ONCE` numbers, or
+    `LEAST_ROWS` rows, are to be there at a time. One band where it is small."""
+    bands = -(-rows // max(LOGITS_AT_ONCE // columns, LEAST_ROWS))
+    ends = [rows * i // max(bands, 1) for i in range(bands + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 class OpTable(Protocol):
@@ -88,6 +101,18 @@ class OpTable(Protocol):
 
     def cross_entropy(self, logits: Array, labels: Array) -> tuple[float, OpCache]: ...
     def cross_entropy_backward(self, cache: OpCache) -> Array: ...
+
+    def linear_cross_entropy(
+        self,
+        x: Array,
+        weight: Leaf,
+        labels: Array,
+        cap: float | None = None,
+        d_weight: Array | None = None,
+        backward: bool = True,
+    ) -> tuple[float, Array | None]: ...
+
+    def again(self, forward: Callable[[], Result]) -> Result: ...
 
     def adamw_step(self, weight: Array, gradient: Array, m: Array, v: Array, hp: Array) -> None: ...
     def sum_of_squares(self, x: Array) -> float: ...

@@ -17,7 +17,7 @@ from toy._kernels.threads cimport run, slice_start, slices_for
 
 cnp.import_array()
 
-__all__ = ["cross_entropy", "cross_entropy_backward"]
+__all__ = ["cross_entropy", "cross_entropy_backward"]    # cross_entropy_gradient is a part of an op
 
 cdef extern from "simd_math.h" nogil:
     float toy_exp(float x)
@@ -96,18 +96,11 @@ cdef class CrossEntropyCache:
     cdef CrossEntropy args
 
 
-def cross_entropy(logits, labels):
-    """Mean of -log softmax(logits)[label].
-
-    logits: (N, V). labels: int (N,) with -1 = this row is not counted, or float32 rows (N, V) (a distribution per row;
-    a row of zeros is not counted). Returns (loss as a Python float, cache); the loss of no counted row is 0.
-    The cache refers to `logits`: do not change them before the backward.
-    """
+cdef tuple prepared(logits, labels):
+    """-> the cache of `cross_entropy` with everything but its results, and the array that its losses point to."""
     cdef CrossEntropyCache cache = CrossEntropyCache.__new__(CrossEntropyCache)
     cdef CrossEntropy* a = &cache.args
     cdef Matrix logits_, targets_
-    cdef Py_ssize_t i, n_counted = 0
-    cdef double loss = 0.0
     get_matrix(&logits_, logits, "logits", ANY, ANY, FORM)
     a.rows, a.columns, a.logits, a.logits_stride = logits_.rows, logits_.columns, logits_.data, logits_.stride
     if a.columns == 0:
@@ -126,6 +119,22 @@ def cross_entropy(logits, labels):
     a.largest, a.share = <float*> cnp.PyArray_DATA(cache.largest), <float*> cnp.PyArray_DATA(cache.share)
     losses = np.empty(a.rows)
     a.losses = <double*> cnp.PyArray_DATA(losses)
+    return cache, losses
+
+
+def cross_entropy(logits, labels):
+    """Mean of -log softmax(logits)[label].
+
+    logits: (N, V). labels: int (N,) with -1 = this row is not counted, or float32 rows (N, V) (a distribution per row;
+    a row of zeros is not counted). Returns (loss as a Python float, cache); the loss of no counted row is 0.
+    The cache refers to `logits`: do not change them before the backward.
+    """
+    cdef CrossEntropyCache cache
+    cdef CrossEntropy* a
+    cdef Py_ssize_t i, n_counted = 0
+    cdef double loss = 0.0
+    cache, losses = prepared(logits, labels)
+    a = &cache.args
     with nogil:
         run(cross_entropy_forward, a, slices_for(COST * a.rows * a.columns, True))
         for i in range(a.rows):
@@ -154,3 +163,27 @@ def cross_entropy_backward(cache):
     with nogil:
         run(cross_entropy_backward_, &args, slices_for(COST * args.rows * args.columns, True))
     return d_logits
+
+
+def cross_entropy_gradient(logits, labels, double scale, bint backward=True):
+    """The sum of -log softmax(logits)[label] over the rows that count, a float; the logits become scale times its gradient.
+
+    logits: float32 (N, V), overwritten unless backward is False. labels: as for `cross_entropy`.
+    """
+    cdef CrossEntropyCache cache
+    cdef CrossEntropy args
+    cdef Py_ssize_t i
+    cdef double loss = 0.0
+    cache, losses = prepared(logits, labels)
+    args = cache.args
+    if backward and not logits.flags.writeable:
+        raise ValueError(f"logits: are read-only, and their gradient is to take their place. {FORM}")
+    with nogil:
+        run(cross_entropy_forward, &args, slices_for(COST * args.rows * args.columns, True))
+        for i in range(args.rows):
+            loss += args.losses[i]
+        if backward:
+            args.scale = <float> scale
+            args.d_logits, args.d_logits_stride = <float*> args.logits, args.logits_stride
+            run(cross_entropy_backward_, &args, slices_for(COST * args.rows * args.columns, True))
+    return loss

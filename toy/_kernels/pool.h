@@ -11,6 +11,10 @@
  * a late worker from touching a job that is already over.
  *
  * Idle workers spin for a moment, because the next op of a model comes within microseconds, then sleep.
+ *
+ * Beside other busy programs that is a waste: the workers spin for a caller that has lost its processor, and the caller
+ * waits for workers that have lost theirs. A worker that does not come in time is how the caller notices; it then does
+ * short jobs by itself for a while, longer each time that nobody came again.
  */
 #ifndef TOY_POOL_H
 #define TOY_POOL_H
@@ -44,6 +48,8 @@ static void toy_pool_run(toy_kernel kernel, void *args, int nth) { toy_pool_run_
 #include <time.h>
 
 #define TOY_SPIN_NS 50000      /* how long an idle worker, or a caller whose slices are gone, spins before it sleeps */
+#define TOY_LATE_NS 300000     /* a worker is awake and has come within a fifth of this where a processor is free */
+#define TOY_ALONE_NS 1000000   /* how long the caller works alone after a first miss, and at most: 2^8 times that */
 #define TOY_STACK (4 << 20)    /* musl's default of 128 kB is less than a BLAS may want */
 
 typedef struct {
@@ -62,6 +68,7 @@ static struct {
     _Atomic int caller_asleep;
     int n_threads; /* wanted, the caller included; guarded by `busy` */
     int n_workers; /* started; guarded by `busy` */
+    int64_t missed_since, last_short, alone_until, last_miss, patience; /* nanoseconds, see toy_pool_note; guarded by `busy` */
     int stopping;  /* guarded by `mutex` */
     uint32_t job;  /* number of the last job; guarded by `busy` */
     pthread_mutex_t mutex;
@@ -86,12 +93,14 @@ static inline int64_t toy_now_ns(void) {
 
 static inline int toy_slices_left(uint64_t ticket) { return (int)(ticket >> 16 & 0xffff) - (int)(ticket & 0xffff); }
 
-/* Run the slices that are left in a range. */
-static void toy_pool_run_range(toy_range *range) {
+/* Run the slices that are left in a range -> how many it did. */
+static int toy_pool_run_range(toy_range *range) {
+    int done = 0;
     uint64_t ticket = atomic_load_explicit(&range->ticket, memory_order_acquire);
     while (toy_slices_left(ticket) > 0) {
         if (!atomic_compare_exchange_weak(&range->ticket, &ticket, ticket + 1)) continue;
         toy_pool.kernel(toy_pool.args, (int)(ticket & 0xffff), toy_pool.nth);
+        done++;
         if (atomic_fetch_sub(&toy_pool.unfinished, 1) == 1 && atomic_load(&toy_pool.caller_asleep)) {
             pthread_mutex_lock(&toy_pool.mutex);
             pthread_cond_signal(&toy_pool.job_done);
@@ -99,6 +108,7 @@ static void toy_pool_run_range(toy_range *range) {
         }
         ticket = atomic_load_explicit(&range->ticket, memory_order_acquire);
     }
+    return done;
 }
 
 static int toy_range_has_work(const toy_range *range) {
@@ -111,9 +121,11 @@ static int toy_pool_is_finished(const toy_range *unused) {
 }
 
 /* Take what the other threads have not begun. `n_ranges` may be that of a later job by now: each ticket is checked. */
-static void toy_pool_run_others(const toy_range *own) {
+static int toy_pool_run_others(const toy_range *own) {
+    int done = 0;
     for (int i = 0; i < TOY_MAX_THREADS && i < toy_pool.n_ranges; i++)
-        if (&toy_pool.ranges[i] != own) toy_pool_run_range(&toy_pool.ranges[i]);
+        if (&toy_pool.ranges[i] != own) done += toy_pool_run_range(&toy_pool.ranges[i]);
+    return done;
 }
 
 /* Poll for at most TOY_SPIN_NS; the clock is read only now and then. */
@@ -176,6 +188,23 @@ static void toy_pool_stop_workers(void) {
     toy_pool.stopping = 0;
 }
 
+/* Notes after a short job whether the workers came for it. They missed when, while short jobs followed each other closely,
+ * none of them did a slice for TOY_LATE_NS, or when the caller then waited that much longer than it had worked itself. */
+static void toy_pool_note(int64_t start_ns, int64_t own_end_ns, int did_all) {
+    const int64_t now = toy_now_ns();
+    const int is_close = start_ns - toy_pool.last_short < TOY_SPIN_NS; /* otherwise the workers may sleep, rightly */
+    toy_pool.last_short = now;
+    if (!did_all) toy_pool.missed_since = 0;
+    else if (toy_pool.missed_since == 0 || !is_close) toy_pool.missed_since = start_ns;
+    const int was_late = toy_pool.missed_since != 0 && now - toy_pool.missed_since > TOY_LATE_NS && is_close;
+    if (!was_late && now - own_end_ns < TOY_LATE_NS + (own_end_ns - start_ns)) return;
+    const int again = now - toy_pool.last_miss < 100 * TOY_ALONE_NS + 2 * toy_pool.patience;
+    toy_pool.patience = !again ? TOY_ALONE_NS : toy_pool.patience < 256 * TOY_ALONE_NS ? 2 * toy_pool.patience : toy_pool.patience;
+    toy_pool.last_miss = now;
+    toy_pool.alone_until = now + toy_pool.patience;
+    toy_pool.missed_since = 0;
+}
+
 static void toy_pool_run(toy_kernel kernel, void *args, int nth) {
     int idle = 0;
     if (nth <= 1 || nth > TOY_MAX_SLICES || !atomic_compare_exchange_strong(&toy_pool.busy, &idle, 1)) {
@@ -184,6 +213,13 @@ static void toy_pool_run(toy_kernel kernel, void *args, int nth) {
         return;
     }
     if (toy_pool.n_workers < toy_pool.n_threads - 1) toy_pool_start_workers();
+    const int is_short = nth <= toy_pool.n_threads; /* long jobs are cut finer, see slices_for in threads.pyx */
+    const int64_t start_ns = is_short ? toy_now_ns() : 0;
+    if (is_short && start_ns < toy_pool.alone_until) {
+        toy_pool_run_serially(kernel, args, nth);
+        atomic_store(&toy_pool.busy, 0);
+        return;
+    }
     const int n_ranges = toy_pool.n_workers + 1;
     toy_pool.kernel = kernel;
     toy_pool.args = args;
@@ -202,8 +238,8 @@ static void toy_pool_run(toy_kernel kernel, void *args, int nth) {
         pthread_cond_broadcast(&toy_pool.work_to_do);
         pthread_mutex_unlock(&toy_pool.mutex);
     }
-    toy_pool_run_range(&toy_pool.ranges[0]);
-    toy_pool_run_others(&toy_pool.ranges[0]);
+    const int own = toy_pool_run_range(&toy_pool.ranges[0]) + toy_pool_run_others(&toy_pool.ranges[0]);
+    const int64_t own_end_ns = is_short ? toy_now_ns() : 0;
     if (!toy_spin_until(toy_pool_is_finished, 0)) {
         pthread_mutex_lock(&toy_pool.mutex);
         atomic_store(&toy_pool.caller_asleep, 1); /* before the last look, so that the signal is not missed */
@@ -211,6 +247,7 @@ static void toy_pool_run(toy_kernel kernel, void *args, int nth) {
         atomic_store(&toy_pool.caller_asleep, 0);
         pthread_mutex_unlock(&toy_pool.mutex);
     }
+    if (is_short) toy_pool_note(start_ns, own_end_ns, own == nth);
     atomic_store(&toy_pool.busy, 0);
 }
 

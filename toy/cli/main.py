@@ -1,4 +1,4 @@
-"""The command line: toy train, generate, chat, eval, export, runs, plot, describe, fetch, backends, gradcheck, selftest.
+"""The command line: toy train, generate, chat, eval, export, list, describe, fetch, runs, plot, backends and others.
 
 Bad input ends with one sentence on stderr and exit code 2, before anything is written; a failure while running with exit
 code 1; --debug shows the traceback too. A run stopped by Ctrl-C is saved and ends with 130, the shell's code for it.
@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 import warnings
-from pathlib import Path
 
 import click
 
@@ -19,6 +18,7 @@ from toy.cli import chat as cli_chat
 from toy.cli import data as cli_data
 from toy.cli import images as cli_images
 from toy.cli import models as cli_models
+from toy.cli import places as cli_places
 from toy.cli import runs as cli_runs
 from toy.cli import train as cli_train
 from toy.cli.base import JSON, Failure, Phase, as_json, command, drop_stdout, in_words, named_stdout
@@ -94,13 +94,13 @@ def cli(context):
 
 cli.add_command(cli_train.train)
 cli.add_command(cli_data.data)
-for _group in (cli_models.models, cli_chat.chats, cli_runs.runs, cli_images.images):
+for _group in (cli_models.models, cli_chat.chats, cli_places.places, cli_runs.runs, cli_images.images):
     for _command in _group.commands.values():
         cli.add_command(_command)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# toy backends, gradcheck, selftest, describe, fetch
+# toy backends, gradcheck, selftest
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -220,46 +220,3 @@ def selftest(device, steps, json_wanted, debug):
         else:
             click.echo(str(report))
     return 0 if report.ok else 1
-
-
-@command(cli, "describe")
-@click.argument("file", type=click.Path(path_type=Path))
-@JSON
-def describe(file, json_wanted, debug):
-    """Show what is in a GGUF file: sizes, tensor types, tokenizer, and the algorithm with this model's numbers."""
-    from rich.console import Console
-
-    from toy.trained.describe import describe as card
-    from toy.trained.describe import facts
-
-    with Phase(2, debug):
-        if json_wanted:
-            return as_json(facts(file))
-        Console(highlight=False).print(card(file))
-
-
-@command(cli, "fetch")
-@click.argument("model")
-@click.argument("file", required=False)
-@JSON
-def fetch(model, file, json_wanted, debug):
-    """Download a model into the cache and print its path: a known name (smollm2-135m), or OWNER/REPO and FILE."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    from toy.files.fetch import FetchError
-    from toy.files.fetch import fetch as download
-
-    columns, console = (BarColumn(), DownloadColumn(), TransferSpeedColumn()), Console(stderr=True)
-    bar = Progress(*columns, transient=True, console=console, disable=not console.is_terminal)
-    with Phase(2, debug), bar as progress:
-        task = progress.add_task(model, total=None)
-        try:
-            path = download(
-                model, file, progress=lambda done, total: progress.update(task, completed=done, total=total)
-            )
-        except FetchError as error:  # the name was fine, the download was not
-            raise Failure(str(error), 1, debug) from error
-    if json_wanted:
-        return as_json({"model": model, "file": file, "path": str(path), "bytes": path.stat().st_size})
-    click.echo(path)

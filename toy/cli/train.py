@@ -82,7 +82,8 @@ def flag_of(field):
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
     shown = shown or default not in (None, "")
     kind = Names() if kind is tuple else kind
-    return click.option(name, type=kind, default=default, help=help, show_default=shown, metavar=metavar)
+    optional = {"is_flag": False, "flag_value": alone} if (alone := field.metadata["alone"]) else {}
+    return click.option(name, type=kind, default=default, help=help, show_default=shown, metavar=metavar, **optional)
 
 
 def _type_of(field):

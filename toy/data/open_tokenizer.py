@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from toy.data.bpe_tokenizer import DEFAULT_VOCAB_SIZE, BPETokenizer
@@ -11,9 +10,10 @@ from toy.data.tokenizer_json import read_tokenizer_json
 from toy.data.tokenizers import KINDS, ByteTokenizer, CharTokenizer, Tokenizer
 from toy.files.atomic import StrPath
 from toy.files.errors import BadFileError
-from toy.files.fetch import FETCHABLE, find_model
+from toy.files.fetch import FETCHABLE
 from toy.files.gguf import GGUF
 from toy.files.gguf_vocabulary import bytes_of_characters
+from toy.files.places import find_model
 from toy.files.runs import Run
 
 
@@ -40,13 +40,15 @@ def open_tokenizer(name: StrPath) -> Tokenizer:
     Its `to_json` holds all of it: the file is not needed again. Raises FileNotFoundError when there is nothing of that name,
     and the errors of `load_tokenizer`, `tokenizer_from_json` and `read_tokenizer_json`.
     """
-    path = Path(name)
-    if not path.exists() and str(name) not in FETCHABLE:
+    try:
+        path = find_model(name)
+    except FileNotFoundError as error:
+        if str(name) in FETCHABLE:
+            raise
         raise FileNotFoundError(
             f"there is no tokenizer {str(name)!r}: it must be {', '.join(KINDS)}, a tokenizer.json, a GGUF file, a run "
-            f"directory, or the name of a fetched model ({', '.join(FETCHABLE)})"
-        )
-    path = find_model(name)
+            f"directory, or the name of a model on this machine (`toy list`; `toy fetch` gets {', '.join(FETCHABLE)})"
+        ) from error
     if path.is_dir() and (path / "config.json").exists() and not (path / "tokenizer.json").exists():
         tokenizer = _tokenizer_of_run(Run.open(path))
     elif path.is_dir() or _begins_like_json(path):

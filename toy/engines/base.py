@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from toy.adamw import AdamW, check_row
 from toy.config import ModelConfig, RecipeOptions
-from toy.engines.memory import check_fits
+from toy.engines.memory import check_fits, free_memory, kept_numbers
 from toy.engines.weights import Weights, random_weights
 from toy.models import model_for
 from toy.models.base import Model
@@ -21,6 +21,8 @@ from toy.switch import Resolved, eager_ops
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
+_SHARE_OF_MEMORY = 0.8  # of what is free, that an estimate may fill
 
 Config = TypeVar("Config", bound=ModelConfig)
 Arrays = dict[str, np.ndarray]  # by the names of parameters, or by role
@@ -95,14 +97,51 @@ class Engine:
         self.arch = self.model_class.arch
         self.hp_mode = self.model_class.hp_mode if weights.hp_mode is None else weights.hp_mode
         self._check_fits()
+        self.recompute, self.recompute_reason = self._choose_recompute()
+        # further arguments of the model
+        self.model_options = {**weights.model_options, "recompute": self.recompute}
         self.grad_norm = float("nan")  # L2 norm of the last step's whole gradient, before clipping
 
     def _check_fits(self) -> None:
         """Raise MemoryError when the machine has too little memory for a pass, whatever else is there."""
         if self.device.startswith("cpu"):
-            # float32: a weight that is trained has a gradient and two moments; the logits have a gradient
-            n_bytes = 4 * (4 * self.n_trained + 2 * self.batch.n_rows * self.batch.n_classes)
-            check_fits(n_bytes, f"training {self.n_trained:,} parameters on {self.batch.n_rows:,} rows")
+            # float32: a weight that is trained has a gradient and two moments; of each block the input is kept
+            n_bytes = 4 * (4 * self.n_trained + self.n_rows * self.config.n_layers * self.config.d_model)
+            check_fits(n_bytes, f"training {self.n_trained:,} parameters on {self.n_rows:,} rows")
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the activations of a forward and backward pass: tokens, those of images too."""
+        return self.options.t_batch * self.options.t_seq
+
+    def _choose_recompute(self) -> tuple[int, str]:
+        """-> how many blocks are computed again, and why so many."""
+        asked, most = self.options.recompute, self.config.n_layers - 1  # the last one is used at once
+        if asked is not None:
+            return most if asked is True else min(int(asked), most), "as asked for"
+        needed, there = self._bytes_of_a_step(), self._free_memory()
+        if there is None or needed <= (fits := _SHARE_OF_MEMORY * there):
+            return 0, "there is memory enough"
+        saved = 4 * (self._kept_of_a_block() - self.n_rows * self.config.d_model)
+        why = f"all activations would take it to {needed / 2**30:,.1f} GiB, and {there / 2**30:,.1f} GiB are free"
+        return min(math.ceil((needed - fits) / saved), most), why
+
+    def _bytes_of_a_step(self) -> int:
+        """About what weights, moments and the activations of all blocks take."""
+        return 4 * (self.n_own + 3 * self.n_trained + self.config.n_layers * self._kept_of_a_block())
+
+    def _kept_of_a_block(self) -> int:
+        """About how many numbers a block keeps for its backward."""
+        c, o = self.config, self.options
+        return self.n_rows * kept_numbers(c, self.keeps_all) + self.n_squares * c.n_heads * o.t_batch * o.t_seq**2
+
+    def _free_memory(self) -> int | None:
+        """Bytes that the device has left; None: unknown."""
+        return free_memory()
+
+    # what is kept for the backward: results that are cheap to compute again? how many matrices (T, T) of attention a head?
+    keeps_all: bool = True
+    n_squares: int = 0
 
     def __enter__(self) -> "Self":
         return self

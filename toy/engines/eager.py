@@ -80,10 +80,11 @@ class EagerEngine(Engine):
         keep_gradients: bool = True,
         add_up: AddUp | None = None,
     ) -> None:
+        self.ops = ops_for(choice.backend)
+        self.n_squares = 1 if self.ops.name == "reference" else 0  # the probabilities
         super().__init__(config, options, choice, weights)
         self.add_up = add_up
         weights = self.weights
-        self.ops = ops_for(self.backend)
         self.masters = ParameterTree.zeros(weights.trained_shapes)  # what AdamW updates
         self.kept = ParameterTree.zeros(weights.kept_shapes)
         for tree in (self.masters, self.kept):
@@ -103,7 +104,7 @@ class EagerEngine(Engine):
             self._round_weights()
         everything = self.weights.borrowed | own
         tree = ParameterTree({name: everything[name] for name in weights.shapes})
-        self.model = self.model_class.from_config(self.config, ops=self.ops, parameters=tree, **weights.model_options)
+        self.model = self.model_class.from_config(self.config, ops=self.ops, parameters=tree, **self.model_options)
         self.grads = GradientTree.like(tree, weights.trained)
 
     def parameters(self) -> Arrays:
@@ -141,15 +142,14 @@ class EagerEngine(Engine):
         """
         recorder = _Recorder(self.ops)
         model = self.model_class.from_config(
-            self.config, ops=recorder, parameters=self.model.parameters, **self.weights.model_options
+            self.config, ops=recorder, parameters=self.model.parameters, **self.model_options
         )
         inputs = {
             role: np.zeros(needed.shape, np.float32 if needed.limit is None else np.int64)
             for role, needed in self.batch.inputs.items()
         }
         grads = GradientTree.like(self.model.parameters, self.weights.trained)
-        logits, cache = model.forward_rows(**inputs, batch=self.options.t_batch)
-        model.backward((logits, cache), np.zeros(self.batch.n_rows, np.int64), grads, release_cache=True)
+        model.loss(inputs, np.zeros(self.batch.n_rows, np.int64), self.options.t_batch, grads)
         sizes = {
             "weights": sum(leaf.nbytes for leaf in self.model.parameters.values()),
             "gradients and moments": 3 * self.masters.flat.nbytes,
@@ -167,9 +167,7 @@ class EagerEngine(Engine):
             # a pass adds the gradient of the mean over its own rows: what is there is brought to its measure before
             if i > 0 and pieces[i - 1].counted != piece.counted:
                 grads.flat *= np.float32(pieces[i - 1].counted / piece.counted)
-            logits, cache = self._forward(piece.inputs)
-            part = self.model.backward((logits, cache), piece.labels, grads, release_cache=True)
-            del logits, cache
+            part = self.model.loss(piece.inputs, piece.labels, self.options.t_batch, grads)
             loss += part * (piece.counted / counted)
         if pieces and pieces[-1].counted != counted:
             grads.flat *= np.float32(pieces[-1].counted / counted)
@@ -194,13 +192,10 @@ class EagerEngine(Engine):
             )
 
     def _evaluate(self, inputs: Arrays, labels: np.ndarray) -> float:
-        return self.ops.cross_entropy(self._forward(inputs)[0], labels)[0]
+        return self.model.loss(inputs, labels, self.options.t_batch)
 
     def _logits(self, inputs: Arrays) -> np.ndarray:
-        return self._forward(inputs)[0]
-
-    def _forward(self, inputs: Arrays) -> tuple[np.ndarray, Any]:
-        return self.model.forward_rows(**inputs, batch=self.options.t_batch)
+        return self.model.forward_rows(**inputs, batch=self.options.t_batch)[0]
 
     def _round_weights(self) -> None:
         for tree, rounded in self._rounded:

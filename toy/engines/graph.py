@@ -45,11 +45,12 @@ class GraphEngine(Engine):
         keep_gradients: bool = False,
         add_up: AddUp | None = None,
     ) -> None:
-        super().__init__(config, options, choice, weights)
         import ggml_bridge
 
-        native = self.device != "cpu"
+        native = choice.device != "cpu"
         self.ops_class = NativeGraphOps if native else CpuGraphOps
+        self.keeps_all, self.n_squares = native, 2 if native else 0  # scores and probabilities
+        super().__init__(config, options, choice, weights)
         self.keep_gradients, self.add_up = keep_gradients, add_up
         operations = 6 * self.n_parameters * options.t_batch * options.t_seq
         # None: TOY_NUM_THREADS, or the processors there are
@@ -86,6 +87,13 @@ class GraphEngine(Engine):
             aligned[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
             data = aligned
         return self.bridge.mapped(data, leaf.shape, dtype, name=name)
+
+    def _free_memory(self) -> int | None:
+        if self.device.startswith("cpu"):
+            return super()._free_memory()
+        import ggml_bridge
+
+        return ggml_bridge.find_device(self.device).memory_free or None
 
     def explain(self, kind: str = "integers") -> "Explanation":
         """The nodes of the training graph with their devices, the number of splits, and the bytes; str() is a table.
@@ -254,7 +262,7 @@ class _ModelGraph(_Graph):
         elif kind == "dense":
             self.labels = ops.feed((batch.n_rows, batch.n_classes), "f32", lambda arrays: arrays["labels"])
         self.model = engine.model_class.from_config(
-            engine.config, ops=ops, parameters=ParameterTree(engine.tensors), **engine.weights.model_options
+            engine.config, ops=ops, parameters=ParameterTree(engine.tensors), **engine.model_options
         )
 
     def _input(self, role, needed):
@@ -267,15 +275,15 @@ class _ModelGraph(_Graph):
 
 
 class _ForwardGraph(_ModelGraph):
-    """Logits, and the mean loss when there are labels."""
+    """The mean loss, or the logits when there are no labels."""
 
     def __init__(self, engine, kind):
         super().__init__(engine, kind)
-        logits, _ = self.model.forward_rows(**self.inputs, batch=engine.options.t_batch)
-        self.logits = self.graph.output(logits)
         if kind is not None:
-            loss, _ = self.ops.cross_entropy(logits, self.labels)
-            self.loss_tensor = self.graph.output(loss)
+            self.loss_tensor = self.graph.output(self.model.loss(self.inputs, self.labels, engine.options.t_batch))
+        else:
+            logits, _ = self.model.forward_rows(**self.inputs, batch=engine.options.t_batch)
+            self.logits = self.graph.output(logits)
         self.allocate()
 
 
@@ -286,11 +294,8 @@ class _GradientGraph(_ModelGraph):
         self.slots = {name: Slot(name, engine.computed[name]) for name in engine.weights.trained_shapes}
         super().__init__(engine, kind, {id(slot.parameter): slot for slot in self.slots.values()}, self._finished)
         self._before()
-        logits, cache = self.model.forward_rows(**self.inputs, batch=engine.options.t_batch)
-        loss, loss_cache = self.ops.cross_entropy(logits, self.labels)
-        self.loss_tensor = self.graph.output(loss)
-        d_logits = self.ops.cross_entropy_backward(loss_cache)
-        self.model.backward_rows(d_logits, cache, GradientTree({name: self.slots.get(name) for name in engine.tensors}))
+        grads = GradientTree({name: self.slots.get(name) for name in engine.tensors})
+        self.loss_tensor = self.graph.output(self.model.loss(self.inputs, self.labels, engine.options.t_batch, grads))
         self._after()
         self.allocate()
 

@@ -254,6 +254,16 @@ class EngineHandle:
         return self._ready("n_trained").n_trained
 
     @property
+    def recompute(self) -> int:
+        """How many blocks the backward computes again, in place of keeping their activations."""
+        return self._ready("recompute").recompute
+
+    @property
+    def recompute_reason(self) -> str:
+        """Why so many."""
+        return self._ready("recompute_reason").recompute_reason
+
+    @property
     def grad_norm(self) -> float:
         """L2 norm of the last step's whole gradient, before clipping; NaN before the first step."""
         return self._ready("grad_norm").grad_norm

@@ -93,9 +93,13 @@ class SharedEngine(Engine):
         self.rows = max(np.diff(self.starts))
         part = dataclasses.replace(options, t_batch=int(self.rows))
         self.own: Engine = kind(self.config, part, choice, self.weights, keep_gradients, self._add_up)
+        self.recompute, self.recompute_reason = self.own.recompute, self.own.recompute_reason
 
     def _check_fits(self) -> None:
         """A rank needs memory for its share alone, which its own engine looks for."""
+
+    def _choose_recompute(self) -> tuple[int, str]:
+        return 0, ""  # a rank's own engine chooses
 
     # -- rank 0: what an engine can do --------------------------------------------------------------------------------
 

@@ -72,23 +72,6 @@ def cached(name):
     return path if path.is_file() and path.stat().st_size == FETCHABLE[name].n_bytes else None
 
 
-def find_model(model: str | os.PathLike[str]) -> Path:
-    """The path that a `--model` argument means: a file, or the name of a fetched model of `FETCHABLE`.
-
-    Raises FileNotFoundError (with the command to type) when there is neither.
-    """
-    path = Path(model)
-    if path.exists():
-        return path
-    if str(model) in FETCHABLE:
-        if found := cached(str(model)):
-            return found
-        raise FileNotFoundError(f"the model {model} was not fetched yet: type `toy fetch {model}`")
-    raise FileNotFoundError(
-        f"there is no file {str(model)!r}; the models that can be fetched by name: {', '.join(FETCHABLE)}"
-    )
-
-
 def fetch(model, file=None, progress=None):
     """Download a model unless it is in the cache -> its path.
 

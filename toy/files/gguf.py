@@ -291,6 +291,39 @@ def _read_parts(
     return metadata, tensors, parts
 
 
+def part_number(name: str) -> int | None:
+    """Which part of a split model a file of this name is, counted from 1; None for a whole model."""
+    match = _PART.fullmatch(name)
+    return None if match is None else int(match[2])
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of the model that begins with `path`: itself, or all parts of a split one, there or not."""
+    match = _PART.fullmatch(path.name)
+    if match is None or not 1 <= int(match[3]) <= MAX_PARTS:
+        return [path]
+    return [path.with_name(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf") for i in range(int(match[3]))]
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file as far as its vocabulary, which is most of them and comes after what the model is.
+
+    Raises BadFileError for a file that does not begin as GGUF, FileNotFoundError for a path where nothing is.
+    """
+    mapped = _map(path)
+    try:
+        header, metadata = _Header(path, mapped), {}
+        _, n_keys = header.counts()
+        for _ in range(n_keys):
+            key, kind = header.key()
+            if kind == ARRAY and key.startswith("tokenizer."):
+                break
+            metadata[key] = header.value(kind, key)
+        return metadata
+    finally:
+        _close([mapped])
+
+
 def _map(path: Path) -> mmap.mmap:
     """The whole file as a read-only mapping. Only a regular file: opening a pipe would wait for its other end."""
     try:
@@ -317,8 +350,8 @@ class _Header:
         self.position, self.end = 0, min(self.size, MAX_HEADER)
         self.strings_left = MAX_STRINGS
 
-    def read(self) -> tuple[dict[str, Any], dict[str, TensorRecord]]:
-        """-> metadata, tensors."""
+    def counts(self) -> tuple[int, int]:
+        """-> how many tensors and metadata keys the file says to have; the magic and the version are checked."""
         if self.take(4, "the magic") != b"GGUF":
             raise self.bad("is not a GGUF file (it does not begin with GGUF)")
         version = self.number("<I", "the version")
@@ -327,13 +360,24 @@ class _Header:
                 raise self.bad("is a big-endian GGUF file, which this library does not read")
             raise self.bad(f"has GGUF version {version}; versions 2 and 3 can be read")
         n_tensors = self.count("<Q", "tensors", MAX_TENSORS, 24)
-        n_keys = self.count("<Q", "metadata keys", MAX_KEYS, 13)
-        metadata = {}
+        return n_tensors, self.count("<Q", "metadata keys", MAX_KEYS, 13)
+
+    def key(self) -> tuple[str, int]:
+        """-> the next metadata key and the type of its value."""
+        key = self.string("a metadata key")
+        if not key:
+            raise self.bad("has an empty metadata key")
+        return key, self.number("<I", f"the type of {key!r}")
+
+    def read(self) -> tuple[dict[str, Any], dict[str, TensorRecord]]:
+        """-> metadata, tensors."""
+        n_tensors, n_keys = self.counts()
+        metadata: dict[str, Any] = {}
         for _ in range(n_keys):
-            key = self.string("a metadata key")
-            if not key or key in metadata:
-                raise self.bad(f"has the metadata key {key!r} twice" if key else "has an empty metadata key")
-            metadata[key] = self.value(self.number("<I", f"the type of {key!r}"), key)
+            key, kind = self.key()
+            if key in metadata:
+                raise self.bad(f"has the metadata key {key!r} twice")
+            metadata[key] = self.value(kind, key)
         architecture = metadata.get("general.architecture")
         later = architecture is None and metadata.get("split.no", 0) != 0  # the first part of a split model names it
         if not later and (not isinstance(architecture, str) or not 0 < len(architecture) <= MAX_NAME):

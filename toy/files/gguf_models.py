@@ -10,6 +10,7 @@ import fnmatch
 import math
 import re
 import reprlib
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -32,19 +33,7 @@ class UnsupportedModelError(ValueError):
 
 def config_of(gguf: Any) -> LanguageModelConfig:
     """The config of an open `GGUF`; errors as `GGUF.config`."""
-    kind = gguf.metadata.get("general.type", "model")
-    if kind != "model":
-        raise UnsupportedModelError(f"{gguf.path} is not a model: its general.type is {short(kind)}")
-    experts = gguf.metadata.get(f"{gguf.architecture}.expert_count", 0)
-    if experts != 0 or "moe" in gguf.architecture:
-        raise UnsupportedModelError(
-            f"{gguf.path} holds a mixture of experts ({gguf.architecture}.expert_count = {short(experts)}), which this "
-            "library does not have: take a dense model"
-        )
-    if gguf.architecture not in FORMS:
-        raise UnsupportedModelError(
-            f"{gguf.path} holds a model of architecture {gguf.architecture!r}; this library has {_what_there_is()}"
-        )
+    check_kind(gguf.path, gguf.metadata)
     row, form = FORMS[gguf.architecture]
     keys = _Keys(gguf)
     if "token_embd.weight" not in gguf.tensors:
@@ -68,6 +57,24 @@ def config_of(gguf: Any) -> LanguageModelConfig:
     if isinstance(tokens, list) and len(tokens) != config.vocab_size:
         raise BadFileError(gguf.path, f"has {len(tokens)} tokens and an embedding of {config.vocab_size} rows")
     return config
+
+
+def check_kind(path: Any, metadata: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError when a file of this metadata holds no model, or one of an architecture that this library
+    does not have. Keys and tensors of one that it has are not looked at."""
+    kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    if kind != "model":
+        raise UnsupportedModelError(f"{path} is not a model: its general.type is {short(kind)}")
+    experts = metadata.get(f"{architecture}.expert_count", 0)
+    if experts != 0 or "moe" in str(architecture):
+        raise UnsupportedModelError(
+            f"{path} holds a mixture of experts ({architecture}.expert_count = {short(experts)}), which this "
+            "library does not have: take a dense model"
+        )
+    if architecture not in FORMS:
+        raise UnsupportedModelError(
+            f"{path} holds a model of architecture {short(architecture)}; this library has {_what_there_is()}"
+        )
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:

@@ -27,6 +27,12 @@ MIXES = {
     "q4_k_s": Mix("Q4_K", 14, "Q5_K", first=True), "q4_k_m": Mix("Q4_K", 15, "Q6_K"),
     "q5_k_s": Mix("Q5_K", 16), "q5_k_m": Mix("Q5_K", 17, "Q6_K"), "q6_k": Mix("Q6_K", 18), "iq4_nl": Mix("IQ4_NL", 25),
 }  # fmt: skip
+# the numbers of general.file_type in llama.h, for showing: those above, and what is read but not written
+FILE_TYPES = {mix.file_type: name for name, mix in MIXES.items()} | {
+    10: "q2_k", 11: "q3_k_s", 12: "q3_k_m", 13: "q3_k_l", 19: "iq2_xxs", 20: "iq2_xs", 21: "q2_k_s", 22: "iq3_xs",
+    23: "iq3_xxs", 24: "iq1_s", 26: "iq3_s", 27: "iq3_m", 28: "iq2_s", 29: "iq2_m", 30: "iq4_xs", 31: "iq1_m",
+    36: "tq1_0", 37: "tq2_0", 38: "mxfp4", 39: "nvfp4",
+}  # fmt: skip
 # for rows that are no multiple of 256: types of blocks of 32 with about as many bits
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _FLOATS = ("F32", "F16", "BF16")

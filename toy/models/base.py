@@ -1,8 +1,8 @@
 """What the models share: parameters and an op table, how a loss starts the backward pass; of language models also how token
 ids become rows, and the key/value cache."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ class Model:
 
     forward_rows(inputs by role ..., batch=) -> logits (N, n_classes), cache
     backward_rows(d_logits (N, n_classes), cache, grads)           adds to grads
+    block_backward(d_x (N, D), cache, grads of the block) -> d_x   likewise
     parameter_shapes(config), parameter_stds(config)               dicts by parameter name
     """
 
@@ -35,6 +36,7 @@ class Model:
     config: ModelConfig
     forward_rows: Callable[..., tuple[Array, Any]]
     backward_rows: Callable[..., None]
+    block_backward: Callable[[Array, Any, Block], Array]
     parameter_shapes: Callable[[Any], Shapes]
     parameter_stds: Callable[[Any], Stds]
 
@@ -47,10 +49,16 @@ class Model:
         ops: OpTable | None = None,
         dtype: npt.DTypeLike = np.float32,
         parameters: ParameterTree | None = None,
+        recompute: int = 0,
     ) -> None:
-        """ops: an op table (None: the one of the current backend). parameters: a ready tree; None: initialised from seed."""
+        """ops: an op table (None: the one of the current backend). parameters: a ready tree; None: initialised from seed.
+
+        recompute: of how many blocks, from the first on, to keep the input alone; the backward runs their forward again (Chen
+        et al. 2016). The gradients are the same, to the bit.
+        """
         self.config = config
         self.ops = Model.default_ops() if ops is None else ops
+        self.recompute = recompute
         if parameters is None:
             parameters = ParameterTree.zeros(self.parameter_shapes(config), dtype)
             initialize(parameters, self.parameter_stds(config), seed, init_scale)
@@ -106,12 +114,54 @@ class Model:
         grads.loss += loss
         return loss
 
+    def loss(self, inputs: Mapping[str, Array], labels: Array, batch: int, grads: GradientTree | None = None) -> float:
+        """The mean cross-entropy of a batch; its gradient is added to `grads` (None: the loss alone).
+
+        inputs: the arguments of `forward_rows` by name, labels: those of its rows, checked as `toy.models.inputs.Batch` does.
+        """
+        logits, cache = self.forward_rows(**inputs, batch=batch)
+        loss, loss_cache = self.ops.cross_entropy(logits, labels)
+        if grads is not None:
+            d_logits = self.ops.cross_entropy_backward(loss_cache)
+            del logits, loss_cache
+            self.backward_rows(d_logits, cache, grads, release_cache=True)
+        return loss
+
+    def to_keep(self, layer: int, cache: Any, forward: Callable[[], tuple[Array, Any]]) -> Any:
+        """What is kept of a block until its backward: its cache, or with `recompute` how to get it. forward() -> x, cache."""
+        return Recomputed(forward) if layer < self.recompute else cache
+
+    def blocks_backward(
+        self, d_x: Array, cache_list: list[Any], gradient_blocks: Sequence[Block], release_cache: bool
+    ) -> Array:
+        """d_x: gradient of the last block's output (N, D) -> that of the first one's input (N, D). Adds to the gradients.
+
+        A cache that was not kept is made again. release_cache: each is dropped after use.
+        """
+        for i in reversed(range(len(cache_list))):
+            d_x = self.block_backward(d_x, self._made_again(cache_list[i]), gradient_blocks[i])
+            if release_cache:
+                cache_list[i] = None
+        return d_x
+
+    def _made_again(self, kept: Any) -> Any:
+        return self.ops.again(kept.forward)[1] if isinstance(kept, Recomputed) else kept
+
+
+class Recomputed(NamedTuple):
+    """In place of a block's cache: the forward that makes it again."""
+
+    forward: Callable[[], tuple[Array, Any]]  # () -> x, cache
+
 
 class LanguageModel(Model):
     """A model that reads token ids. Its forward has two halves, for when not all logits are wanted:
 
     forward_rows(token_ids (N,), positions (N,), batch, kv_cache) -> logits (N, V), cache
     hidden_rows(...), unembed_rows(x (N, D))
+
+    For training the second half is `loss_rows`, which never has all logits at a time; the backward of the first half is
+    hidden_rows_backward(d_x (N, D), *caches, grads), with the caches that `hidden_rows` gave beside x.
     """
 
     batch_type = TokenBatch
@@ -119,6 +169,15 @@ class LanguageModel(Model):
     config: LanguageModelConfig
     hidden_rows: Callable[..., tuple[Any, ...]]
     unembed_rows: Callable[[Array], tuple[Any, ...]]
+    hidden_rows_backward: Callable[..., None]
+    loss_rows: Callable[[Array, Array, GradientTree | None], tuple[float, Array | None]]
+
+    def loss(self, inputs: Mapping[str, Array], labels: Array, batch: int, grads: GradientTree | None = None) -> float:
+        x, *caches = self.hidden_rows(**inputs, batch=batch, keep_cache=grads is not None)  # (N, D)
+        loss, d_x = self.loss_rows(x, labels, grads)
+        if grads is not None:
+            self.hidden_rows_backward(d_x, *caches, grads, release_cache=True)
+        return loss
 
     @property
     def n_classes(self) -> int:
@@ -210,13 +269,3 @@ class KeyValueCache:
 
 
 _LEAST_ROWS = 64  # of a cache: fewer are not worth growing
-
-
-def backward_order(
-    blocks: Sequence[Block], cache_list: list[Any], gradient_blocks: Sequence[Block], release_cache: bool
-) -> Iterator[tuple[Block, Any, Block]]:
-    """(block, cache, gradients) from the last block to the first; with release_cache each cache is dropped after use."""
-    for i in reversed(range(len(cache_list))):
-        yield blocks[i], cache_list[i], gradient_blocks[i]
-        if release_cache:
-            cache_list[i] = None

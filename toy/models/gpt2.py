@@ -8,11 +8,12 @@
 The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = d_model, F = d_ff, V = vocab_size.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from toy.adamw import AdamW
 from toy.config import GPT2Config
-from toy.models.base import KeyValueCache, LanguageModel, backward_order
+from toy.models.base import KeyValueCache, LanguageModel
 from toy.models.gguf_form import SIZES, Form, Key
 from toy.models.parameters import Block, GradientTree, Shapes, Stds, residual_stream_stds
 from toy.op_table import Array, OpCache
@@ -36,7 +37,7 @@ class BlockCache(NamedTuple):
 class Cache(NamedTuple):
     token: OpCache
     position: OpCache
-    blocks: list[BlockCache | None]  # None: not kept
+    blocks: list[BlockCache | None]  # None: not kept; with `recompute` how to get them
     output_norm: OpCache
     unembed: OpCache
 
@@ -100,8 +101,9 @@ class GPT2(LanguageModel):
         x = ops.add(token, position)  # (N, D)
         block_caches = []
         for layer, block in enumerate(p.blk):
-            x, cache = self.block_forward(layer, block, x, batch, kv_cache)
-            block_caches.append(cache if keep_cache else None)
+            forward = partial(self.block_forward, layer, block, x, batch, kv_cache)
+            x, cache = forward()
+            block_caches.append(self.to_keep(layer, cache, forward) if keep_cache else None)
         return x, token_cache, position_cache, block_caches
 
     def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache]:
@@ -110,6 +112,22 @@ class GPT2(LanguageModel):
         x, norm_cache = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
         logits, unembed_cache = ops.linear(x, p.token_embd.weight)  # (N, V)
         return logits, norm_cache, unembed_cache
+
+    def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
+        """x: (N, D) from `hidden_rows` -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
+
+        Adds to grads; grads None: the loss alone, None for d_x.
+        """
+        ops, p = self.ops, self.parameters
+        x, norm_cache = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
+        if grads is None:
+            return ops.linear_cross_entropy(x, p.token_embd.weight, labels, backward=False)
+        loss, d_x = ops.linear_cross_entropy(
+            x, p.token_embd.weight, labels, d_weight=grads.token_embd.weight
+        )  # first use of E
+        return loss, ops.layer_norm_backward(
+            d_x, norm_cache, grads.output_norm.weight, grads.output_norm.bias
+        )  # (N, D)
 
     def block_forward(
         self, layer: int, block: Block, x: Array, batch: int, kv_cache: KeyValueCache | None = None
@@ -139,11 +157,23 @@ class GPT2(LanguageModel):
         ops = self.ops
         d_x = ops.linear_backward(d_logits, cache.unembed, grads.token_embd.weight)  # (N, D), first use of E
         d_x = ops.layer_norm_backward(d_x, cache.output_norm, grads.output_norm.weight, grads.output_norm.bias)
-        for _, block_cache, block_grads in backward_order(self.parameters.blk, cache.blocks, grads.blk, release_cache):
-            d_x = self.block_backward(d_x, block_cache, block_grads)
-        ops.embedding_backward(d_x, cache.position, grads.position_embd.weight)
+        self.hidden_rows_backward(d_x, cache.token, cache.position, cache.blocks, grads, release_cache)
+
+    def hidden_rows_backward(
+        self,
+        d_x: Array,
+        token_cache: OpCache,
+        position_cache: OpCache,
+        block_caches: list[BlockCache | None],
+        grads: GradientTree,
+        release_cache: bool = False,
+    ) -> None:
+        """d_x: gradient of what `hidden_rows` gave (N, D). Adds to grads."""
+        ops = self.ops
+        d_x = self.blocks_backward(d_x, block_caches, grads.blk, release_cache)  # (N, D)
+        ops.embedding_backward(d_x, position_cache, grads.position_embd.weight)
         # second use of E: the same gradient collects both
-        ops.embedding_backward(d_x, cache.token, grads.token_embd.weight)
+        ops.embedding_backward(d_x, token_cache, grads.token_embd.weight)
 
     def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""

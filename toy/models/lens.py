@@ -67,6 +67,27 @@ def unembed_backward(
     return d_x if projection is None else ops.linear_backward(d_x, projection, d_lens)
 
 
+def unembed_loss(
+    ops: OpTable,
+    x: Array,
+    head: tuple[Leaf, Array | None],
+    labels: Array,
+    cap: float | None,
+    d_head: tuple[Array | None, Array | None] | None,
+) -> tuple[float, Array | None]:
+    """x: (N, D), labels: of its rows -> the mean loss of the logits that `unembed` makes of x, capped, and d_x (N, D).
+
+    head: weight and lens, d_head: their gradients, which are added to; None: the loss alone, None for d_x.
+    """
+    (weight, lens), projection = head, None
+    if lens is not None:
+        x, projection = ops.linear(x, lens)  # (N, E)
+    if d_head is None:
+        return ops.linear_cross_entropy(x, weight, labels, cap, backward=False)
+    loss, d_x = ops.linear_cross_entropy(x, weight, labels, cap, d_head[0])
+    return loss, d_x if projection is None else ops.linear_backward(d_x, projection, d_head[1])
+
+
 def without_lens(config: LlamaConfig, parameters: Mapping[str, Leaf]) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
     """The same model without a lens: its config (untied now) and its parameters, float32, the donor looked at once and for
     all. parameters: dict of names to arrays; the donor's embedding may be a `toy.quantized.QuantizedMatrix`."""

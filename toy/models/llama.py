@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from toy.adamw import AdamW
 from toy.config import ROPE_SCALINGS, LlamaConfig
-from toy.models.base import KeyValueCache, LanguageModel, backward_order
+from toy.models.base import KeyValueCache, LanguageModel
 from toy.models.gguf_form import PLAIN, SIZES, UNSCALED, Form, Key
-from toy.models.lens import embed, embed_backward, unembed, unembed_backward
+from toy.models.lens import embed, embed_backward, unembed, unembed_backward, unembed_loss
 from toy.models.lora import project, project_backward
 from toy.models.parameters import Block, GradientTree, Namespace, ParameterTree, Shapes, Stds, residual_stream_stds
 from toy.models.rotation import rotation
@@ -57,7 +57,7 @@ class BlockCache(NamedTuple):
 
 class Cache(NamedTuple):
     token: OpCache
-    blocks: list[BlockCache | None]  # None: not kept
+    blocks: list[BlockCache | None]  # None: not kept; with `recompute` how to get them
     output_norm: OpCache
     unembed: OpCache
     softcap: OpCache | None  # None: no logit_softcap
@@ -151,8 +151,9 @@ class Llama(LanguageModel):
         x = self.scaled(x, self.config.embedding_scale)  # (N, D)
         block_caches = []
         for layer, block in enumerate(p.blk):
-            x, cache = self.block_forward(layer, block, x, positions, batch, kv_cache)
-            block_caches.append(cache if keep_cache else None)
+            forward = partial(self.block_forward, layer, block, x, positions, batch, kv_cache)
+            x, cache = forward()
+            block_caches.append(self.to_keep(layer, cache, forward) if keep_cache else None)
         return x, token_cache, block_caches
 
     def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache, OpCache | None]:
@@ -166,6 +167,22 @@ class Llama(LanguageModel):
         if c.logit_softcap is not None:
             logits, softcap_cache = ops.softcap(logits, c.logit_softcap)  # (N, V)
         return logits, norm_cache, unembed_cache, softcap_cache
+
+    def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
+        """x: (N, D) from `hidden_rows` -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
+
+        Adds to grads; grads None: the loss alone, None for d_x.
+        """
+        ops, p, c = self.ops, self.parameters, self.config
+        x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
+        x = self.scaled(x, 1 / c.logit_scale)  # (N, D)
+        loss, d_x = unembed_loss(
+            ops, x, self.head(p), labels, c.logit_softcap, None if grads is None else self.head(grads)
+        )
+        if grads is None:
+            return loss, None
+        d_x = self.scaled(d_x, 1 / c.logit_scale)  # (N, D)
+        return loss, ops.rms_norm_backward(d_x, norm_cache, grads.output_norm.weight)  # (N, D)
 
     def window(self, layer: int) -> int | None:
         """How many tokens the attention of a layer sees, None: all."""
@@ -236,16 +253,26 @@ class Llama(LanguageModel):
 
     def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
         """d_logits: (N, V). Adds the gradient of every parameter to `grads` (None there: frozen)."""
-        ops, blocks = self.ops, self.parameters.blk
+        ops = self.ops
         if cache.softcap is not None:
             d_logits = ops.softcap_backward(d_logits, cache.softcap)  # (N, V)
         d_x = unembed_backward(ops, d_logits, cache.unembed, *self.head(grads))  # (N, D)
         d_x = self.scaled(d_x, 1 / self.config.logit_scale)  # (N, D)
         d_x = ops.rms_norm_backward(d_x, cache.output_norm, grads.output_norm.weight)  # (N, D)
-        for _, block_cache, block_grads in backward_order(blocks, cache.blocks, grads.blk, release_cache):
-            d_x = self.block_backward(d_x, block_cache, block_grads)
+        self.hidden_rows_backward(d_x, cache.token, cache.blocks, grads, release_cache)
+
+    def hidden_rows_backward(
+        self,
+        d_x: Array,
+        token_cache: OpCache,
+        block_caches: list[BlockCache | None],
+        grads: GradientTree,
+        release_cache: bool = False,
+    ) -> None:
+        """d_x: gradient of what `hidden_rows` gave (N, D). Adds to grads."""
+        d_x = self.blocks_backward(d_x, block_caches, grads.blk, release_cache)  # (N, D)
         d_x = self.scaled(d_x, self.config.embedding_scale)  # (N, D)
-        embed_backward(ops, d_x, cache.token, grads.token_embd)  # tied: the second contribution
+        embed_backward(self.ops, d_x, token_cache, grads.token_embd)  # tied: the second contribution
 
     def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""

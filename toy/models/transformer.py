@@ -11,6 +11,7 @@ from the bottom of `forward_rows` upwards. Where two paths of the forward meet (
 was used twice, the gradients of its uses are summed.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from toy.adamw import AdamW
 from toy.config import TransformerConfig
-from toy.models.base import KeyValueCache, LanguageModel, backward_order
+from toy.models.base import KeyValueCache, LanguageModel
 from toy.models.parameters import Block, GradientTree, Shapes, Stds
 from toy.op_table import Array, OpCache
 
@@ -43,7 +44,7 @@ class BlockCache(NamedTuple):
 class Cache(NamedTuple):
     token: OpCache
     position: OpCache
-    blocks: list[BlockCache | None]  # None: not kept
+    blocks: list[BlockCache | None]  # None: not kept; with `recompute` how to get them
     norm_final: OpCache
     unembed: OpCache
 
@@ -150,8 +151,9 @@ class TransformerLM(LanguageModel):
         x = ops.add(token, position)  # (N, D)
         block_caches = []
         for layer, block in enumerate(p.blocks):
-            x, cache = self.block_forward(layer, block, x, batch, kv_cache)
-            block_caches.append(cache if keep_cache else None)
+            forward = partial(self.block_forward, layer, block, x, batch, kv_cache)
+            x, cache = forward()
+            block_caches.append(self.to_keep(layer, cache, forward) if keep_cache else None)
         return x, token_cache, position_cache, block_caches
 
     def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache]:
@@ -160,6 +162,18 @@ class TransformerLM(LanguageModel):
         x, norm_cache = ops.rms_norm(x, p.norm_final_gamma, NORM_EPS)  # (N, D)
         logits, unembed_cache = ops.linear(x, p.token_embed)  # (N, V)
         return logits, norm_cache, unembed_cache
+
+    def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
+        """x: (N, D) from `hidden_rows` -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
+
+        Adds to grads; grads None: the loss alone, None for d_x.
+        """
+        ops, p = self.ops, self.parameters
+        x, norm_cache = ops.rms_norm(x, p.norm_final_gamma, NORM_EPS)  # (N, D)
+        if grads is None:
+            return ops.linear_cross_entropy(x, p.token_embed, labels, backward=False)
+        loss, d_x = ops.linear_cross_entropy(x, p.token_embed, labels, d_weight=grads.token_embed)  # first use of E
+        return loss, ops.rms_norm_backward(d_x, norm_cache, grads.norm_final_gamma)  # (N, D)
 
     def block_forward(
         self, layer: int, block: Block, x: Array, batch: int, kv_cache: KeyValueCache | None = None
@@ -190,10 +204,22 @@ class TransformerLM(LanguageModel):
         ops = self.ops
         d_x = ops.linear_backward(d_logits, cache.unembed, grads.token_embed)  # (N, D), first use of E
         d_x = ops.rms_norm_backward(d_x, cache.norm_final, grads.norm_final_gamma)  # (N, D)
-        for _, block_cache, block_grads in backward_order(self.blocks, cache.blocks, grads.blocks, release_cache):
-            d_x = self.block_backward(d_x, block_cache, block_grads)
-        ops.embedding_backward(d_x, cache.position, grads.pos_embed)
-        ops.embedding_backward(d_x, cache.token, grads.token_embed)  # second use of E: the same gradient collects both
+        self.hidden_rows_backward(d_x, cache.token, cache.position, cache.blocks, grads, release_cache)
+
+    def hidden_rows_backward(
+        self,
+        d_x: Array,
+        token_cache: OpCache,
+        position_cache: OpCache,
+        block_caches: list[BlockCache | None],
+        grads: GradientTree,
+        release_cache: bool = False,
+    ) -> None:
+        """d_x: gradient of what `hidden_rows` gave (N, D). Adds to grads."""
+        ops = self.ops
+        d_x = self.blocks_backward(d_x, block_caches, grads.blocks, release_cache)  # (N, D)
+        ops.embedding_backward(d_x, position_cache, grads.pos_embed)
+        ops.embedding_backward(d_x, token_cache, grads.token_embed)  # second use of E: the same gradient collects both
 
     def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""

@@ -9,6 +9,7 @@ Letters in the shapes: B images, P patches in each, T = P+1 tokens, N = B*T rows
 d_ff.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from toy.adamw import AdamW
 from toy.config import ViTConfig
-from toy.models.base import Model, backward_order
+from toy.models.base import Model
 from toy.models.inputs import ImageBatch
 from toy.models.parameters import Block, GradientTree, Shapes, Stds, residual_stream_stds
 from toy.op_table import Array, OpCache
@@ -127,9 +128,10 @@ class ViT(Model):
         p_embd, position = ops.embedding(positions, p.position_embd.weight)  # (N, D)
         x = ops.add(x, p_embd)  # (N, D)
         block_caches: list[BlockCache | None] = []
-        for block in p.blk:
-            x, cache = self.block_forward(block, x, batch)
-            block_caches.append(cache)
+        for layer, block in enumerate(p.blk):
+            forward = partial(self.block_forward, block, x, batch)
+            x, cache = forward()
+            block_caches.append(self.to_keep(layer, cache, forward))
         x, others = ops.split(ops.reshape(x, batch), (c.d_model, c.n_patches * c.d_model))  # (B, D), (B, P*D)
         x, output_norm = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (B, D)
         logits, head = ops.linear(x, p.head.weight, p.head.bias)  # (B, n_classes)
@@ -162,8 +164,7 @@ class ViT(Model):
         batch = d_x.shape[0]
         d_x = ops.concat([d_x, ops.zeros_like(cache.others)])  # (B, T*D): the head read the class token alone
         d_x = ops.reshape(d_x, batch * c.n_tokens)  # (N, D)
-        for _, block_cache, block_grads in backward_order(self.parameters.blk, cache.blocks, grads.blk, release_cache):
-            d_x = self.block_backward(d_x, block_cache, block_grads)
+        d_x = self.blocks_backward(d_x, cache.blocks, grads.blk, release_cache)  # (N, D)
         ops.embedding_backward(d_x, cache.position, grads.position_embd.weight)
         d_first, d_x = ops.split(ops.reshape(d_x, batch), (c.d_model, c.n_patches * c.d_model))  # (B, D), (B, P*D)
         ops.embedding_backward(d_first, cache.class_token, grads.class_embd.weight)

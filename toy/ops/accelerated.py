@@ -5,6 +5,7 @@ Results agree with the reference to 2e-6 of the largest element. What differs:
 
 * Caches hold less (attention keeps no probabilities, cross_entropy only refers to the logits) and are opaque.
 * Matrices may be columns of a wider one (rows contiguous); parameters and their gradients must be C-contiguous.
+* `linear_cross_entropy` writes the gradient of a band of logits over the logits.
 * A quantised weight is dequantised inside the product, in the cache of the thread that uses it.
 * Whatever else is wrong with an argument is a ValueError that names it.
 
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from toy._kernels import elementwise as _elementwise
 from toy._kernels import embedding as _embedding
 from toy._kernels import linear as _linear
+from toy._kernels import loss as _loss
 from toy._kernels import quantized as _quantized
 from toy._kernels.arrays import check_matrix
 from toy._kernels.threads import get_num_threads, set_num_threads  # noqa: F401
-from toy.op_table import Array, OpCache
-from toy.ops.reference import QUANTIZED_IS_FROZEN
+from toy.op_table import Array, OpCache, row_bands
+from toy.ops.reference import QUANTIZED_IS_FROZEN, _checked_labels, again  # noqa: F401
 from toy.quantized import Leaf, QuantizedMatrix
 
 if TYPE_CHECKING:  # the types of an op are those of its twin
@@ -93,3 +96,28 @@ def linear_backward(d_y: Array, cache: OpCache, d_weight: Array | None, d_bias: 
     for rows in weight.bands():
         d_x += d_y[:, rows] @ weight.rows(rows.start, rows.stop)
     return d_x
+
+
+def linear_cross_entropy(
+    x: Array,
+    weight: Leaf,
+    labels: Array,
+    cap: float | None = None,
+    d_weight: Array | None = None,
+    backward: bool = True,
+) -> tuple[float, Array | None]:
+    """The loss cross_entropy(softcap(x W^T, cap), labels) and its gradient d_x (N, D); adds into d_weight (V, D).
+
+    x: (N, D), weight: (V, D), labels: as for `cross_entropy`. cap: None = no softcap. backward: False = the loss alone, None
+    for d_x.
+    """
+    labels, n_counted = _checked_labels(labels, len(x), weight.shape[0])
+    total, share, d_x = 0.0, 1 / max(n_counted, 1), np.empty(x.shape, np.float32) if backward else None
+    for rows in row_bands(len(x), weight.shape[0]):
+        logits, product = linear(x[rows], weight)  # (n, V)
+        logits, capped = (logits, None) if cap is None else _elementwise.softcap(logits, cap)
+        total += _loss.cross_entropy_gradient(logits, labels[rows], share, backward)
+        if d_x is not None:
+            d_logits = logits if capped is None else _elementwise.softcap_backward(logits, capped)
+            d_x[rows] = linear_backward(d_logits, product, d_weight)
+    return total * share, d_x

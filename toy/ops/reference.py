@@ -15,13 +15,13 @@ Conventions, the same in every op table:
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from toy.arrays import whole_numbers
-from toy.op_table import Array
+from toy.op_table import Array, Result, row_bands
 from toy.quantized import Leaf, QuantizedMatrix
 
 name = "reference"
@@ -503,6 +503,60 @@ def cross_entropy_backward(cache: CrossEntropyCache) -> Array:
         # sum over the row first: labels need not sum to 1
         d_logits = probabilities * labels.sum(axis=1, keepdims=True) - labels
     return d_logits / probabilities.dtype.type(max(n_counted, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# linear, softcap and cross_entropy in one, forward and backward: the logits (N, V) of a large vocabulary, and their gradient,
+# are the largest matrices of a step. Here they are never whole: a band of rows is forgotten before the next one begins
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    x: Array,
+    weight: Leaf,
+    labels: Array,
+    cap: float | None = None,
+    d_weight: Array | None = None,
+    backward: bool = True,
+) -> tuple[float, Array | None]:
+    """The loss cross_entropy(softcap(x W^T, cap), labels) and its gradient d_x (N, D); adds into d_weight (V, D).
+
+    x: (N, D), weight: (V, D), labels: as for `cross_entropy`. cap: None = no softcap. backward: False = the loss alone, None
+    for d_x.
+    """
+    labels, n_counted = _checked_labels(labels, len(x), weight.shape[0])
+    loss, d_x = 0.0, np.zeros_like(x)
+    for rows in row_bands(len(x), weight.shape[0]):
+        logits, product = linear(x[rows], weight)  # (n, V)
+        logits, capped = (logits, None) if cap is None else softcap(logits, cap)
+        mean, of_band = cross_entropy(logits, labels[rows])
+        share = of_band.n_counted / max(n_counted, 1)  # of the rows that the mean is over
+        loss += mean * share
+        if backward:
+            d_logits = scale(cross_entropy_backward(of_band), share)  # (n, V)
+            d_logits = d_logits if capped is None else softcap_backward(d_logits, capped)
+            d_x[rows] = linear_backward(d_logits, product, d_weight)
+    return loss, d_x if backward else None
+
+
+def _checked_labels(labels: Array, rows: int, classes: int) -> tuple[Array, int]:
+    """The labels of `linear_cross_entropy`, copied where they are integers, and how many of their rows count."""
+    if labels.shape not in ((rows,), (rows, classes)):
+        raise ValueError(f"labels must be {(rows,)} integers or float rows {(rows, classes)}, got {labels.shape}")
+    if labels.ndim == 1:
+        labels = whole_numbers("labels", labels, -1, classes)
+        return labels, int((labels >= 0).sum())
+    return labels, int(np.any(labels != 0, axis=1).sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a forward that is run once more, because its caches were not kept
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def again(forward: Callable[[], Result]) -> Result:
+    """forward(), which calls ops that have been called before with the same arguments (graphs count uses of parameters)."""
+    return forward()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

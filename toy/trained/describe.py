@@ -19,6 +19,7 @@ from toy.data.open_tokenizer import load_tokenizer
 from toy.files import gguf_models
 from toy.files.gguf import GGUF
 from toy.models.gpt2 import NORM_EPS
+from toy.models.rotation import rotation
 
 
 def describe(path):
@@ -115,7 +116,7 @@ def _facts(gguf, config, problem):
 
 
 def _fact_rows(gguf, config, problem):
-    yield "file", f"{gguf.path} ({_bytes(gguf.path.stat().st_size)})"
+    yield "file", f"{gguf.path} ({human_bytes(gguf.path.stat().st_size)})"
     if gguf.tensors:
         bits = 8 * gguf.n_bytes / gguf.n_parameters
         yield "parameters", f"{gguf.n_parameters:,} in {len(gguf.tensors)} tensors, {bits:.2f} bits each on average"
@@ -150,9 +151,9 @@ def _model_rows(gguf, config):
     kv_bytes = 2 * config.n_layers * n_kv_heads * config.d_head * 4
     yield (
         "memory",
-        f"{_bytes(gguf.n_bytes)} as stored, {_bytes(4 * gguf.n_parameters)} in float32; training all of it with AdamW "
-        f"{_bytes(16 * gguf.n_parameters)} and activations; key/value cache {_bytes(kv_bytes)} a token, "
-        f"{_bytes(kv_bytes * config.context_length)} for the whole context",
+        f"{human_bytes(gguf.n_bytes)} as stored, {human_bytes(4 * gguf.n_parameters)} in float32; training all of it with "
+        f"AdamW {human_bytes(16 * gguf.n_parameters)} and activations; key/value cache {human_bytes(kv_bytes)} a token, "
+        f"{human_bytes(kv_bytes * config.context_length)} for the whole context",
     )
 
 
@@ -163,7 +164,7 @@ def _types_table(gguf):
         counts[record.type] = (tensors + 1, numbers + math.prod(record.shape), n_bytes + record.n_bytes)
     table = _table("type", "tensors", "parameters", "bytes", "bits each")
     for name, (tensors, numbers, n_bytes) in sorted(counts.items(), key=lambda item: -item[1][2]):
-        table.add_row(name, f"{tensors}", f"{numbers:,}", _bytes(n_bytes), f"{8 * n_bytes / numbers:.2f}")
+        table.add_row(name, f"{tensors}", f"{numbers:,}", human_bytes(n_bytes), f"{8 * n_bytes / numbers:.2f}")
     return table
 
 
@@ -215,7 +216,7 @@ def _plain(text):
     return text if len(text) <= 500 else text[:500] + "..."
 
 
-def _bytes(n):
+def human_bytes(n):
     for unit in ("bytes", "kB", "MB", "GB"):
         if n < 1000 or unit == "GB":
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.3g} {unit}" if n < 1000 else f"{n:,.0f} {unit}"
@@ -223,6 +224,9 @@ def _bytes(n):
 
 
 # -- the algorithm -----------------------------------------------------------------------------------------------------
+
+
+_GELU = "GELU(a) = a/2 · (1 + tanh(√(2/π) (a + 0.044715 a³)))"
 
 
 def _untied(config):
@@ -236,46 +240,112 @@ def _first_lines(config):
     ]
 
 
-def _attention_lines(config, n_kv_heads):
+def _attention_lines(config, n_kv_heads, scale=None, cap=None, window=None, which=""):
+    """scale: of the scores, None: one over the root of the width of a head. cap: of the scores. window: see `LlamaConfig`;
+    which: the layers that have it."""
+    causal = "S[t, u] ← -∞ for u > t"
     d, heads, shared = config.d_head, config.n_heads, config.n_heads // n_kv_heads
     group = "h" if shared == 1 else f"⌈h / {shared}⌉"
+    own = "h" if shared == 1 else "g"
+    product = f"Q_h K_{own}ᵀ / √{d}" if scale is None else f"{scale:.6g} Q_h K_{own}ᵀ"
     return [
         (
             f"        for each head h = 1 .. {heads}:",
             "" if shared == 1 else f"g = {group}: {shared} heads share K and V",
         ),
-        (f"            S ← Q_h K_{'h' if shared == 1 else 'g'}ᵀ / √{d};  S[t, u] ← -∞ for u > t", "T x T"),
-        (f"            O_h ← softmax(S) V_{'h' if shared == 1 else 'g'}", f"T x {d}"),
+        (f"            S ← {product};  {causal}", "T x T") if cap is None else (f"            S ← {product}", "T x T"),
+        *([] if cap is None else [(f"            S ← {cap:g} tanh(S / {cap:g});  {causal}", "")]),
+        *([] if window is None else [(f"            S[t, u] ← -∞ for u ≤ t - {window}", which)]),
+        (f"            O_h ← softmax(S) V_{own}", f"T x {d}"),
     ]
 
 
 def _placed(c, projection, gain):
     """What a query or key is, of each head, when attention sees it."""
-    return f"RoPE(RMSNorm({projection}, {gain}))" if c.qk_norm else f"RoPE({projection})"
+    norm = f"RMSNorm({projection}, {gain})" if c.qk_norm else projection
+    return f"RoPE({norm})"
+
+
+def _times(factor):
+    return "" if factor == 1 else f"{factor:.6g} "
+
+
+def _added(c, product, gain):
+    """What attention or MLP adds to the residual stream."""
+    if c.post_norms:
+        product = f"RMSNorm({product}, {gain})"
+    elif c.residual_scale != 1 and " + " in product:
+        product = f"({product})"
+    return f"{_times(c.residual_scale)}{product}"
 
 
 def _llama_lines(c):
     v, d, f = c.vocab_size, c.d_model, c.d_ff
     q, k = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
     bias = " + b" if c.qkv_bias else ""
-    pair = f"i, i+{c.d_head // 2}" if c.rope_halves else "2i, 2i+1"
-    return [
+    gate, up, down = (f" + b_{name}" if c.mlp_bias else "" for name in ("gate", "up", "down"))
+    h, gelu = "X" if c.no_pre_norms else "H", "GELU" if c.geglu else "SiLU"
+    which = f"not in every {_ordinal(c.window_pattern)} layer" if c.window_pattern else ""
+    logits = f"RMSNorm(X, g) {'W_out' if c.untied else 'E'}ᵀ{'' if c.logit_scale == 1 else f' / {c.logit_scale:g}'}"
+    output = f"{logits} / {c.logit_softcap:g}" if c.logit_softcap else logits
+    lines = [
         *_first_lines(c),
-        ("    X ← rows x of E", f"T x {d}; E is {v} x {d}"),
+        (f"    X ← {_times(c.embedding_scale)}rows x of E", f"T x {d}; E is {v} x {d}"),
         (f"    for each layer l = 1 .. {c.n_layers}:", ""),
         ("        H ← RMSNorm(X, g_attn)", f"T x {d}"),
-        (f"        Q ← {_placed(c, f'H W_qᵀ{bias}', 'g_q')}", f"T x {q}"),
-        (f"        K ← {_placed(c, f'H W_kᵀ{bias}', 'g_k')};  V ← H W_vᵀ{bias}", f"T x {k}"),
-        *_attention_lines(c, c.n_kv_heads),
-        (f"        X ← X + [O_1 .. O_{c.n_heads}] W_oᵀ", f"T x {d}"),
+        (f"        Q ← {_placed(c, f'{h} W_qᵀ{bias}', 'g_q')}", f"T x {q}"),
+        (f"        K ← {_placed(c, f'{h} W_kᵀ{bias}', 'g_k')};  V ← {h} W_vᵀ{bias}", f"T x {k}"),
+        *_attention_lines(c, c.n_kv_heads, c.attention_scale, c.attention_softcap, c.sliding_window, which),
+        (
+            f"        X ← X + {_added(c, f'[O_1 .. O_{c.n_heads}] W_oᵀ' + ' + b_o' * c.attn_output_bias, 'g_after')}",
+            f"T x {d}",
+        ),
         ("        H ← RMSNorm(X, g_ffn)", f"T x {d}"),
-        ("        U ← SiLU(H W_gateᵀ) ⊙ (H W_upᵀ)", f"T x {f}"),
-        ("        X ← X + U W_downᵀ", f"T x {d}"),
-        (f"    P ← softmax(RMSNorm(X, g) {'W_out' if c.untied else 'E'}ᵀ)", f"T x {v}"),
+        (f"        U ← {gelu}({h} W_gateᵀ{gate}) ⊙ ({h} W_upᵀ{up})", f"T x {f}"),
+        (f"        X ← X + {_added(c, f'U W_downᵀ{down}', 'g_out')}", f"T x {d}"),
+        (
+            f"    P ← softmax({f'{c.logit_softcap:g} tanh({output})' if c.logit_softcap else output})",
+            f"T x {v}",
+        ),
         (f"RMSNorm(x, g) = g ⊙ x / √(mean(x²) + {c.rms_eps:g})", ""),
-        ("SiLU(a) = a / (1 + exp(-a))", ""),
-        (f"RoPE: turn the pair ({pair}) of each head at position t by t · {c.rope_base:g}^(-2i/{c.d_head})", ""),
     ]
+    if c.no_pre_norms:
+        lines = [line for line in lines if not line[0].startswith("        H ←")]
+    if c.qk_norm:
+        over = "all heads of a token together" if c.qk_norm_together else "each head"
+        lines.append((f"The norms of Q and K are over {over}", ""))
+    if c.geglu:
+        lines.append((_GELU, ""))
+    else:
+        lines.append(("SiLU(a) = a / (1 + exp(-a))", ""))
+    return lines + [(line, "") for line in _rope_lines(c)]
+
+
+def _rope_lines(c):
+    """How RoPE turns, and in which layers."""
+    pair = f"i, i+{c.d_head // 2}" if c.rope_halves else "2i, 2i+1"
+    factor = " / f_i" if c.rope_factors is not None else ""
+    stretched = f" / {c.rope_scale:g}" if c.rope_scaling == "linear" else ""
+    magnitude = rotation(c).get("magnitude", 1)
+    times = "" if magnitude == 1 else f", and multiply it by {magnitude:.6g}"
+    yield (
+        f"RoPE: turn the pair ({pair}) of each head at position t by t · {c.rope_base:g}^(-2i/{c.d_head})"
+        f"{factor}{stretched}{times}"
+    )
+    if c.rope_factors is not None:
+        yield f"f_i: {c.d_head // 2} factors of the file, from {min(c.rope_factors):g} to {max(c.rope_factors):g}"
+    if c.rope_scaling == "yarn":
+        original = c.rope_original_context or c.context_length
+        yield f"YaRN: slow pairs turn {c.rope_scale:g} times more slowly, for contexts beyond the {original} of training"
+    if c.rope_local_base is not None:
+        yield f"Layers with a window turn by t · {c.rope_local_base:g}^(-2i/{c.d_head})"
+    if c.rope_skips:
+        yield f"Every {_ordinal(c.rope_skips)} layer goes without RoPE"
+
+
+def _ordinal(n):
+    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
 
 
 def _gpt2_lines(c):
@@ -293,5 +363,5 @@ def _gpt2_lines(c):
         ("        X ← X + U W_downᵀ + b_down", f"T x {d}"),
         ("    P ← softmax(LayerNorm(X, g, b) Eᵀ)", f"T x {v}"),
         (f"LayerNorm(x, g, b) = g ⊙ (x - mean(x)) / √(var(x) + {NORM_EPS:g}) + b", ""),
-        ("GELU(a) = a/2 · (1 + tanh(√(2/π) (a + 0.044715 a³)))", ""),
+        (_GELU, ""),
     ]

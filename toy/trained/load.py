@@ -18,9 +18,9 @@ from toy.engines.handle import NO_TOKENIZER
 from toy.engines.source import borrowed_parameters
 from toy.files import BadFileError, Checkpoint, Run, read_checkpoint
 from toy.files.atomic import StrPath
-from toy.files.fetch import FETCHABLE, find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import check_adapter, digest, read_adapter
+from toy.files.places import find_model
 from toy.models import ARCHITECTURES, ParameterTree, architecture_of, model_for
 from toy.models.base import LanguageModel, Model
 from toy.models.lens import lens_shapes, without_lens
@@ -104,16 +104,11 @@ def load_trained(
 def read_trained(path: StrPath, adapter: StrPath | None = None, checkpoint: str | int = "last") -> Stored:
     """The weights, the config and the tokenizer of a model -> `Stored`.
 
-    path: a run directory, a checkpoint file, a GGUF file, or the name of a fetched model (`toy fetch`). adapter: the path of
-    an adapter GGUF made for this model. checkpoint: of a run, "last", "best" (the lowest validation loss) or a step.
+    path: a run directory, a checkpoint file, a GGUF file, or the name of a model on this machine (`toy list`). adapter: the
+    path of an adapter GGUF made for this model. checkpoint: of a run, "last", "best" (the lowest validation loss) or a step.
     Raises FileNotFoundError for a path where nothing is and for a base that is gone, BadFileError for a damaged file,
     ValueError for a sound one that does not serve: another architecture, an adapter for another base.
     """
-    if not Path(path).exists() and str(path) not in FETCHABLE:
-        raise FileNotFoundError(
-            f"there is no run directory, checkpoint or GGUF file {str(path)!r}, and no model of that name to fetch "
-            f"(there are: {', '.join(FETCHABLE)})"
-        )
     path = find_model(path)
     in_gguf = path.suffix == ".gguf" or _begins_like_gguf(path)
     if checkpoint != "last" and not path.is_dir():

@@ -98,7 +98,9 @@ class Training:
         self._budget = f"{options.budget} {getattr(options, options.budget):g}" if options.budget is not None else ""
         asked, options = options, options.resolved()
         self.ranks = ranks
-        self._own_threads, self._why_threads = (options.threads, "") if ranks is None else ranks.threads(options.threads)
+        self._own_threads, self._why_threads = (
+            (options.threads, "") if ranks is None else ranks.threads(options.threads)
+        )
         device = one_device_each(options.device, ranks)
         self.start = start = RECIPES[options.recipe](dataclasses.replace(options, device=device))
         self.recipe = start.recipe
@@ -325,6 +327,7 @@ class Training:
         decay = "" if o.schedule == "constant" else f" down to {o.lr * o.lr_floor:g} at step {o.steps}"
         rounds, classes = o.steps / s.steps_per_epoch, r.n_classes
         passes = "" if o.accumulate == 1 else f", in {o.accumulate} passes"
+        again = f"{r.recompute} of {r.config.n_layers} blocks"
         budget = f"{self._budget}; " if self._budget else ""
         takes = []
         if self.estimate is not None:
@@ -338,10 +341,15 @@ class Training:
             *([Decision("branched", f"after step {b['step']} of {b['run']}")] if (b := self._branched_from) else []),
             Decision("backend", r.backend, before.get("backend", r.backend_reason)),
             Decision("device", r.device),
-            *([] if self.ranks is None else [Decision("ranks", f"{self.ranks.size}, which share each batch", self.ranks.words())]),
+            *(
+                []
+                if self.ranks is None
+                else [Decision("ranks", f"{self.ranks.size}, which share each batch", self.ranks.words())]
+            ),
             Decision("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
             *s.decisions(),
             Decision("parameters", f"{r.n_parameters:,}", trained),
+            *([Decision("recompute", again, before.get("recompute", r.recompute_reason))] if r.recompute else []),
             Decision(
                 "steps",
                 f"{o.steps:,} of {s.per_step:,} {s.unit}s{passes}",

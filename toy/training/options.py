@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # the sections of `toy train RECIPE --help`
 DATA, MODEL, STEPS, REPORTS, MACHINE = "Data", "Model", "Training", "Reports and files", "Machine"
 LARGEST = 2**31 - 1  # of whole numbers: sizes, steps, seeds
+RECOMPUTE = {"auto": None, "on": True, "off": False}  # and what `RecipeOptions` calls it
 
 
 def option(
@@ -36,16 +37,18 @@ def option(
     at_least: int | None = None,
     at_most: int = LARGEST,
     several: bool = False,
+    alone: str | None = None,
 ) -> Any:
     """A field of an options dataclass.
 
     shown: the default in words, where the value does not say it. choices: the values there are. resumable: whether a run
     may go on with another value. at_least: the smallest value of a whole number; None there means "not said", not a
-    bound. at_most: the largest. several: whether the flag may be given more than once.
+    bound. at_most: the largest. several: whether the flag may be given more than once. alone: the value that the flag stands
+    for when none is said.
     """
     metadata = {
         "help": help, "group": group, "shown": shown, "choices": choices, "resumable": resumable, "at_least": at_least,
-        "at_most": at_most, "several": several,
+        "at_most": at_most, "several": several, "alone": alone,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -113,6 +116,10 @@ class RunOptions:
     weight_dtype: str = option(
         "f32", "Type of the weights a step computes with; float32 masters stay.", MACHINE, choices=WEIGHT_DTYPES
     )
+    recompute: str = option(
+        "auto", "Compute blocks again in the backward, to save their memory; auto: where it would not do.", MACHINE,
+        choices=tuple(RECOMPUTE), resumable=True, alone="on",
+    )  # fmt: skip
     backend: str = option("auto", f"One of {', '.join(BACKEND_NAMES)}.", MACHINE, resumable=True)
     device: str = option("auto", "Device of the backend.", MACHINE, resumable=True)
     threads: int | None = option(

@@ -335,7 +335,9 @@ def one_device_each(device: str, ranks: "MPIRanks | None") -> str:
     import ggml_bridge
 
     found = ggml_bridge.find_device(device)
-    alike = [other.name for other in ggml_bridge.devices() if (other.kind, other.backend) == (found.kind, found.backend)]
+    alike = [
+        other.name for other in ggml_bridge.devices() if (other.kind, other.backend) == (found.kind, found.backend)
+    ]
     if ranks.local_size > len(alike):
         raise ValueError(
             f"each rank needs a device of its own, and {socket.gethostname()} has {', '.join(alike)} for {ranks.local_size} "

@@ -20,14 +20,14 @@ from toy.engines.base import Arrays
 from toy.engines.memory import check_fits
 from toy.files import BadFileError, Run
 from toy.files.atomic import StrPath
-from toy.files.fetch import find_model
 from toy.files.gguf import GGUF
 from toy.files.gguf_write import write_gguf
+from toy.files.places import find_model
 from toy.models import ARCHITECTURES
 from toy.models.base import LanguageModel
 from toy.models.generation import generate
 from toy.trained.load import first_prompt
-from toy.training.options import FromModelOptions, RunOptions, TextOptions
+from toy.training.options import RECOMPUTE, FromModelOptions, RunOptions, TextOptions
 
 _SAMPLED_TOKENS = 8  # of which the time of a sample is estimated
 
@@ -87,6 +87,7 @@ class Start:
             seed=o.seed,
             grad_clip=o.clip or None,
             weight_dtype=o.weight_dtype,
+            recompute=RECOMPUTE[o.recompute],
             **more,
         )
 

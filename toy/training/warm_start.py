@@ -10,8 +10,8 @@ from toy.config import LanguageModelConfig, LlamaConfig
 from toy.data.tokenizers import KINDS, Tokenizer
 from toy.engines.base import Arrays, Engine
 from toy.files.atomic import StrPath
-from toy.files.fetch import find_model
 from toy.files.gguf_write import digest, write_gguf
+from toy.files.places import find_model
 from toy.models import ARCHITECTURES
 from toy.models.lens import without_lens
 from toy.trained.export import plain_model

@@ -30,7 +30,7 @@ class CpuGraphOps(GraphOps):
         self.n_threads = graph.backend.n_threads
         self.scratch = {}  # by size: nodes that need some use the same memory, one after the other
         self.rope_tables = {}  # by the arguments of `rope_tables`
-        self.again = {}  # by id: (cheap result, what records it once more)
+        self.cheap = {}  # by id: (cheap result, what records it once more)
         self.nodes = {}  # by name of a kernel: how many nodes there are of it
 
     @staticmethod
@@ -53,9 +53,9 @@ class CpuGraphOps(GraphOps):
         return self.graph.custom(kernel, *arguments, name=self._numbered(called or self._called(kernel)), **options)
 
     def _node_into(self, kernel, target, inputs, **options):
-        tasks = self._tasks(kernel, inputs, target.shape)
-        name = self._numbered(self._called(kernel))
-        return self.graph.custom_into(kernel, target, inputs, name=name, n_tasks=tasks, **options)
+        if options.get("n_tasks") is None:
+            options["n_tasks"] = self._tasks(kernel, inputs, target.shape)
+        return self.graph.custom_into(kernel, target, inputs, name=self._numbered(self._called(kernel)), **options)
 
     def _tasks(self, kernel, inputs, shape):
         """Into how many slices a node is cut: 1 where waking a second thread would take longer than the work itself."""
@@ -126,7 +126,7 @@ class CpuGraphOps(GraphOps):
         scratch = self._quantized_scratch(weight)
         inputs = [x, weight, scratch] if bias is None else [x, weight, scratch, bias]
         shape = (x.shape[0], weight.shape[0])
-        return self._node(self.kernels.QUANTIZED_LINEAR, inputs, shape, params=kind, writes=[scratch])
+        return self._node(self.kernels.QUANTIZED_LINEAR, inputs, shape, params=kind, scratch=[scratch])
 
     def _quantized_linear_backward(self, d_y, weight):
         kind = self.kernels.quantized_type(weight.dtype)
@@ -134,25 +134,28 @@ class CpuGraphOps(GraphOps):
             return self._banded_linear_backward(d_y, weight)
         scratch = self._quantized_scratch(weight)
         kernel, shape = self.kernels.QUANTIZED_LINEAR_BACKWARD_INPUT, (d_y.shape[0], weight.shape[1])
-        return self._node(kernel, [d_y, weight, scratch], shape, params=kind, writes=[scratch])
+        return self._node(kernel, [d_y, weight, scratch], shape, params=kind, scratch=[scratch])
 
     def _quantized_scratch(self, weight):
         n_out, n_in = weight.shape
         return self._shared(self.n_threads * self.kernels.quantized_floats(n_in, n_out))
 
     def _cheap(self, result, record):
-        """Mark a result that the backward computes again rather than keeps: its memory is free in between."""
-        self.again[id(result)] = (result, record)
+        """Mark a result that the backward computes again rather than keeps: its memory is free in between. Not a result of
+        `again`: its backward comes at once."""
+        if self.repeating:
+            return result
+        self.cheap[id(result)] = (result, record)
         return result
 
     def _recomputed(self, x):
         """x, or a fresh copy of it if it is a cheap result (one copy for all its backward uses)."""
-        if id(x) not in self.again:
+        if id(x) not in self.cheap:
             return x
-        result, record = self.again[id(x)]
+        result, record = self.cheap[id(x)]
         if callable(record):
             record = record()
-            self.again[id(x)] = (result, record)
+            self.cheap[id(x)] = (result, record)
         return record
 
     def _weight_gradient(self, d_y, x, d_weight, d_bias):
@@ -319,22 +322,40 @@ class CpuGraphOps(GraphOps):
     def concat(self, parts):
         return parts.whole if isinstance(parts, _Columns) else super().concat(parts)
 
-    # -- loss and optimizer -------------------------------------------------------------------------------------------
+    # -- loss and optimizer: what `linear_cross_entropy` and `cross_entropy` are made of ------------------------------
 
-    def cross_entropy(self, logits, labels):
+    def _begin_loss(self, labels, columns):
+        """-> (the matrix of the labels, how it is to be read, the totals that losses are added to)."""
         dense = labels.ndim == 2
-        source = labels if dense else labels.tensor
+        source, numbers = labels if dense else labels.tensor, struct.pack("q", int(dense))
+        return source, numbers, self._node(self.kernels.COUNTED, [source], (4,), params=numbers, n_tasks=1)
+
+    def _labels_of(self, start, band):
+        source, numbers, totals = start
+        if band != slice(0, source.shape[0]):
+            source = self.graph.slice(source, 0, band.start, band.stop)
+        return source, numbers, totals
+
+    def _losses(self, logits, labels):
+        source, numbers, totals = labels
+        _same("cross_entropy", "the rows of logits and labels", logits.shape[0], source.shape[0])
         logits = logits if logits.is_contiguous else self.graph.cont(logits)
         statistics = self.graph.blank((4, logits.shape[0]))
-        numbers = struct.pack("q", int(dense))
         statistics = self._node_into(self.kernels.CROSS_ENTROPY, statistics, [logits, source], params=numbers)
-        loss = self._node(self.kernels.MEAN_LOSS, [statistics], (2,), n_tasks=1)
-        return loss, (logits, source, statistics, loss, numbers)
+        return statistics, (logits, source, statistics, totals, numbers)
 
     def cross_entropy_backward(self, cache):
-        logits, source, statistics, loss, numbers = cache
+        logits, source, statistics, totals, numbers = cache
         # the gradient takes the place of the logits, which nothing reads any more
-        return self._node_into(self.kernels.CROSS_ENTROPY_BACKWARD, logits, [source, statistics, loss], params=numbers)
+        return self._node_into(
+            self.kernels.CROSS_ENTROPY_BACKWARD, logits, [source, statistics, totals], params=numbers
+        )
+
+    def _add_losses(self, total, losses, start):
+        return self._node_into(self.kernels.ADD_LOSSES, start[2] if total is None else total, [losses], n_tasks=1)
+
+    def _mean_loss(self, total, start):
+        return self._node(self.kernels.MEAN_LOSS, [total], (2,), n_tasks=1)
 
     def loss_value(self, loss):
         """The mean loss, of a computed graph."""

@@ -211,15 +211,31 @@ class NativeGraphOps(GraphOps):
 
     # -- loss and optimizer -------------------------------------------------------------------------------------------
 
-    def cross_entropy(self, logits, labels):
-        """The gradient that `cross_entropy_backward` gives is of the *sum* over the rows (see `toy.ops.graph`)."""
-        source = labels if labels.ndim == 2 else labels.tensor
-        loss, cache = rules.cross_entropy(self.graph, self._contiguous(logits), source, self._widest())
-        *_, self.rows["1/count"] = cache
-        return loss, cache
+    # The gradient that `cross_entropy_backward` gives is of the *sum* over the rows (see `toy.ops.graph`).
+
+    def _begin_loss(self, labels, columns):
+        """-> the inputs that are made of the labels: targets and weights of the rows, 1/count."""
+        start = rules.loss_inputs(self.graph, labels if labels.ndim == 2 else labels.tensor, columns, self._widest())
+        self.rows["1/count"] = start.inverse_count
+        return start
+
+    def _labels_of(self, start, band):
+        labels = (start.target, start.weights)
+        if band == slice(0, start.weights.shape[0]):
+            return labels
+        return tuple(self.graph.slice(tensor, 0, band.start, band.stop) for tensor in labels)
+
+    def _losses(self, logits, labels):
+        return rules.sum_of_losses(self.graph, self._contiguous(logits), *labels)
 
     def cross_entropy_backward(self, cache):
-        return rules.cross_entropy_backward(self.graph, cache)
+        return rules.sum_of_losses_backward(self.graph, *cache)
+
+    def _add_losses(self, total, losses, start):
+        return losses if total is None else self.graph.add(total, losses)
+
+    def _mean_loss(self, total, start):
+        return rules.mean_loss(self.graph, total, start.inverse_count)
 
     def loss_value(self, loss):
         """The mean loss, of a computed graph."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from toy.op_table import row_bands
 from toy.ops.reference import QUANTIZED_IS_FROZEN
 
 # numbers of a quantised weight that ggml's own operations dequantise at a time: 8 MB, whatever the size of the matrix
@@ -41,6 +42,7 @@ class GraphOps:
         self.slots = slots or {}
         self.finished = finished or (lambda slot: None)
         self.row_numbers = {}  # by size: 0, 1, 2, ... for reading the rows of a quantised weight
+        self.repeating = False  # whether what is recorded has been recorded before: see `again`
 
     @staticmethod
     def runner():
@@ -71,6 +73,8 @@ class GraphOps:
 
     def used(self, *parameters):
         """Count a forward use of parameters (None is allowed), each of which will have one backward."""
+        if self.repeating:
+            return
         for parameter in parameters:
             slot = self.slots.get(id(parameter))
             if slot is not None:
@@ -85,6 +89,50 @@ class GraphOps:
                 slot.uses -= 1
                 if slot.uses == 0:
                     self.finished(slot)
+
+    def again(self, forward):
+        """forward(), recorded once more: the uses of parameters in it have been counted."""
+        self.repeating = True
+        try:
+            return forward()
+        finally:
+            self.repeating = False
+
+    # -- the loss of a band of rows at a time -------------------------------------------------------------------------
+
+    def linear_cross_entropy(self, x, weight, labels, cap=None, d_weight=None, backward=True):
+        """Forward and backward of a band stand one after the other: the next band takes the memory of its logits. d_x is a
+        gradient as `cross_entropy_backward` gives it."""
+        (rows, _), columns = x.shape, weight.shape[0]
+        start, total, d_x = self._begin_loss(labels, columns), None, []
+        self.used(weight)  # one use, however many bands
+        for band in row_bands(rows, columns):
+            # views and sums stand between the products: a planner gives memory back only a few nodes after its last use
+            band_labels = self._labels_of(start, band)
+            part = x if band == slice(0, rows) else self.graph.slice(x, 0, band.start, band.stop)
+            logits, product = self.linear(part, weight)
+            logits, capped = (logits, None) if cap is None else self.softcap(logits, cap)
+            losses, cache = self._losses(logits, band_labels)
+            if backward:
+                d_logits = self.cross_entropy_backward(cache)
+                d_logits = d_logits if capped is None else self.softcap_backward(d_logits, capped)
+                d_x.append(self.linear_backward(d_logits, product, d_weight))
+            total = self._add_losses(total, losses, start)
+        if backward:
+            self.contributed(d_weight)
+        return self._mean_loss(total, start), self._joined(d_x, 0) if backward else None
+
+    def cross_entropy(self, logits, labels):
+        start = self._begin_loss(labels, logits.shape[1])
+        losses, cache = self._losses(logits, self._labels_of(start, slice(0, logits.shape[0])))
+        return self._mean_loss(self._add_losses(None, losses, start), start), cache
+
+    def _joined(self, parts, axis):
+        """The parts as one tensor, along an axis: in pairs, so that every number is copied log2(parts) times at most."""
+        while len(parts) > 1:
+            pairs = zip(parts[::2], parts[1::2])
+            parts = [self.graph.concat(a, b, axis=axis) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
+        return parts[0]
 
     # -- quantised weights, by ggml's own operations -------------------------------------------------------------------
     # mul_mat with a quantised operand would round the other one; so a band of rows is read as float32 (GET_ROWS) and then
@@ -103,10 +151,8 @@ class GraphOps:
     def _banded_linear(self, x, weight, bias):
         """x (N, in) -> (N, out): the bands give columns of y."""
         parts = [self.graph.mul_mat(band, x) for _, _, band in self._bands(weight)]
-        while len(parts) > 1:  # in pairs: every column is copied log2(bands) times at most
-            pairs = zip(parts[::2], parts[1::2])
-            parts = [self.graph.concat(a, b, axis=1) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
-        return parts[0] if bias is None else self.graph.add(parts[0], bias)
+        y = self._joined(parts, 1)
+        return y if bias is None else self.graph.add(y, bias)
 
     def _banded_linear_backward(self, d_y, weight):
         """d_y (N, out) -> (N, in): the sum over the bands."""
