@@ -4,16 +4,15 @@
     python benchmarks/ranks.py                            the default of toy train from-scratch
     python benchmarks/ranks.py --shape baby --batch 16    a larger one
 
-Contenders take turns, each in processes of its own that wait meanwhile: one process with a thread for each processor; the same
-with half the processors and half the batch, which is what a rank computes; one rank under mpirun; two ranks with half the
-processors each. The prediction for two ranks is the time of half the batch plus that of adding up the gradients alone; it is
+Contenders take turns, each in processes of its own that wait meanwhile: one process with a thread for each processor; the
+same with half the processors and half the batch, which is what a rank computes; one rank under mpirun; two ranks with half
+the processors each. The prediction for two ranks is the time of half the batch plus that of adding up the gradients alone; it is
 compared with the measurement. Then the same model for more machines like this one, joined by a network: ring allreduce sends
 and receives 2 (K-1)/K gradients of 4 bytes a parameter on each machine, in 2 (K-1) messages.
 """
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -175,8 +174,8 @@ def main():
         contender.close()
     n_parameters, exchange = there["one process"].n_parameters, fast(adding)
     print(
-        f"{arguments.shape}: {n_parameters:,} parameters, {batch} sequences of {SHAPES[arguments.shape][4]}, {arguments.backend}, "
-        f"{all_of_them} processors, {turns} turns\n"
+        f"{arguments.shape}: {n_parameters:,} parameters, {batch} sequences of {SHAPES[arguments.shape][4]}, "
+        f"{arguments.backend}, {all_of_them} processors, {turns} turns\n"
     )
     print(f"{'milliseconds a step':<24}{'fastest tenth':>14}{'median':>10}  threads each")
     seconds = {}
@@ -200,9 +199,8 @@ def main():
             f"({low:.3f} to {high:.3f}); bar {bar}"
         )
     expected = seconds["half a batch"] + exchange
-    print(
-        f"{'two ranks, predicted':<38}{expected * 1e3:>6.2f} ms, {expected / seconds['two ranks'] - 1:+.1%} from the measurement\n"
-    )
+    error = expected / seconds["two ranks"] - 1
+    print(f"{'two ranks, predicted':<38}{expected * 1e3:>6.2f} ms, {error:+.1%} from the measurement\n")
     # of one machine: what a step takes whatever the batch is (the update), and what the sequences take
     whole, part, row = seconds["one process"], seconds["half a batch"], seconds["one sequence"]
     a_row = max(0.0, (part - row) / max(1, batch // 2 - 1))

@@ -22,9 +22,11 @@ THERE = MPIRUN is not None and importlib.util.find_spec("mpi4py") is not None
 def environment(**changes):
     """Of a launcher: with as few threads as can be, and Open MPI allowed to run as anybody with any number of ranks."""
     open_mpi = {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
-    }  # fmt: skip
+    }
     with_them = {
         **os.environ,
         **open_mpi,

@@ -4,7 +4,7 @@ tests/test_ranks.py runs them under MPI."""
 import numpy as np
 import pytest
 from ranks_in_threads import Together
-from test_accumulate import N, TINY, B, T, batches, close
+from test_accumulate import TINY, B, N, T, batches, close
 from test_accumulate import gguf as gguf
 from test_accumulate import kind as kind
 
@@ -159,7 +159,7 @@ def test_weights_that_drift_apart_are_noticed(backend):
                 together.recipes[2].engine.grad_norm += 1e-6
             else:
                 own.load_parameters({name: array * np.float32(1.001) for name, array in own.parameters().items()})
-            with pytest.raises(DriftError, match="rank 2 on host h2 .* than rank 0 on host h0"):
+            with pytest.raises(DriftError, match=r"rank 2 on host h2 .* than rank 0 on host h0"):
                 shared.step(inputs, labels=labels, hp=row) if noticed_by == "step" else shared.parameters()
             assert together.ranks[0].broken
         assert len(together.errors) == 2

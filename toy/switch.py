@@ -277,6 +277,17 @@ def _ggml_device(device: str) -> str:
         raise BackendUnavailableError(str(error)) from error
 
 
+def devices_like(device: str) -> tuple[str, list[str]]:
+    """The name of a ggml device, and the names of all that the machine has of its kind, it among them. Raises
+    BackendUnavailableError for one that is not there."""
+    name = _ggml_device(device)
+    import ggml_bridge
+
+    found = ggml_bridge.find_device(name)
+    alike = [other for other in ggml_bridge.devices() if (other.kind, other.backend) == (found.kind, found.backend)]
+    return name, [other.name for other in alike]
+
+
 def _blas_threads() -> int | None:
     from threadpoolctl import threadpool_info
 

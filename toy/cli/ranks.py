@@ -169,8 +169,8 @@ def _watch(rank, size):
     if not told:
         name, more = _name(-code), " (was there enough memory?)" if -code == signal.SIGKILL else ""
         click.echo(
-            f"toy: rank {rank} on host {socket.gethostname()} was ended by {name}{more}, so the job ends. The run goes on from "
-            "its last checkpoint with --resume.",
+            f"toy: rank {rank} on host {socket.gethostname()} was ended by {name}{more}, so the job ends. The run goes "
+            "on from its last checkpoint with --resume.",
             err=True,
         )
     _end_like(-code)

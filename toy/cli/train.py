@@ -168,7 +168,7 @@ class Where(typing.NamedTuple):
 
 
 def _make_training(kind, where, options, ranks):
-    """The `Training` that the flags ask for. options: all of them, with their defaults. ranks: of a run of several processes."""
+    """The `Training` that the flags ask for. options: all of them, with their defaults. ranks: of several processes."""
     given = {name: value for name, value in options.items() if _is_given(name)}
     out, resume, branch, checkpoint, from_step, config = where
     if config is not None:

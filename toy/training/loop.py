@@ -69,9 +69,9 @@ class Training:
 
     options: the options of a recipe (`FromScratchOptions`, `LoRAOptions`, ...). out: the run directory to make (None:
     nothing is written, the events are all there is). progress: called with (bytes done, bytes in all) while a long text is
-    encoded. resumed: what `Training.resume` passes on. ranks: on rank 0 of a run of several processes, which share every batch,
-    all of them (`toy.training.ranks.join`); the others call `toy.training.together.follow`. Raises ValueError (CorpusError, ...) for anything that cannot be
-    trained on, BackendUnavailableError for a backend that is not there.
+    encoded. resumed: what `Training.resume` passes on. ranks: on rank 0 of several processes that share every batch, all of
+    them (`toy.training.ranks.join`); the others call `toy.training.together.follow`. Raises ValueError (CorpusError, ...) for
+    anything that cannot be trained on, BackendUnavailableError for a backend that is not there.
 
     Attributes: options, start (what the run begins with: data, tokenizer, recipe), config (of the model), recipe, schedule,
     step (updates done), stopped_by (the signal that ended `run`, None without one), best (the lowest validation loss after a

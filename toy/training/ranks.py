@@ -1,12 +1,13 @@
 """The processes that MPI's launcher started for one run (`mpirun -n 4 toy train ...`): how they find each other, how numbers
 get from one to another, and how one that is lost is noticed.
 
-MPI is mpi4py and whatever MPI stands behind it; it is loaded only in a process that such a launcher started. Sums are not left
-to it: the standard advises, and does not promise, that the same numbers give the same sum (MPI 4.1, advice to implementors in
-the section on MPI_REDUCE). So MPI carries the numbers and this file adds them up, rank by rank, which takes as many bytes.
+MPI is mpi4py and whatever MPI stands behind it; it is loaded only in a process that such a launcher started. Sums are not
+left to it: the standard advises, and does not promise, that the same numbers give the same sum (MPI 4.1, advice to
+implementors in the section on MPI_REDUCE). So MPI carries the numbers and this file adds them up, rank by rank, which takes as many bytes.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import socket
@@ -192,7 +193,7 @@ class MPIRanks:
         everything = np.empty(sizes.sum(), np.uint8)
         starts = np.concatenate([[0], sizes.cumsum()])
         self._finish(self._comm.Iallgatherv(data, [everything, sizes, starts[:-1], self._mpi.BYTE]))
-        return [self._mpi.pickle.loads(everything[a:b].tobytes()) for a, b in zip(starts, starts[1:])]
+        return [self._mpi.pickle.loads(everything[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
 
     def broadcast(self, array: np.ndarray) -> None:
         self._finish(self._comm.Ibcast(array, root=0))
@@ -332,15 +333,10 @@ def one_device_each(device: str, ranks: "MPIRanks | None") -> str:
     """
     if ranks is None or device in ("auto", "cpu", "cpu-native"):
         return device
-    import ggml_bridge
-
-    found = ggml_bridge.find_device(device)
-    alike = [
-        other.name for other in ggml_bridge.devices() if (other.kind, other.backend) == (found.kind, found.backend)
-    ]
+    name, alike = switch.devices_like(device)
     if ranks.local_size > len(alike):
         raise ValueError(
             f"each rank needs a device of its own, and {socket.gethostname()} has {', '.join(alike)} for {ranks.local_size} "
             "ranks: start fewer there"
         )
-    return found.name if ranks.local_size == 1 else alike[ranks.local_rank]
+    return name if ranks.local_size == 1 else alike[ranks.local_rank]
