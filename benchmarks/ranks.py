@@ -6,8 +6,8 @@
 
 Contenders take turns, each in processes of its own that wait meanwhile: one process with a thread for each processor; the
 same with half the processors and half the batch, which is what a rank computes; one rank under mpirun; two ranks with half
-the processors each. The prediction for two ranks is the time of half the batch plus that of adding up the gradients alone; it is
-compared with the measurement. Then the same model for more machines like this one, joined by a network: ring allreduce sends
+the processors each. The prediction for two ranks is the time of half the batch plus that of adding up the gradients alone; it
+is compared with the measurement. Then the same model for more machines like this one, joined by a network: ring allreduce sends
 and receives 2 (K-1)/K gradients of 4 bytes a parameter on each machine, in 2 (K-1) messages.
 """
 

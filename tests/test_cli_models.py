@@ -99,7 +99,7 @@ def test_the_speed_is_told_on_a_terminal_only(files, toy_command, monkeypatch):
         (["llama.gguf", "--prompt="], "prompt is empty"),
         (["llama.gguf", "--adapter=other.gguf"], "other.gguf is an adapter for another base"),
         (["llama.gguf", "--adapter=nowhere.gguf"], "nowhere.gguf"),
-        (["gpt2.gguf", "--adapter=adapter.gguf"], "this is a gpt2"),
+        (["gpt2.gguf", "--adapter=adapter.gguf"], "it is for a llama model, not gpt2"),
         (["mute.gguf"], "mute.gguf has no tokenizer"),
         (["adapter.gguf"], "is not a model"),
         (["damaged.gguf"], "is cut off"),

@@ -173,8 +173,8 @@ def test_lora_refuses(gguf, arguments, message):
 
 def test_lora_refuses_other_models(gguf, gpt2_gguf):
     lora = toy.recipes.LoRA("numpy")
-    with pytest.raises(ValueError, match="architecture llama"):
-        lora.realize(gpt2_gguf, None, 4, options())
+    with pytest.raises(ValueError, match="targets must be some of qkv, o, up, down: 'q' is not one"):
+        lora.realize(gpt2_gguf, None, 4, options(), targets=("q",))
     with pytest.raises(TypeError, match=r"toy\.GGUF"):
         lora.realize("model.gguf", None, 4, options())
     with pytest.raises(ValueError, match="d_ff 96, cfg says 97"):

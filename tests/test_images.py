@@ -588,7 +588,7 @@ def test_eval_refuses_other_data(toy_command, run_folder):
         ("--corpus=text.txt",): "--corpus is for models that read text",
         ("--context=3",): "--context is for models that read text",
         ("--tokens-out=a.csv",): "--tokens-out is for models that read text",
-        ("--adapter=pictures",): "LoRA adapters belong to a llama, this is a vit",
+        ("--adapter=pictures",): "LoRA adapters belong to a llama or a gpt2, this is a vit",
     }
     for arguments, message in refused.items():
         code, out, err = toy_command("eval", run_folder, *arguments)

@@ -40,7 +40,7 @@ PROMPTS = ("The ", "Python\n", "a = ")
 
 
 class LlamaCpp:
-    """A model file in llama.cpp, for the length of the object."""
+    """A model file in llama.cpp, for the length of the object. adapter: a path, or a dict of paths to their scales."""
 
     def __init__(self, path, adapter=None):
         settings = xllamacpp.CommonParams()
@@ -54,7 +54,8 @@ class LlamaCpp:
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.verbosity = -1
         if adapter is not None:
-            settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+            adapters = adapter if isinstance(adapter, dict) else {adapter: 1.0}
+            settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(a), scale) for a, scale in adapters.items()]
         self._server = xllamacpp.Server(settings)
 
     def log_probabilities(self, ids, vocab_size):

@@ -153,6 +153,14 @@ def random_adapters(config, seed=5, rank=3):
     return arrays
 
 
+def outer_adapters(config, rank=2):
+    """On the output matrix and on the embedding, whose A has a row for each token."""
+    generator, d = np.random.default_rng(6), config.d_model
+    shapes = {"output.lora_a": (rank, d), "output.lora_b": (V, rank)}
+    shapes |= {"token_embd.lora_a": (V, rank), "token_embd.lora_b": (d, rank)}
+    return {name: generator.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
 def log_softmax(logits):
     logits = np.asarray(logits, np.float64)
     shifted = logits - logits.max(-1, keepdims=True)
@@ -276,12 +284,13 @@ def test_a_quantised_file(relative, llama_cpp, tmp_path, untied):
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 def test_an_adapter_and_the_merged_model(relative, llama_cpp, tmp_path, untied):
-    """Of adapters on every matrix: exported as they are, and merged into the base."""
+    """Of adapters on every matrix, those before and after the blocks too: exported as they are, and merged into the base."""
     config = make_config(relative, ODD, untied)
     base, adapter, alpha = tmp_path / "base.gguf", tmp_path / "adapter.gguf", 4.5
     write_gguf(base, config, random_parameters(config), TOKENIZER)
     with GGUF.open(base) as gguf:
-        write_adapter(adapter, config, random_adapters(config), alpha, base=gguf)
+        adapters = random_adapters(config) | (outer_adapters(config) if config.untied else {})
+        write_adapter(adapter, config, adapters, alpha, base=gguf)
     loaded = toy.load(base, adapter)
     ours = as_there(toy.load(base, adapter, backend="numpy"))
     theirs = llama_cpp(base, adapter=adapter).log_probabilities(IDS, V)

@@ -423,7 +423,7 @@ def test_a_closed_model_is_let_go_of(files):
         ("adapter.gguf", None, ValueError, "is not a model: its general.type is 'adapter'"),
         ("", None, ValueError, "is not a run directory"),
         ("llama.gguf", "other.gguf", ValueError, r"other\.gguf is an adapter for another base"),
-        ("gpt2.gguf", "adapter.gguf", ValueError, "LoRA adapters belong to a llama, this is a gpt2"),
+        ("gpt2.gguf", "adapter.gguf", ValueError, "it is for a llama model, not gpt2"),
         ("llama.gguf", "nowhere.gguf", FileNotFoundError, r"nowhere\.gguf"),
     ],
 )

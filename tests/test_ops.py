@@ -526,6 +526,14 @@ def test_scale(ops):
     assert np.array_equal(x, before) and not np.shares_memory(x, y)
 
 
+def test_masked(ops):
+    x = np.random.default_rng(0).normal(size=(5, 34)).astype(np.float32)[:, ::2][:, :17]
+    before, mask = x.copy(), np.float32([[0, 1.25] * 8 + [0]] * 5)
+    y = ops.masked(x, mask)
+    assert np.array_equal(y, before * mask) and y.dtype == np.float32
+    assert np.array_equal(x, before) and not np.shares_memory(x, y)
+
+
 def test_repeated_ids_collect_all_their_rows(ops):
     ids = np.array([3] * 1000 + [0, 4, 3])
     table = np.zeros((6, 9), np.float32)

@@ -63,6 +63,17 @@ def make(files, backend):
 
 KINDS = {
     "lora": (LoRAOptions, {"rank": 3, "targets": ("q", "up")}),
+    "lora with dropout": (
+        LoRAOptions,
+        {
+            "rank": 3,
+            "targets": ("attention", "down"),
+            "dropout": 0.2,
+            "rslora": True,
+            "last_layers": 1,
+            "accumulate": 2,
+        },
+    ),
     "full": (FullFinetuneOptions, {"freeze_embeddings": True}),
     "warm": (WarmStartOptions, {"take": ("blk.*",), "tokenizer": "bytes"}),
     "lens": (WarmStartOptions, {"lens": True, "d_model": 16, "layers": 1, "heads": 2}),
@@ -212,7 +223,10 @@ BAD = {
     "no model": ([], "model is missing"),
     "missing model": (["--model", "nowhere.gguf"], "nowhere.gguf"),
     "not fetched": (["--model", "smollm3"], "smollm2-135m"),
-    "wrong architecture": (["--model", "{files}/gpt2.gguf"], "architecture llama"),
+    "no matrix of gpt2": (
+        ["--model", "{files}/gpt2.gguf", "--targets", "q"],
+        "some of qkv, o, up, down: 'q' is not one",
+    ),
     "not a model": (["--model", "{files}/text.txt"], "not a GGUF file"),
     "rank": (["--model", "{files}/llama.gguf", "--rank", "0"], "rank must be at least 1"),
     "alpha": (["--model", "{files}/llama.gguf", "--alpha", "-1"], "alpha must be a positive number"),

@@ -95,7 +95,7 @@ def test_a_model_by_name(files, tmp_path, monkeypatch):
         ("adapter.gguf", None, ValueError, "is not a model: its general.type is 'adapter'"),
         ("mute.gguf", None, ValueError, r"mute\.gguf has no tokenizer"),
         ("llama.gguf", "other.gguf", ValueError, r"other\.gguf is an adapter for another base"),
-        ("gpt2.gguf", "adapter.gguf", ValueError, "LoRA adapters belong to a llama, this is a gpt2"),
+        ("gpt2.gguf", "adapter.gguf", ValueError, "it is for a llama model, not gpt2"),
         ("llama.gguf", "gpt2.gguf", ValueError, r"gpt2\.gguf is not a LoRA adapter"),
         ("llama.gguf", "damaged.gguf", BadFileError, r"damaged\.gguf"),
         ("llama.gguf", "nowhere.gguf", FileNotFoundError, r"nowhere\.gguf"),

@@ -4,6 +4,8 @@ Ops take the names of `toy.ops.reference` and models the parameter names of `toy
 everything by name.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -156,17 +158,27 @@ def transformer(p, config, token_ids):
 def embed(p, token_ids):
     """With a parameter `token_embd.lens` the embedding is a donor's, seen through a projection."""
     x = p["token_embd.weight"][token_ids]
+    if "token_embd.lora_a" in p:
+        x = x + p["token_embd.lora_a"][token_ids] @ p["token_embd.lora_b"].T
     return x @ p["token_embd.lens"].T if "token_embd.lens" in p else x
 
 
 def unembed(p, x):
     if "output.lens" in p:
         x = x @ p["output.lens"].T
-    return x @ p.get("output.weight", p["token_embd.weight"]).T
+    logits = x @ p.get("output.weight", p["token_embd.weight"]).T
+    if "output.lora_a" not in p:
+        return logits
+    return logits + (x * p.get("output.lora_mask", 1.0)) @ p["output.lora_a"].T @ p["output.lora_b"].T
 
 
 def affine(p, x, name):
-    return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+    """Where there are parameters `<name>.lora_a` and `<name>.lora_b`, an adapter of scale 1 joins the product; it reads
+    x * `<name>.lora_mask`, where there is one."""
+    y = F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+    if f"{name}.lora_a" not in p:
+        return y
+    return y + (x * p.get(f"{name}.lora_mask", 1.0)) @ p[f"{name}.lora_a"].T @ p[f"{name}.lora_b"].T
 
 
 def pre_norm_block(p, config, x, block, batch, eps, causal):
@@ -202,17 +214,14 @@ def vit(p, config, images):
 
 
 def llama(p, config, token_ids):
-    """Where there are parameters `<name>.lora_a` and `<name>.lora_b`, an adapter of scale 1 joins the projection.
-
-    How far RoPE turns is taken from the library: tests/test_llama_relatives.py compares that with llama.cpp."""
+    """Every projection is an `affine`, with its adapters. How far RoPE turns is taken from the library:
+    tests/test_llama_relatives.py compares that with llama.cpp."""
     batch, t_seq = token_ids.shape
     positions = torch.arange(t_seq).repeat(batch)
     eps, turns, residual = config.rms_eps, (rotation(config), rotation(config, True)), config.residual_scale
     scores = 1.0 if config.attention_scale is None else config.attention_scale * config.d_head**0.5
 
-    def project(x, name):
-        y = F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
-        return y + x @ p[f"{name}.lora_a"].T @ p[f"{name}.lora_b"].T if f"{name}.lora_a" in p else y
+    project = partial(affine, p)
 
     def place(x, name, heads, layer):
         """x: (B*T, heads*d_head) as attention sees it."""

@@ -23,19 +23,21 @@ import numpy.typing as npt
 
 
 class HyperParameterRow(np.ndarray):
-    """The (1, 7) float32 row, which remembers the mode it was made for (`mode`: one of the AdamW.MODE_ constants)."""
+    """The (1, 7) float32 row, which remembers the mode it was made for (`mode`: one of the AdamW.MODE_ constants) and its
+    step, counted from 1 (None: it was made without one)."""
 
     mode = 0
+    step: int | None = None
 
     def __array_finalize__(self, source: np.ndarray | None) -> None:
-        self.mode = getattr(source, "mode", 0)
+        self.mode, self.step = getattr(source, "mode", 0), getattr(source, "step", None)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # pickle and copy keep the mode
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle and copy keep the mode and the step
         rebuild, arguments, state = super().__reduce__()  # type: ignore[str-unpack]  # it is never a string
-        return rebuild, arguments, (state, self.mode)
+        return rebuild, arguments, (state, self.mode, self.step)
 
     def __setstate__(self, state: Any) -> None:
-        state, self.mode = state
+        state, self.mode, self.step = state
         super().__setstate__(state)
 
 
@@ -121,7 +123,7 @@ class AdamW:
             s6 = 1.0 / (1.0 - self.beta2**step)
         numbers = np.array([[lr, self.beta1, self.beta2, self.eps, self.weight_decay, s5, s6]], dtype=np.float64)
         row = numbers.astype(np.float32).view(HyperParameterRow)
-        row.mode = self.mode
+        row.mode, row.step = self.mode, step
         return row
 
     def hp_for_step(self, k: int, lr: float | None = None) -> HyperParameterRow:

@@ -28,6 +28,41 @@ CHECKPOINT = click.option(
     help="Of a run: which of its checkpoints.",
 )
 JSON = click.option("--json", "json_wanted", is_flag=True, help="One JSON object, on stdout.")
+
+
+class WithScale(click.ParamType):
+    """FILE or FILE=SCALE, as the path and a number."""
+
+    name = "file"
+
+    def convert(self, value, parameter, context):
+        if isinstance(value, tuple):
+            return value
+        path, equals, scale = value.rpartition("=")
+        if not equals or Path(value).exists():
+            return Path(value), 1.0
+        try:
+            return Path(path), float(scale)
+        except ValueError:
+            self.fail(f"{value!r} must be FILE or FILE=SCALE with a number for SCALE", parameter, context)
+
+
+def _by_path(context, parameter, pairs):
+    adapters = dict(pairs)
+    if len(adapters) < len(pairs):
+        raise click.BadParameter("the same file was given twice: give it once, with a scale", context, parameter)
+    return adapters or None
+
+
+def adapter_option(name, help):
+    """An option that takes several adapters, each maybe with a scale: a dict of paths to scales, None without one."""
+    return click.option(
+        name, type=WithScale(), multiple=True, callback=_by_path, metavar="FILE.gguf[=SCALE]",
+        help=f"{help} (default scale 1); may be given several times.",
+    )  # fmt: skip
+
+
+ADAPTER = adapter_option("--adapter", "LoRA adapter to put on the model, times SCALE")
 BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(BACKEND_NAMES)}.")
 
 

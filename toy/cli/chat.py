@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, CHECKPOINT, MODEL, PATH, Phase, command, tell_checkpoint
+from toy.cli.base import ADAPTER, BACKEND, CHECKPOINT, MODEL, Phase, command, tell_checkpoint
 from toy.cli.progress import printable
 
 chats = click.Group()
@@ -23,7 +23,7 @@ A line that ends with \\ goes on in the next one."""
 
 @command(chats, "chat")
 @MODEL
-@click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put on the model.")
+@ADAPTER
 @click.option("--system", metavar="TEXT", help="System message. [default: the template's own]")
 @click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
 @click.option(

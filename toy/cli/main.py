@@ -24,6 +24,9 @@ from toy.cli import train as cli_train
 from toy.cli.base import JSON, Failure, Phase, as_json, command, drop_stdout, in_words, named_stdout
 from toy.config import VERSION
 from toy.files import RunWarning
+from toy.trained.adapters import AdapterWarning
+
+_NOTES = (RunWarning, AdapterWarning)  # shown as notes
 
 
 def main(arguments=None):
@@ -32,7 +35,8 @@ def main(arguments=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a ? instead of a crash
     with warnings.catch_warnings(), named_stdout():
-        warnings.simplefilter("always", RunWarning)
+        for category in _NOTES:
+            warnings.simplefilter("always", category)
         warnings.showwarning = _showing(warnings.showwarning)
         code = _run(arguments)
         try:
@@ -67,10 +71,10 @@ def _run(arguments):
 
 
 def _showing(show_other):
-    """What shows a warning: one about a run directory as a note, another as before."""
+    """What shows a warning: one about a run directory or an adapter as a note, another as before."""
 
     def show(message, category, *more, **named):
-        if issubclass(category, RunWarning):
+        if issubclass(category, _NOTES):
             click.echo(f"note: {message}", err=True)
         else:
             show_other(message, category, *more, **named)

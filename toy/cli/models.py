@@ -12,13 +12,26 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, CHECKPOINT, JSON, MODEL, PATH, Phase, as_json, command, note, quoted, tell_checkpoint
+from toy.cli.base import (
+    ADAPTER,
+    BACKEND,
+    CHECKPOINT,
+    JSON,
+    MODEL,
+    PATH,
+    Phase,
+    adapter_option,
+    as_json,
+    command,
+    note,
+    quoted,
+    tell_checkpoint,
+)
 from toy.cli.progress import clock, compact, printable
 from toy.data.encoding import Encoder
 from toy.trained import load as trained
 
 models = click.Group()
-_ADAPTER = click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put on the model.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -28,7 +41,7 @@ _ADAPTER = click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put
 
 @command(models, "generate")
 @MODEL
-@_ADAPTER
+@ADAPTER
 @click.option("--prompt", help="Text to go on from; @FILE: what is in a file, -: in stdin. [default: a new line]")
 @click.option("--special", is_flag=True, help="Special tokens written in the prompt, <|im_end|> say, are tokens.")
 @click.option("--chat", is_flag=True, help="The prompt is a message, and the model answers it.")
@@ -210,7 +223,7 @@ class Speed:
 
 @command(models, "eval")
 @MODEL
-@_ADAPTER
+@ADAPTER
 @click.option(
     "--corpus", help="Text file, or a folder. [default: a run's own validation part, else Python's documentation]"
 )
@@ -372,7 +385,7 @@ def _write_tokens(path, rows):
 @MODEL
 @click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone. [default for one]")
 @click.option("--merge", is_flag=True, help="Of a LoRA run: the whole model with the adapter in it.")
-@click.option("--lora", type=PATH, metavar="FILE.gguf", help="Merge the adapter in this file into the model.")
+@adapter_option("--lora", "Merge the adapter in this file into the model, times SCALE")
 @click.option(
     "--type",
     "kind",

@@ -46,12 +46,14 @@ def with_model_options(config: Config, options: RecipeOptions) -> Config:
 class Piece(NamedTuple):
     """The part of a step's batch that one forward and backward pass takes.
 
-    inputs, labels: checked arrays. counted: the number of its rows that count.
+    inputs, labels: checked arrays. counted: the number of its rows that count. moment: the step, counted from 1, and the
+    first of the piece's rows in the batch of that step, of which dropout is drawn.
     """
 
     inputs: Arrays
     labels: np.ndarray
     counted: int
+    moment: tuple[int, int] = (0, 0)
 
 
 def n_counted(labels: np.ndarray) -> int:
@@ -191,19 +193,25 @@ class Engine:
         """
         arrays, labels = self.step_batch.check(**inputs), self.step_batch.check_labels(labels)
         row = check_row(hp, self.hp_mode)
+        step = getattr(hp, "step", None) or 0
+        if self.weights.dropout is not None and not step:
+            raise ValueError(
+                "with dropout hp must be a row of adamw.hp_for_step(k): it knows the step that is drawn for"
+            )
         if not isinstance(is_first, (bool, np.bool_)):
             raise ValueError(f"is_first must be True or False, got {is_first!r}")
-        pieces = self._pieces(arrays, labels)
+        pieces = self._pieces(arrays, labels, step)
         return self._train(pieces, sum(piece.counted for piece in pieces), row, bool(is_first))
 
-    def _pieces(self, inputs: Arrays, labels: np.ndarray) -> list[Piece]:
+    def _pieces(self, inputs: Arrays, labels: np.ndarray, step: int) -> list[Piece]:
         """The batch of a step, cut for `accumulate` passes; a pass in which no label counts is left out."""
         n = self.options.accumulate
         parts = {role: np.split(array, n) for role, array in inputs.items()}
         pieces = []
         for i, part in enumerate(np.split(labels, n)):
             if counted := n_counted(part):
-                pieces.append(Piece({role: arrays[i] for role, arrays in parts.items()}, part, counted))
+                of_piece = {role: arrays[i] for role, arrays in parts.items()}
+                pieces.append(Piece(of_piece, part, counted, (step, i * self.batch.n_rows)))
         return pieces
 
     def evaluate(self, inputs: Mapping[str, npt.ArrayLike], labels: npt.ArrayLike) -> float:

@@ -106,6 +106,14 @@ class EagerEngine(Engine):
         tree = ParameterTree({name: everything[name] for name in weights.shapes})
         self.model = self.model_class.from_config(self.config, ops=self.ops, parameters=tree, **self.model_options)
         self.grads = GradientTree.like(tree, weights.trained)
+        self.masks: Arrays = {}
+        self._training_model = self.model  # with dropout the model of a step has masks in its tree
+        if (dropout := weights.dropout) is not None:
+            self.masks = {name: np.zeros((self.batch.n_rows, n), np.float32) for name, n in dropout.widths.items()}
+            tree = ParameterTree(dict(tree.items()) | {leaf: self.masks[name] for leaf, name in dropout.masks.items()})
+            self._training_model = self.model_class.from_config(
+                self.config, ops=self.ops, parameters=tree, **self.model_options
+            )
 
     def parameters(self) -> Arrays:
         """dict of names to float32 copies of the (master) weights; borrowed ones are not among them."""
@@ -142,7 +150,7 @@ class EagerEngine(Engine):
         """
         recorder = _Recorder(self.ops)
         model = self.model_class.from_config(
-            self.config, ops=recorder, parameters=self.model.parameters, **self.model_options
+            self.config, ops=recorder, parameters=self._training_model.parameters, **self.model_options
         )
         inputs = {
             role: np.zeros(needed.shape, np.float32 if needed.limit is None else np.int64)
@@ -167,7 +175,10 @@ class EagerEngine(Engine):
             # a pass adds the gradient of the mean over its own rows: what is there is brought to its measure before
             if i > 0 and pieces[i - 1].counted != piece.counted:
                 grads.flat *= np.float32(pieces[i - 1].counted / piece.counted)
-            part = self.model.loss(piece.inputs, piece.labels, self.options.t_batch, grads)
+            if (dropout := self.weights.dropout) is not None:
+                for name, mask in self.masks.items():
+                    mask[...] = dropout.draw(name, len(mask), piece.moment)
+            part = self._training_model.loss(piece.inputs, piece.labels, self.options.t_batch, grads)
             loss += part * (piece.counted / counted)
         if pieces and pieces[-1].counted != counted:
             grads.flat *= np.float32(pieces[-1].counted / counted)

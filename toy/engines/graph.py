@@ -146,7 +146,7 @@ class GraphEngine(Engine):
         recorded = self._training("dense" if pieces and pieces[0].labels.ndim > 1 else "integers")
         self._last_kind = recorded.kind
         if isinstance(recorded, _TrainingGraph):
-            recorded.run(**pieces[0].inputs, labels=pieces[0].labels, hp=hp)
+            recorded.run(**pieces[0].inputs, labels=pieces[0].labels, hp=hp, moment=pieces[0].moment)
             self.grad_norm = float(recorded.norm.download()[0])
             return recorded.loss()
         for tensor in self.sums.values():
@@ -155,7 +155,7 @@ class GraphEngine(Engine):
         for piece in pieces:
             # a pass adds the gradient of the mean over its own rows: what is there is brought to its measure
             factor = np.array([0, before / piece.counted], np.float32)
-            recorded.run(**piece.inputs, labels=piece.labels, factor=factor)
+            recorded.run(**piece.inputs, labels=piece.labels, factor=factor, moment=piece.moment)
             loss += recorded.loss() * (piece.counted / counted)
             before = piece.counted
         if self.add_up is not None:
@@ -261,9 +261,12 @@ class _ModelGraph(_Graph):
             self.labels = ops.integers("labels", batch.n_rows, batch.n_classes)
         elif kind == "dense":
             self.labels = ops.feed((batch.n_rows, batch.n_classes), "f32", lambda arrays: arrays["labels"])
-        self.model = engine.model_class.from_config(
-            engine.config, ops=ops, parameters=ParameterTree(engine.tensors), **engine.model_options
-        )
+        tree = ParameterTree(engine.tensors | self._masks())
+        self.model = engine.model_class.from_config(engine.config, ops=ops, parameters=tree, **engine.model_options)
+
+    def _masks(self):
+        """What the model of this graph has beside its parameters, by name."""
+        return {}
 
     def _input(self, role, needed):
         if needed.limit is not None:
@@ -298,6 +301,17 @@ class _GradientGraph(_ModelGraph):
         self.loss_tensor = self.graph.output(self.model.loss(self.inputs, self.labels, engine.options.t_batch, grads))
         self._after()
         self.allocate()
+
+    def _masks(self):
+        dropout, rows = self.engine.weights.dropout, self.engine.batch.n_rows
+        if dropout is None:
+            return {}
+
+        def feed(name, width):
+            return self.ops.feed((rows, width), "f32", lambda arrays: dropout.draw(name, rows, arrays["moment"]))
+
+        drawn = {name: feed(name, width) for name, width in dropout.widths.items()}
+        return {leaf: drawn[name] for leaf, name in dropout.masks.items()}
 
     def _before(self):
         raise NotImplementedError

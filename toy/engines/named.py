@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toy.config import GPT2Config, LlamaConfig, RecipeOptions, ViTConfig, check_positive_int
-from toy.engines.adapters import adapter_fill, adapter_weights, adapters_to_save
+from toy.engines.adapters import AdapterOptions, adapter_fill, adapter_weights, adapters_to_save
 from toy.engines.base import Engine, with_model_options
 from toy.engines.handle import EngineHandle
 from toy.engines.source import borrowed_parameters, checked_config, finetuned_weights
@@ -194,7 +194,8 @@ class LlamaSeqEngine(EngineHandle):
         gguf = None if self._source is None else self._source[2]
         if self._rank is None or gguf is None:
             return super()._base_to_save()
-        return adapters_to_save(gguf.path, self._ready("save").weights.borrowed, self._rank, None, ("q",))
+        engine = self._ready("save")
+        return adapters_to_save(gguf.path, engine.weights.borrowed, engine.config, AdapterOptions(self._rank))
 
     def _from(self, config: LlamaConfig, options: RecipeOptions, gguf: GGUF | None) -> "LlamaSeqEngine":
         self._check_open("realize")
@@ -229,7 +230,8 @@ class LlamaSeqEngine(EngineHandle):
         else:
             base = {**filled(Llama.parameter_shapes(config), random_fill(config, options))}
         seed, init_scale = self._adapter_start
-        return adapter_weights(config, base, rank, RecipeOptions(1, seed=seed, init_scale=init_scale))
+        options = RecipeOptions(1, seed=seed, init_scale=init_scale)
+        return adapter_weights(config, base, AdapterOptions(rank), options)
 
 
 class LlamaSeqEngineMetal(LlamaSeqEngine):

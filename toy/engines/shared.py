@@ -177,7 +177,9 @@ class SharedEngine(Engine):
         labels = cut(piece.labels)
         filled_up = len(labels) * (end - begin) // self.rows
         labels[filled_up:] = -1 if labels.ndim == 1 else 0
-        return Piece({role: cut(array) for role, array in piece.inputs.items()}, labels, n_counted(labels))
+        step, first = piece.moment
+        moment = step, first + begin * (self.batch.n_rows // self.options.t_batch)
+        return Piece({role: cut(array) for role, array in piece.inputs.items()}, labels, n_counted(labels), moment)
 
     # -- every rank ---------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """What a realized model is made of: parameters of its own, trained or kept, and parameters borrowed from a file."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,33 @@ from toy.quantized import Leaf
 Fill = Callable[[str, np.ndarray], None]  # fill(name, out) writes the values of a parameter into `out`
 
 
+class Dropout(NamedTuple):
+    """What is hidden from adapters while they are trained, anew in every pass: a share of the numbers that they read.
+
+    masks: dict of the names that the masks have in the parameter tree to those of the masks. widths: the columns of each
+    mask. A mask follows from the seed, the step, the pass and its name alone, so every backend draws the same one, and a run
+    that goes on the one that it would have drawn.
+    """
+
+    masks: dict[str, str]
+    widths: dict[str, int]
+    share: float
+    seed: int
+
+    def draw(self, name: str, rows: int, moment: tuple[int, int]) -> np.ndarray:
+        """A mask (rows, width), float32: 0 for what is hidden, 1/(1-share) for the rest.
+
+        moment: the step, and the first of these rows in its batch. The masks of its passes are the rows of the mask that a
+        step in one pass has.
+        """
+        (step, first), width = moment, self.widths[name]
+        words = -(-width // 4)  # of 64 bits, for a row: 16 a number
+        generator = np.random.PCG64(np.random.SeedSequence([self.seed, step, zlib.crc32(name.encode())]))
+        generator.advance(first * words)
+        drawn = generator.random_raw(rows * words).view(np.uint16).reshape(rows, -1)[:, :width]
+        return (drawn >= round(self.share * 2**16)) * np.float32(1 / (1 - self.share))
+
+
 @dataclass(frozen=True)
 class Weights:
     """The parameters of a model, by who owns them and whether they are trained.
@@ -22,7 +50,7 @@ class Weights:
     starting values of one of them into the float32 array `out`. trained: the names among them that have a gradient and
     AdamW moments (None: all); the others keep their values. borrowed: dict of names to leaves that stay where they are
     and are never trained: float32 arrays, or `toy.quantized.QuantizedMatrix`. model_options: further arguments of the
-    model, such as lora_scale. hp_mode: the AdamW convention (None: the model's).
+    model, such as lora_scale. hp_mode: the AdamW convention (None: the model's). dropout: of adapters, None = none.
     """
 
     own: Shapes
@@ -31,6 +59,7 @@ class Weights:
     borrowed: dict[str, Leaf] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
     hp_mode: int | None = None
+    dropout: Dropout | None = None
 
     def __post_init__(self) -> None:
         trained = frozenset(self.own if self.trained is None else self.trained)

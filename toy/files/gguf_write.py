@@ -98,20 +98,23 @@ def _leaf(leaf):
 
 class Adapter(NamedTuple):
     """A LoRA adapter. parameters: dict of `blk.0.attn_q.lora_a` (rank, in) and `...lora_b` (out, rank), float32, to be
-    put into the parameter tree beside the base's. alpha: scale = alpha / rank. metadata: all keys of the file."""
+    put into the parameter tree beside the base's. rank: the largest, of pairs that may have different ones. alpha: the
+    product is scaled by alpha / rank, None = by 1. metadata: all keys of the file. ignored: names of its norms, which
+    llama.cpp does not read."""
 
     architecture: str
     rank: int
-    alpha: float
+    alpha: float | None
     parameters: dict[str, np.ndarray]
     metadata: dict[str, Any]
+    ignored: tuple[str, ...] = ()
 
 
 def write_adapter(
     path: StrPath,
     config: LanguageModelConfig,
     adapters: Mapping[str, npt.ArrayLike],
-    alpha: float,
+    alpha: float | None,
     base: GGUF | Mapping[str, Leaf] | None = None,
     metadata: Mapping[str, Any] | None = None,
     architecture: str | None = None,
@@ -119,25 +122,27 @@ def write_adapter(
     """Write LoRA adapters as the GGUF file that llama.cpp takes with --lora, in F32; atomically.
 
     config: of the base model. adapters: mapping of `blk.0.attn_q.lora_a` (rank, in) and `blk.0.attn_q.lora_b` (out, rank),
-    as in the parameter tree. base: the base model (a `GGUF`, or its parameters), whose fingerprint is recorded so that
-    `read_adapter` knows it again. metadata: as `write_gguf`. architecture: of the file that the base is in, which llama.cpp
-    compares; None: that of a base that is a `GGUF`, or the one in which such a model is written.
-    Raises ValueError for adapters that do not fit the model or are of different ranks; OSError as `write_gguf`.
+    as in the parameter tree. alpha: every product is scaled by alpha / its rank, None: by 1. base: the base model (a `GGUF`,
+    or its parameters), whose fingerprint is recorded so that `read_adapter` knows it again. metadata: as `write_gguf`.
+    architecture: of the file that the base is in, which llama.cpp compares; None: that of a base that is a `GGUF`, or the one
+    in which such a model is written.
+    Raises ValueError for adapters that do not fit the model; OSError as `write_gguf`.
     """
     parameters = {name: np.asarray(array) for name, array in dict(adapters).items()}
     check_adapter(parameters, config)
     if architecture is None and isinstance(base, GGUF):
         architecture = base.architecture
-    if not (np.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be a positive number, got {alpha!r}")
+    if alpha is not None and not (np.isfinite(alpha) and alpha != 0):
+        raise ValueError(f"alpha must be a positive number, or one below 0 to take away, got {alpha!r}")
     entries = {
         "general.type": "adapter",
         "general.architecture": architecture or gguf_models.architecture_of(config),
         "general.name": "toy LoRA adapter",
         "general.file_type": 0,
         "adapter.type": "lora",
-        "adapter.lora.alpha": float(alpha),
     }
+    if alpha is not None:
+        entries["adapter.lora.alpha"] = float(alpha)
     if base is not None:
         entries["toy.base.fingerprint"] = fingerprint(base)
     _add_own(entries, metadata, "general.name")
@@ -151,8 +156,9 @@ def read_adapter(
     """The LoRA adapter in a GGUF file -> `Adapter`.
 
     config: of the model it is for; base: that model (a `GGUF`, or its parameters), compared with the fingerprint in the file
-    if there is one. Raises BadFileError for a damaged file, ValueError for one that is no LoRA adapter or is for another
-    base.
+    if there is one. As in llama.cpp every pair has a rank of its own, an alpha of 0, or none, means a scale of 1, and norms
+    in the file are not read. Raises BadFileError for a damaged file, ValueError for one that is no LoRA adapter, has what
+    cannot be used, or is for another base.
     """
     with GGUF.open(path) as gguf:
         entries = dict(gguf.metadata)
@@ -160,15 +166,23 @@ def read_adapter(
             raise ValueError(
                 f"{path} is not a LoRA adapter (general.type is {gguf_models.short(entries.get('general.type'))})"
             )
-        alpha = entries.get("adapter.lora.alpha")
-        if type(alpha) is not float or not (np.isfinite(alpha) and alpha > 0):
-            raise BadFileError(path, f"has adapter.lora.alpha = {gguf_models.short(alpha)}, expected a positive number")
-        parameters = {}
+        alpha = entries.get("adapter.lora.alpha", 0.0)
+        if type(alpha) is not float or not np.isfinite(alpha):
+            raise BadFileError(path, f"has adapter.lora.alpha = {gguf_models.short(alpha)}, expected a float")
+        if invoked := sorted(key for key in entries if key.startswith("adapter.alora.")):
+            raise ValueError(
+                f"{path} has {invoked[0]}: it is to correct only what follows certain tokens, and this library has "
+                "adapters for all tokens alone"
+            )
+        parameters, ignored = {}, []
         for name in gguf.tensors:
+            if name.endswith("_norm.weight"):
+                ignored.append(name)
+                continue
             match = re.fullmatch(r"(.+)\.weight\.(lora_[ab])", name)
             if match is None:
                 raise ValueError(
-                    f"{path} has the tensor {name!r}, which is no part of an adapter that toy.Llama can use"
+                    f"{path} has the tensor {name!r}, which is no part of an adapter that this library can use"
                 )
             parameters[f"{match[1]}.{match[2]}"] = array = gguf.dequantize(name)
             if not np.isfinite(array).all():
@@ -176,13 +190,13 @@ def read_adapter(
     try:
         if config is not None and not gguf_models.is_architecture_of(gguf.architecture, config):
             raise ValueError(f"it is for a {gguf.architecture} model, not {gguf_models.architecture_of(config)}")
-        rank = check_adapter(parameters, config)
+        ranks = check_adapter(parameters, config)
     except ValueError as error:
         raise ValueError(f"{path} is an adapter for another base: {error}") from error
     recorded = entries.get("toy.base.fingerprint")
     if base is not None and recorded is not None and recorded != fingerprint(base):
         raise ValueError(f"{path} is an adapter for another base: the weights of its model are not these")
-    return Adapter(gguf.architecture, rank, alpha, parameters, entries)
+    return Adapter(gguf.architecture, max(ranks.values()), alpha or None, parameters, entries, tuple(ignored))
 
 
 def fingerprint(base: GGUF | Mapping[str, Leaf]) -> str:
@@ -211,12 +225,18 @@ def digest(leaves: Mapping[str, Leaf]) -> str:
     return result.hexdigest()
 
 
-def check_adapter(parameters: Mapping[str, np.ndarray], config: LanguageModelConfig | None = None) -> int:
-    """-> the rank. Raises ValueError unless there are pairs of one rank that fit the matrices of `config` (None: any)."""
+EMBEDDING = "token_embd"  # the one matrix whose rows are looked up: lora_a is (V, rank) and lora_b (D, rank)
+
+
+def check_adapter(parameters: Mapping[str, np.ndarray], config: LanguageModelConfig | None = None) -> dict[str, int]:
+    """dict of the matrices, `blk.0.attn_q`, to the ranks of their adapters.
+
+    Raises ValueError unless there are pairs that fit the matrices of `config` (None: any).
+    """
     shapes = None if config is None else gguf_models.parameter_shapes(config)
     if not parameters:
         raise ValueError("it has no adapters")
-    ranks = set()
+    ranks: dict[str, int] = {}
     for name, array in parameters.items():
         stem, _, kind = name.rpartition(".")
         other = f"{stem}.{'lora_b' if kind == 'lora_a' else 'lora_a'}"
@@ -226,17 +246,38 @@ def check_adapter(parameters: Mapping[str, np.ndarray], config: LanguageModelCon
             raise ValueError(f"{name} has shape {array.shape}, expected a matrix")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} holds numbers that are not finite")
-        ranks.add(array.shape[0 if kind == "lora_a" else 1])
+        inner = rank_axes(stem)["ab".index(kind[-1])]
+        if ranks.setdefault(stem, array.shape[inner]) != array.shape[inner]:
+            raise ValueError(f"the adapters of {stem} have different ranks: {ranks[stem]} and {array.shape[inner]}")
         if shapes is not None:
             weight = shapes.get(f"{stem}.weight")
             if weight is None or len(weight) != 2:
-                raise ValueError(f"the model has no matrix {stem}.weight")
-            have, want = (array.shape[1], weight[1]) if kind == "lora_a" else (array.shape[0], weight[0])
-            if have != want:
-                raise ValueError(f"{name} has shape {array.shape} and {stem}.weight {weight}")
-    if len(ranks) != 1:
-        raise ValueError(f"its adapters have different ranks: {', '.join(map(str, sorted(ranks)))}")
-    return ranks.pop()
+                tied = ": its output matrix is its token embedding" if stem == "output" else ""
+                raise ValueError(f"the model has no matrix {stem}.weight{tied}")
+            if stem == EMBEDDING and "output.weight" not in shapes:
+                raise ValueError(
+                    f"it corrects {stem}.weight, which is the model's output matrix too: llama.cpp takes no such adapter"
+                )
+            if stem == "position_embd":
+                raise ValueError(
+                    f"{stem}.weight is looked up, and llama.cpp corrects only matrices that are multiplied"
+                )
+            looked_up, is_a = stem == EMBEDDING, kind == "lora_a"
+            if array.shape[1 - inner] != weight[0 if looked_up == is_a else 1]:
+                wanted = ", whose adapters are (rows, rank) and (columns, rank)" if looked_up else ""
+                raise ValueError(f"{name} has shape {array.shape} and {stem}.weight {weight}{wanted}")
+    return ranks
+
+
+def rank_axes(stem: str) -> tuple[int, int]:
+    """Which axis of the `lora_a` and the `lora_b` of a matrix is the rank."""
+    return (1 if stem == EMBEDDING else 0), 1
+
+
+def product(stem: str, lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarray:
+    """The correction of a matrix (out, in) by its adapters, float64: B A, of the embedding A B^T."""
+    a, b = np.asarray(lora_a, np.float64), np.asarray(lora_b, np.float64)
+    return a @ b.T if stem == EMBEDDING else b @ a
 
 
 def _add_own(entries, metadata, *replaceable):

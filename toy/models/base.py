@@ -132,13 +132,14 @@ class Model:
         return Recomputed(forward) if layer < self.recompute else cache
 
     def blocks_backward(
-        self, d_x: Array, cache_list: list[Any], gradient_blocks: Sequence[Block], release_cache: bool
+        self, d_x: Array, cache_list: list[Any], gradient_blocks: Sequence[Block], release_cache: bool, lowest: int = 0
     ) -> Array:
         """d_x: gradient of the last block's output (N, D) -> that of the first one's input (N, D). Adds to the gradients.
 
-        A cache that was not kept is made again. release_cache: each is dropped after use.
+        A cache that was not kept is made again. release_cache: each is dropped after use. lowest: the block to stop at, see
+        `GradientTree.lowest_block`; what comes back is then the gradient of its input, which nobody needs.
         """
-        for i in reversed(range(len(cache_list))):
+        for i in reversed(range(lowest, len(cache_list))):
             d_x = self.block_backward(d_x, self._made_again(cache_list[i]), gradient_blocks[i])
             if release_cache:
                 cache_list[i] = None
@@ -171,6 +172,11 @@ class LanguageModel(Model):
     unembed_rows: Callable[[Array], tuple[Any, ...]]
     hidden_rows_backward: Callable[..., None]
     loss_rows: Callable[[Array, Array, GradientTree | None], tuple[float, Array | None]]
+
+    def __init__(self, config: LanguageModelConfig, seed: int = 0, *, lora_scale: float = 1.0, **options: Any) -> None:
+        """lora_scale: what the product of LoRA adapters is multiplied by, if the tree has any. Others as `Model`."""
+        super().__init__(config, seed, **options)
+        self.lora_scale = lora_scale
 
     def loss(self, inputs: Mapping[str, Array], labels: Array, batch: int, grads: GradientTree | None = None) -> float:
         x, *caches = self.hidden_rows(**inputs, batch=batch, keep_cache=grads is not None)  # (N, D)

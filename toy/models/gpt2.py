@@ -5,7 +5,8 @@
                 x = x + W_down gelu(W_up LayerNorm(x) + bias) + bias
     logits = LayerNorm(x) E^T                  (tied)
 
-The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = d_model, F = d_ff, V = vocab_size.
+The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = d_model, F = d_ff, V = vocab_size. The four
+matrices of a block go through `project`, where LoRA adapters may join.
 """
 
 from functools import partial
@@ -15,6 +16,7 @@ from toy.adamw import AdamW
 from toy.config import GPT2Config
 from toy.models.base import KeyValueCache, LanguageModel
 from toy.models.gguf_form import SIZES, Form, Key
+from toy.models.lora import project, project_backward
 from toy.models.parameters import Block, GradientTree, Shapes, Stds, residual_stream_stds
 from toy.op_table import Array, OpCache
 
@@ -133,20 +135,20 @@ class GPT2(LanguageModel):
         self, layer: int, block: Block, x: Array, batch: int, kv_cache: KeyValueCache | None = None
     ) -> tuple[Array, BlockCache]:
         """x: (N, D) -> x (N, D), cache."""
-        ops, d = self.ops, self.config.d_model
+        ops, d, scale = self.ops, self.config.d_model, self.lora_scale
         h, attn_norm = ops.layer_norm(x, block.attn_norm.weight, block.attn_norm.bias, NORM_EPS)  # (N, D)
-        qkv, attn_qkv = ops.linear(h, block.attn_qkv.weight, block.attn_qkv.bias)  # (N, 3D)
+        qkv, attn_qkv = project(ops, h, block.attn_qkv, scale)  # (N, 3D)
         q, k, v = ops.split(qkv, (d, d, d))  # (N, D) each
         if kv_cache is not None:
             k, v = kv_cache.extend(layer, k, v)  # (T_past + T, D)
         a, attention = ops.attention(q, k, v, batch, self.config.n_heads, causal=True)  # (N, D)
-        a, attn_output = ops.linear(a, block.attn_output.weight, block.attn_output.bias)  # (N, D)
+        a, attn_output = project(ops, a, block.attn_output, scale)  # (N, D)
         x = ops.add(x, a)  # (N, D)
 
         h, ffn_norm = ops.layer_norm(x, block.ffn_norm.weight, block.ffn_norm.bias, NORM_EPS)  # (N, D)
-        f, ffn_up = ops.linear(h, block.ffn_up.weight, block.ffn_up.bias)  # (N, F)
+        f, ffn_up = project(ops, h, block.ffn_up, scale)  # (N, F)
         f, gelu = ops.gelu(f)  # (N, F)
-        f, ffn_down = ops.linear(f, block.ffn_down.weight, block.ffn_down.bias)  # (N, D)
+        f, ffn_down = project(ops, f, block.ffn_down, scale)  # (N, D)
         x = ops.add(x, f)  # (N, D)
         return x, BlockCache(attn_norm, attn_qkv, attention, attn_output, ffn_norm, ffn_up, gelu, ffn_down)
 
@@ -170,23 +172,23 @@ class GPT2(LanguageModel):
     ) -> None:
         """d_x: gradient of what `hidden_rows` gave (N, D). Adds to grads."""
         ops = self.ops
-        d_x = self.blocks_backward(d_x, block_caches, grads.blk, release_cache)  # (N, D)
+        d_x = self.blocks_backward(d_x, block_caches, grads.blk, release_cache, grads.lowest_block())  # (N, D)
         ops.embedding_backward(d_x, position_cache, grads.position_embd.weight)
         # second use of E: the same gradient collects both
         ops.embedding_backward(d_x, token_cache, grads.token_embd.weight)
 
     def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
-        ops = self.ops
-        d_f = ops.linear_backward(d_x, cache.ffn_down, grads.ffn_down.weight, grads.ffn_down.bias)  # (N, F)
+        ops, scale = self.ops, self.lora_scale
+        d_f = project_backward(ops, d_x, cache.ffn_down, grads.ffn_down, scale)  # (N, F)
         d_f = ops.gelu_backward(d_f, cache.gelu)  # (N, F)
-        d_h = ops.linear_backward(d_f, cache.ffn_up, grads.ffn_up.weight, grads.ffn_up.bias)  # (N, D)
+        d_h = project_backward(ops, d_f, cache.ffn_up, grads.ffn_up, scale)  # (N, D)
         d_h = ops.layer_norm_backward(d_h, cache.ffn_norm, grads.ffn_norm.weight, grads.ffn_norm.bias)  # (N, D)
         d_x = ops.add(d_x, d_h)  # the residual stream and the branch
 
-        d_a = ops.linear_backward(d_x, cache.attn_output, grads.attn_output.weight, grads.attn_output.bias)  # (N, D)
+        d_a = project_backward(ops, d_x, cache.attn_output, grads.attn_output, scale)  # (N, D)
         d_qkv = ops.concat(ops.attention_backward(d_a, cache.attention))  # (N, 3D)
-        d_h = ops.linear_backward(d_qkv, cache.attn_qkv, grads.attn_qkv.weight, grads.attn_qkv.bias)  # (N, D)
+        d_h = project_backward(ops, d_qkv, cache.attn_qkv, grads.attn_qkv, scale)  # (N, D)
         d_h = ops.layer_norm_backward(d_h, cache.attn_norm, grads.attn_norm.weight, grads.attn_norm.bias)  # (N, D)
         return ops.add(d_x, d_h)
 

@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 
 from toy.config import LanguageModelConfig, LlamaConfig
+from toy.models.lora import look_up, look_up_backward, project, project_backward
 from toy.models.parameters import Namespace, Shapes
 from toy.op_table import Array, OpCache, OpTable
 from toy.quantized import Leaf, dequantized
@@ -25,32 +26,38 @@ def lens_shapes(config: LanguageModelConfig, donor_width: int) -> Shapes:
     return shapes
 
 
-def embed(ops: OpTable, token_ids: Array, layer: Namespace) -> tuple[Array, tuple[OpCache, OpCache | None]]:
-    """token_ids: (N,) -> (N, D), cache. layer: a node of the parameter tree with `weight`, and maybe `lens`."""
-    x, lookup = ops.embedding(token_ids, layer.weight)  # (N, D), or (N, E) of a donor
+def embed(
+    ops: OpTable, token_ids: Array, layer: Namespace, scale: float = 1.0
+) -> tuple[Array, tuple[OpCache, OpCache | None]]:
+    """token_ids: (N,) -> (N, D), cache. layer: a node of the parameter tree with `weight`, and maybe `lens` or adapters,
+    whose product is multiplied by `scale`."""
+    x, lookup = look_up(ops, token_ids, layer, scale)  # (N, D), or (N, E) of a donor
     if not hasattr(layer, "lens"):
         return x, (lookup, None)
     x, projection = ops.linear(x, layer.lens)  # (N, D)
     return x, (lookup, projection)
 
 
-def embed_backward(ops: OpTable, d_x: Array, cache: tuple[OpCache, OpCache | None], grads: Namespace) -> None:
+def embed_backward(
+    ops: OpTable, d_x: Array, cache: tuple[OpCache, OpCache | None], grads: Namespace, scale: float = 1.0
+) -> None:
     """d_x: (N, D). Adds to grads, the node of the gradient tree."""
     lookup, projection = cache
     if projection is not None:
         ops.linear_backward(d_x, projection, grads.lens)  # the donor is frozen: its gradient is not wanted
     else:
-        ops.embedding_backward(d_x, lookup, grads.weight)
+        look_up_backward(ops, d_x, lookup, grads, scale)
 
 
 def unembed(
-    ops: OpTable, x: Array, weight: Leaf, lens: Array | None = None
+    ops: OpTable, x: Array, layer: Namespace, lens: Array | None = None, scale: float = 1.0
 ) -> tuple[Array, tuple[OpCache, OpCache | None]]:
-    """x: (N, D) -> logits (N, V), cache. weight: (V, D), or (V, E) of a donor with its `lens` (E, D)."""
+    """x: (N, D) -> logits (N, V), cache. layer: a node of the parameter tree with `weight` (V, D), or (V, E) of a donor with
+    its `lens` (E, D), and maybe adapters, whose product is multiplied by `scale`."""
     projection = None
     if lens is not None:
         x, projection = ops.linear(x, lens)  # (N, E)
-    logits, product = ops.linear(x, weight)  # (N, V)
+    logits, product = project(ops, x, layer, scale)  # (N, V)
     return logits, (product, projection)
 
 
@@ -58,33 +65,45 @@ def unembed_backward(
     ops: OpTable,
     d_logits: Array,
     cache: tuple[OpCache, OpCache | None],
-    d_weight: Array | None,
+    grads: Namespace,
     d_lens: Array | None = None,
+    scale: float = 1.0,
 ) -> Array:
-    """d_logits: (N, V) -> d_x (N, D). Adds to the gradients."""
+    """d_logits: (N, V) -> d_x (N, D). Adds to grads, the node of the gradient tree, and to d_lens."""
     product, projection = cache
-    d_x = ops.linear_backward(d_logits, product, d_weight)
+    d_x = project_backward(ops, d_logits, product, grads, scale)
     return d_x if projection is None else ops.linear_backward(d_x, projection, d_lens)
 
 
 def unembed_loss(
     ops: OpTable,
     x: Array,
-    head: tuple[Leaf, Array | None],
+    head: tuple[Namespace, Array | None],
     labels: Array,
     cap: float | None,
-    d_head: tuple[Array | None, Array | None] | None,
+    d_head: tuple[Namespace, Array | None] | None,
+    scale: float = 1.0,
 ) -> tuple[float, Array | None]:
     """x: (N, D), labels: of its rows -> the mean loss of the logits that `unembed` makes of x, capped, and d_x (N, D).
 
-    head: weight and lens, d_head: their gradients, which are added to; None: the loss alone, None for d_x.
+    head: the layer and the lens of `unembed`, d_head: those of the gradients, which are added to; None: the loss alone, None
+    for d_x.
     """
-    (weight, lens), projection = head, None
+    (layer, lens), projection = head, None
+    if hasattr(layer, "lora_a"):  # the op that never has all logits knows of one matrix
+        logits, cache = unembed(ops, x, layer, lens, scale)  # (N, V)
+        logits, capped = (logits, None) if cap is None else ops.softcap(logits, cap)
+        loss, loss_cache = ops.cross_entropy(logits, labels)
+        if d_head is None:
+            return loss, None
+        d_logits = ops.cross_entropy_backward(loss_cache)  # (N, V)
+        d_logits = d_logits if capped is None else ops.softcap_backward(d_logits, capped)
+        return loss, unembed_backward(ops, d_logits, cache, *d_head, scale)
     if lens is not None:
         x, projection = ops.linear(x, lens)  # (N, E)
     if d_head is None:
-        return ops.linear_cross_entropy(x, weight, labels, cap, backward=False)
-    loss, d_x = ops.linear_cross_entropy(x, weight, labels, cap, d_head[0])
+        return ops.linear_cross_entropy(x, layer.weight, labels, cap, backward=False)
+    loss, d_x = ops.linear_cross_entropy(x, layer.weight, labels, cap, d_head[0].weight)
     return loss, d_x if projection is None else ops.linear_backward(d_x, projection, d_head[1])
 
 

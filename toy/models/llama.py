@@ -64,16 +64,14 @@ class Cache(NamedTuple):
 
 
 class Llama(LanguageModel):
-    """Llama of any size, made from a `LlamaConfig`. lora_scale: alpha / rank of the adapters, if the tree has any. The
-    other arguments are those of `LanguageModel`."""
+    """Llama of any size, made from a `LlamaConfig`. The other arguments are those of `LanguageModel`."""
 
     arch = "llama"
     hp_mode = AdamW.MODE_FROM_SCRATCH
     config: LlamaConfig
 
-    def __init__(self, config: LlamaConfig, seed: int = 0, *, lora_scale: float = 1.0, **options: Any) -> None:
+    def __init__(self, config: LlamaConfig, seed: int = 0, **options: Any) -> None:
         super().__init__(config, seed, **options)
-        self.lora_scale = lora_scale
         self.rotations = {windowed: rotation(config, windowed) for windowed in (False, True)}
         # the op `attention` divides by the root of d_head: what q is multiplied with for another scale
         self.query_scale = 1.0 if config.attention_scale is None else config.attention_scale * config.d_head**0.5
@@ -119,10 +117,10 @@ class Llama(LanguageModel):
         return residual_stream_stds(Llama.parameter_shapes(config), config.n_layers)
 
     def head(self, tree: ParameterTree) -> tuple[Any, Any]:
-        """The output matrix in a parameter or gradient tree, and its lens (None: it has none)."""
+        """The node with the output matrix in a parameter or gradient tree, and its lens (None: it has none)."""
         if self.config.untied:
-            return tree.output.weight, None
-        return tree.token_embd.weight, tree.output.lens if hasattr(tree, "output") else None
+            return tree.output, None
+        return tree.token_embd, tree.output.lens if hasattr(tree, "output") else None
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -147,7 +145,7 @@ class Llama(LanguageModel):
         keep_cache: False when no backward follows; the blocks' activations are then freed at once.
         """
         ops, p = self.ops, self.parameters
-        x, token_cache = embed(ops, token_ids, p.token_embd)  # (N, D)
+        x, token_cache = embed(ops, token_ids, p.token_embd, self.lora_scale)  # (N, D)
         x = self.scaled(x, self.config.embedding_scale)  # (N, D)
         block_caches = []
         for layer, block in enumerate(p.blk):
@@ -161,8 +159,7 @@ class Llama(LanguageModel):
         ops, p, c = self.ops, self.parameters, self.config
         x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
         x = self.scaled(x, 1 / c.logit_scale)  # (N, D), which is less than the logits are
-        weight, lens = self.head(p)
-        logits, unembed_cache = unembed(ops, x, weight, lens)  # (N, V)
+        logits, unembed_cache = unembed(ops, x, *self.head(p), self.lora_scale)  # (N, V)
         softcap_cache = None
         if c.logit_softcap is not None:
             logits, softcap_cache = ops.softcap(logits, c.logit_softcap)  # (N, V)
@@ -176,9 +173,8 @@ class Llama(LanguageModel):
         ops, p, c = self.ops, self.parameters, self.config
         x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
         x = self.scaled(x, 1 / c.logit_scale)  # (N, D)
-        loss, d_x = unembed_loss(
-            ops, x, self.head(p), labels, c.logit_softcap, None if grads is None else self.head(grads)
-        )
+        d_head = None if grads is None else self.head(grads)
+        loss, d_x = unembed_loss(ops, x, self.head(p), labels, c.logit_softcap, d_head, self.lora_scale)
         if grads is None:
             return loss, None
         d_x = self.scaled(d_x, 1 / c.logit_scale)  # (N, D)
@@ -256,7 +252,7 @@ class Llama(LanguageModel):
         ops = self.ops
         if cache.softcap is not None:
             d_logits = ops.softcap_backward(d_logits, cache.softcap)  # (N, V)
-        d_x = unembed_backward(ops, d_logits, cache.unembed, *self.head(grads))  # (N, D)
+        d_x = unembed_backward(ops, d_logits, cache.unembed, *self.head(grads), self.lora_scale)  # (N, D)
         d_x = self.scaled(d_x, 1 / self.config.logit_scale)  # (N, D)
         d_x = ops.rms_norm_backward(d_x, cache.output_norm, grads.output_norm.weight)  # (N, D)
         self.hidden_rows_backward(d_x, cache.token, cache.blocks, grads, release_cache)
@@ -270,9 +266,10 @@ class Llama(LanguageModel):
         release_cache: bool = False,
     ) -> None:
         """d_x: gradient of what `hidden_rows` gave (N, D). Adds to grads."""
-        d_x = self.blocks_backward(d_x, block_caches, grads.blk, release_cache)  # (N, D)
+        d_x = self.blocks_backward(d_x, block_caches, grads.blk, release_cache, grads.lowest_block())  # (N, D)
         d_x = self.scaled(d_x, self.config.embedding_scale)  # (N, D)
-        embed_backward(self.ops, d_x, token_cache, grads.token_embd)  # tied: the second contribution
+        # tied: the second contribution
+        embed_backward(self.ops, d_x, token_cache, grads.token_embd, self.lora_scale)
 
     def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""

@@ -199,6 +199,12 @@ class GradientTree(ParameterTree):
         leaves, flat = _allocate({name: shape for name, shape in tree.shapes.items() if name in names}, tree.dtype)
         return cls({name: leaves.get(name) for name in tree}, flat)
 
+    def lowest_block(self) -> int:
+        """The number of the first of the blocks `blk` that a backward must reach: before it nothing has a gradient."""
+        if any(not name.startswith(("blk.", "output")) for name in self):
+            return 0
+        return min((int(name.split(".")[1]) for name in self if name.startswith("blk.")), default=len(self.blk))
+
     def fill_zero(self) -> None:
         self.flat.fill(0)
         self.loss = 0.0

@@ -134,10 +134,26 @@ def _fact_rows(gguf, config, problem):
 
 
 def _adapter_rows(gguf):
-    downs = [name for name in gguf.tensors if name.endswith(".weight.lora_a")]
-    yield "rank", ", ".join(map(str, sorted({gguf.tensors[name].shape[0] for name in downs})))
-    yield "alpha", f"{gguf.metadata.get('adapter.lora.alpha')}"
-    yield "on", ", ".join(sorted({name.removesuffix(".weight.lora_a").split(".")[-1] for name in downs}))
+    ups = {
+        name.removesuffix(".weight.lora_b"): gguf.tensors[name].shape
+        for name in gguf.tensors
+        if name.endswith("lora_b")
+    }
+    ranks, alpha = sorted({shape[-1] for shape in ups.values()}), gguf.metadata.get("adapter.lora.alpha")
+    yield "rank", ", ".join(map(str, ranks))
+    yield "alpha", f"{'none' if alpha is None else alpha}"
+    yield "scale", ", ".join(f"{alpha / rank:.4g}" for rank in ranks) if isinstance(alpha, float) and alpha else "1"
+    yield "on", ", ".join(sorted({name.split(".")[-1] for name in ups}))
+    if blocks := sorted({int(name.split(".")[1]) for name in ups if name.startswith("blk.")}):
+        yield "layers", f"{len(blocks)}, {blocks[0]} to {blocks[-1]}"
+    for key in ("task_name", "prompt_prefix"):
+        if isinstance(value := gguf.metadata.get(f"adapter.lora.{key}"), str):
+            yield key.replace("_", " "), value
+    if norms := [name for name in gguf.tensors if name.endswith("_norm.weight")]:
+        yield (
+            "not used",
+            f"{', '.join(norms[:3])}{' ...' if len(norms) > 3 else ''}: norms in an adapter, as in llama.cpp",
+        )
 
 
 def _model_rows(gguf, config):

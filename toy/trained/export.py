@@ -9,7 +9,7 @@ from toy.config import LanguageModelConfig, LlamaConfig
 from toy.files.atomic import StrPath
 from toy.files.gguf_models import architecture_of
 from toy.files.gguf_types import MIXES
-from toy.files.gguf_write import write_adapter, write_gguf
+from toy.files.gguf_write import product, write_adapter, write_gguf
 from toy.models.lens import without_lens
 from toy.quantized import Leaf, QuantizedMatrix, dequantized, quantize
 from toy.trained.load import Stored
@@ -78,7 +78,7 @@ def export_adapter(stored: Stored, path: StrPath) -> None:
 
     Raises ValueError for a model without adapters, and the errors of `write_adapter`.
     """
-    if not stored.adapters or stored.alpha is None:
+    if not stored.adapters:
         raise ValueError(f"{stored.path} has no adapters to export")
     write_adapter(
         path,
@@ -94,7 +94,7 @@ def merge_adapters(parameters: Mapping[str, Leaf], adapters: Mapping[str, np.nda
     """W + scale * B A for every matrix that has adapters (Hu et al. 2021, eq. 3); the other parameters as they are.
 
     parameters: dict of names to arrays or `toy.quantized.QuantizedMatrix`. adapters: dict of `blk.0.attn_q.lora_a` (rank, in)
-    and `blk.0.attn_q.lora_b` (out, rank). The merged matrices are new float32 arrays.
+    and `blk.0.attn_q.lora_b` (out, rank), of any matrices. The merged matrices are new float32 arrays.
     Raises ValueError for adapters without a matrix of their own.
     """
     merged = dict(parameters)
@@ -104,6 +104,6 @@ def merge_adapters(parameters: Mapping[str, Leaf], adapters: Mapping[str, np.nda
             continue
         if f"{stem}.weight" not in parameters:
             raise ValueError(f"there is no matrix {stem}.weight to merge {name} into")
-        correction = np.asarray(adapters[f"{stem}.lora_b"], np.float64) @ lora_a  # (out, in)
+        correction = product(stem, lora_a, adapters[f"{stem}.lora_b"])  # (out, in)
         merged[f"{stem}.weight"] = (dequantized(parameters[f"{stem}.weight"]) + scale * correction).astype(np.float32)
     return merged

@@ -19,21 +19,24 @@ from toy.engines.source import borrowed_parameters
 from toy.files import BadFileError, Checkpoint, Run, read_checkpoint
 from toy.files.atomic import StrPath
 from toy.files.gguf import GGUF
-from toy.files.gguf_write import check_adapter, digest, read_adapter
+from toy.files.gguf_write import check_adapter, digest, rank_axes
 from toy.files.places import find_model
 from toy.models import ARCHITECTURES, ParameterTree, architecture_of, model_for
 from toy.models.base import LanguageModel, Model
 from toy.models.lens import lens_shapes, without_lens
+from toy.models.lora import scale_of
 from toy.models.parameters import Shapes, check_arrays
 from toy.quantized import Leaf, dequantized
 from toy.switch import eager_ops
+from toy.trained.adapters import Adapters, read_adapters, with_scales
 
 
 class Stored(NamedTuple):
     """A model as it lies in its file.
 
     parameters: dict of names to float32 arrays and, out of a GGUF file, `toy.quantized.QuantizedMatrix`. adapters: dict of
-    `blk.0.attn_q.lora_a` ... to arrays, empty without an adapter; alpha: theirs. tokenizer: None where there is none.
+    `blk.0.attn_q.lora_a` ... to arrays, empty without an adapter; alpha: theirs, None = the scale is in them. tokenizer: None
+    where there is none.
     step: of the checkpoint, None for a GGUF file. name: what the model is called, "" where nobody said.
     base: the GGUF file that a LoRA run's adapters are for. about: the whole config of a run, empty for a GGUF file.
     in_gguf: the architecture that the GGUF file names, which may be another name for `arch`; None for a run of its own.
@@ -72,7 +75,8 @@ class Stored(NamedTuple):
     @property
     def lora_scale(self) -> float:
         """alpha / rank, by which the adapters' product is multiplied."""
-        rank = next(len(array) for name, array in self.adapters.items() if name.endswith("lora_a"))
+        name, lora_a = next((name, array) for name, array in self.adapters.items() if name.endswith("lora_a"))
+        rank = lora_a.shape[rank_axes(name.removesuffix(".lora_a"))[0]]
         return 1.0 if self.alpha is None else self.alpha / rank
 
 
@@ -85,7 +89,7 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    path: StrPath, adapter: StrPath | None = None, backend: str = "auto", checkpoint: str | int = "last"
+    path: StrPath, adapter: Adapters | None = None, backend: str = "auto", checkpoint: str | int = "last"
 ) -> Trained:
     """A model that exists, ready to generate from or to be evaluated -> `Trained`.
 
@@ -101,11 +105,12 @@ def load_trained(
     return Trained(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored.step)
 
 
-def read_trained(path: StrPath, adapter: StrPath | None = None, checkpoint: str | int = "last") -> Stored:
+def read_trained(path: StrPath, adapter: Adapters | None = None, checkpoint: str | int = "last") -> Stored:
     """The weights, the config and the tokenizer of a model -> `Stored`.
 
     path: a run directory, a checkpoint file, a GGUF file, or the name of a model on this machine (`toy list`). adapter: the
-    path of an adapter GGUF made for this model. checkpoint: of a run, "last", "best" (the lowest validation loss) or a step.
+    path of an adapter GGUF made for this model, several of them, or a mapping of paths to what each is multiplied by.
+    checkpoint: of a run, "last", "best" (the lowest validation loss) or a step.
     Raises FileNotFoundError for a path where nothing is and for a base that is gone, BadFileError for a damaged file,
     ValueError for a sound one that does not serve: another architecture, an adapter for another base.
     """
@@ -114,13 +119,17 @@ def read_trained(path: StrPath, adapter: StrPath | None = None, checkpoint: str 
     if checkpoint != "last" and not path.is_dir():
         raise ValueError(f"{path} is one file, and checkpoint {checkpoint} chooses among those of a run: leave it out")
     stored = _from_gguf(path) if in_gguf else _from_run(path, checkpoint)
-    if adapter is None:
+    adapters = with_scales(adapter)
+    if not adapters:
         return stored
+    names = ", ".join(str(name) for name, _ in adapters)
     if stored.adapters:
-        raise ValueError(f"{path} has an adapter of its own already: leave out {adapter}")
-    if not isinstance(stored.config, LlamaConfig):
-        raise ValueError(f"{adapter} cannot be put on {path}: LoRA adapters belong to a llama, this is a {stored.arch}")
-    read = read_adapter(adapter, stored.config, base=stored.parameters)
+        raise ValueError(f"{path} has an adapter of its own already: leave out {names}")
+    if not architecture_of(stored.config).in_gguf:
+        raise ValueError(
+            f"{names} cannot be put on {path}: LoRA adapters belong to a llama or a gpt2, this is a {stored.arch}"
+        )
+    read = read_adapters(adapters, cast(LanguageModelConfig, stored.config), stored.parameters)
     return stored._replace(adapters=read.parameters, alpha=read.alpha)
 
 
@@ -186,26 +195,28 @@ def _tokenizer_of(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer | No
 
 def _on_its_base(path: Path, checkpoint: Checkpoint, base: Any) -> Stored:
     """The model of a LoRA run: its checkpoint has the adapters, the GGUF file at base["path"] everything else."""
-    alpha, base_path = float(checkpoint.config["lora"]["alpha"]), _path_of_base(base)
+    lora, base_path = checkpoint.config["lora"], _path_of_base(base)
     stored = _from_gguf(base_path)
     _check_base(base_path, base, stored.parameters, path)
-    config, tokenizer = LlamaConfig(**checkpoint.config["model"]), stored.tokenizer
+    kind = ARCHITECTURES[checkpoint.config["arch"]].config
+    config, tokenizer = cast(LanguageModelConfig, kind(**checkpoint.config["model"])), stored.tokenizer
     own = checkpoint.config["tokenizer"]
     if own != NO_TOKENIZER and own["kind"] != "gguf":  # a recipe was saved with another one than its base has
         tokenizer = _tokenizer_of(checkpoint, config)
     shapes = {name: leaf.shape for name, leaf in stored.parameters.items()}
     if model_for(config).parameter_shapes(config) != shapes:
         raise BadFileError(base_path, f"is not the base model that {path} was trained on (its sizes are others)")
-    rank = check_adapter(checkpoint.parameters, config)
-    if not (alpha > 0 and rank == checkpoint.config["lora"]["rank"]):
-        raise ValueError(f"adapters of rank {rank} and alpha {alpha} do not fit {checkpoint.config['lora']}")
+    ranks = set(check_adapter(checkpoint.parameters, config).values())
+    alpha, rank = float(lora["alpha"]), lora["rank"]
+    if not (alpha > 0 and ranks == {rank}):
+        raise ValueError(f"adapters of rank {', '.join(map(str, sorted(ranks)))} do not fit {lora}")
     return stored._replace(
         path=path,
         config=config,
         tokenizer=tokenizer,
         step=checkpoint.step,
         adapters=dict(checkpoint.parameters),
-        alpha=alpha,
+        alpha=rank * scale_of(alpha, rank, lora.get("rslora", False)),
         base=base_path,
         about=checkpoint.config,
     )

@@ -12,6 +12,7 @@ from toy.files.atomic import StrPath
 from toy.models.base import LanguageModel, Model
 from toy.models.generation import Seed, generate
 from toy.switch import eager_ops
+from toy.trained.adapters import Adapters
 from toy.trained.classify import Classifier, ImageEvaluation, Prediction
 from toy.trained.evaluate import TextEvaluation, evaluate_text
 from toy.trained.load import Stored, first_prompt, read_trained, text_ids
@@ -24,14 +25,15 @@ M = TypeVar("M", bound=Model)
 
 
 def load(
-    path: StrPath, adapter: StrPath | None = None, backend: str = "auto", checkpoint: str | int = "last"
+    path: StrPath, adapter: Adapters | None = None, backend: str = "auto", checkpoint: str | int = "last"
 ) -> "Loaded | LoadedClassifier":
     """A model that exists, to use -> `Loaded`, or `LoadedClassifier` for an image model.
 
     path: a run directory, a checkpoint, a GGUF file, the name of a fetched model, or what `recipe.save` wrote. adapter: a
-    LoRA adapter (GGUF) to put on it. backend: "auto", "numpy", "cython" or "ggml" (which generates on the compiled
-    kernels). checkpoint: of a run, "last", "best" (the lowest validation loss) or a step. Raises FileNotFoundError for a path
-    where nothing is, BadFileError for a damaged file, ValueError for one that does not serve.
+    LoRA adapter (GGUF) to put on it, a list of several, or a dict of their paths to what each is multiplied by. backend:
+    "auto", "numpy", "cython" or "ggml" (which generates on the compiled kernels). checkpoint: of a run, "last", "best" (the
+    lowest validation loss) or a step. Raises FileNotFoundError for a path where nothing is, BadFileError for a damaged file,
+    ValueError for one that does not serve.
     """
     eager_ops(backend)  # a backend that is not there is told before anything is read
     stored = read_trained(path, adapter, checkpoint)

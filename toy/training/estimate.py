@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
+from toy.adamw import HyperParameterRow
 from toy.training.options import RunOptions
 from toy.training.start import Start
 
@@ -37,7 +38,8 @@ def measure(start: Start, step: int, writes: bool) -> Estimate:
 def seconds_of_a_step(start: Start, step: int) -> float:
     """Of one step and its batch, tried several times; weights, moments and everything random stay as they are."""
     # with a rate of 0 and betas of 1, AdamW leaves weights and moments as they are, to the bit
-    row = np.array([[0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]], np.float32)
+    row = np.array([[0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]], np.float32).view(HyperParameterRow)
+    row.step = step + 1  # dropout is drawn for it
     times: list[float] = []
     with np.errstate(all="ignore"):
         while len(times) < 3 or (sum(times) < TRIED_SECONDS and len(times) < 12):

@@ -1,38 +1,55 @@
 """LoRA: the options of the run, and how it begins."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from toy import recipes
-from toy.config import LlamaConfig
-from toy.engines.adapters import TARGETS, check_alpha, check_targets
+from toy.config import LanguageModelConfig
+from toy.engines.adapters import GROUPS, MATRICES, AdapterOptions, adapter_shapes, check_targets, targets_of
 from toy.engines.base import Arrays, Engine
 from toy.files.atomic import StrPath
 from toy.files.gguf_write import digest, write_adapter
-from toy.training.options import MODEL, FromModelOptions, again, option
+from toy.training.options import MODEL, STEPS, FromModelOptions, again, option
 from toy.training.start import Decision, FromGGUFStart
 
 
 @dataclass(frozen=True)
 class LoRAOptions(FromModelOptions):
-    """LoRA on a llama in a GGUF file. Raises ValueError for a value out of range."""
+    """LoRA on a model in a GGUF file. Raises ValueError for a value out of range."""
 
     recipe: ClassVar[str] = "lora"
 
     rank: int = option(8, "Rank of the adapters.", MODEL, at_least=1)
     alpha: float | None = option(None, "The adapters' product is scaled by alpha / rank.", MODEL, shown="as --rank")
-    targets: tuple[str, ...] = option(("q",), f"Which matrices get adapters: some of {','.join(TARGETS)}.", MODEL)
+    targets: tuple[str, ...] | None = option(
+        None,
+        f"Which matrices get adapters: some of {','.join(GROUPS)} (all of the layers) and {','.join(MATRICES)}.",
+        MODEL,
+        shown="q, or qkv where that is one matrix",
+    )
+    last_layers: int | None = option(
+        None, "Only so many layers at the end get adapters.", MODEL, shown="all", at_least=1
+    )
+    rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead, which does not shrink with the rank.", MODEL)
+    dropout: float = option(0.0, "Share of its inputs that an adapter does not see in a step, at random.", STEPS)
     init_scale: float = option(1.0, "Multiplies the standard deviation of the adapters' A.", MODEL)
     context: int = again("context", 128, FromModelOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "alpha", check_alpha(self.alpha, self.rank))
-        object.__setattr__(self, "targets", check_targets(self.targets))
+        object.__setattr__(self, "targets", None if self.targets is None else check_targets(self.targets))
+        object.__setattr__(self, "alpha", self.adapters.alpha)
+
+    @property
+    def adapters(self) -> AdapterOptions:
+        """What of them is about the adapters."""
+        fields = (field.name for field in dataclasses.fields(AdapterOptions))
+        return AdapterOptions(**{name: getattr(self, name) for name in fields})
 
 
 class LoRAStart(FromGGUFStart):
-    """Train LoRA adapters on a llama in a GGUF file.
+    """Train LoRA adapters on a llama, one of its relatives or a gpt2 in a GGUF file.
 
     The file stays as it is and is used in place, in its own tensor types; the run directory gets the adapters, also as a
     GGUF file that llama.cpp takes with --lora.
@@ -46,31 +63,38 @@ class LoRAStart(FromGGUFStart):
     recipe_class = recipes.LoRA
     options: LoRAOptions
     recipe: recipes.LoRA
-    config: LlamaConfig
+    config: LanguageModelConfig
+
+    def __init__(self, options: LoRAOptions) -> None:
+        super().__init__(options)
+        if self.options.targets is None:
+            self.options = dataclasses.replace(self.options, targets=targets_of(self.config, None))
 
     def check_config(self) -> None:
-        if not isinstance(self.config, LlamaConfig):
-            raise ValueError(
-                f"LoRA needs a model of architecture llama, {self.gguf.path} is a {self.gguf.architecture}"
-            )
+        adapter_shapes(self.config, self.options.adapters)
 
     def realize(self) -> None:
         o = self.options
         options = self.recipe_options(o.context, init_scale=o.init_scale)
-        self.recipe.realize(self.gguf, self.config, o.rank, options, alpha=o.alpha, targets=o.targets)
+        self.recipe.realize(self.gguf, self.config, opts=options, **dataclasses.asdict(o.adapters))
         self.base_digest = digest(cast(Engine, self.recipe.engine).weights.borrowed)
 
     def base_decisions(self) -> list[Decision]:
-        o, where = self.options, f"on {', '.join(self.options.targets)}"
+        o = self.options
+        where = f"on {', '.join(targets_of(self.config, o.targets))}"
+        where += "" if o.last_layers is None else f" of the last {o.last_layers} layers"
+        where += "; scaled by alpha / sqrt(rank)" if o.rslora else ""
+        where += f"; dropout {o.dropout:g}" if o.dropout else ""
         return [*super().base_decisions(), Decision("adapters", f"rank {o.rank}, alpha {o.alpha:g}", where)]
 
     def base(self) -> dict[str, Any]:
         o = self.options
         return {
             "base": {"path": o.model, "digest": self.base_digest},
-            "lora": {"rank": o.rank, "alpha": o.alpha, "targets": list(o.targets)},
+            "lora": o.adapters.record(self.config),
         }
 
     def write_gguf(self, path: StrPath, parameters: Arrays) -> None:
         """Write the adapters as the GGUF file that llama.cpp takes with --lora."""
-        write_adapter(path, self.config, parameters, cast(float, self.options.alpha), base=self.gguf)
+        adapters = self.options.adapters
+        write_adapter(path, self.config, parameters, adapters.scale * adapters.rank, base=self.gguf)

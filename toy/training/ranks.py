@@ -3,7 +3,8 @@ get from one to another, and how one that is lost is noticed.
 
 MPI is mpi4py and whatever MPI stands behind it; it is loaded only in a process that such a launcher started. Sums are not
 left to it: the standard advises, and does not promise, that the same numbers give the same sum (MPI 4.1, advice to
-implementors in the section on MPI_REDUCE). So MPI carries the numbers and this file adds them up, rank by rank, which takes as many bytes.
+implementors in the section on MPI_REDUCE). So MPI carries the numbers and this file adds them up, rank by rank, which takes
+as many bytes.
 """
 
 import contextlib

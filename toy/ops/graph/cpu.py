@@ -265,6 +265,12 @@ class CpuGraphOps(GraphOps):
     def add(self, a, b):
         return self._elementwise("add", a, b)
 
+    def masked(self, x, mask):
+        def record():
+            return super(CpuGraphOps, self).masked(self._recomputed(x), mask)
+
+        return self._cheap(super().masked(x, mask), record)
+
     # -- rope ---------------------------------------------------------------------------------------------------------
 
     def rope(self, x, positions, n_heads, base=10000.0, halves=False, factors=None, magnitude=1.0):

@@ -171,6 +171,9 @@ class GraphOps:
     def scale(self, x, factor):
         return self.graph.scale(x if x.is_contiguous else self.graph.cont(x), factor)
 
+    def masked(self, x, mask):
+        return self.graph.mul(x if x.is_contiguous else self.graph.cont(x), mask)
+
     def reshape(self, x, rows):
         size = x.shape[0] * x.shape[1]
         if rows < 1 or size % rows:
