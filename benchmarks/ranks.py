@@ -4,11 +4,11 @@
     python benchmarks/ranks.py                            the default of toy train from-scratch
     python benchmarks/ranks.py --shape baby --batch 16    a larger one
 
-Contenders take turns, each in processes of its own that wait meanwhile: one process with a thread for each processor; the
-same with half the processors and half the batch, which is what a rank computes; one rank under mpirun; two ranks with half
-the processors each. The prediction for two ranks is the time of half the batch plus that of adding up the gradients alone; it
-is compared with the measurement. Then the same model for more machines like this one, joined by a network: ring allreduce sends
-and receives 2 (K-1)/K gradients of 4 bytes a parameter on each machine, in 2 (K-1) messages.
+Contenders take turns, each in processes of its own that wait meanwhile: one process with a thread for each processor; one
+rank under mpirun; two ranks with half the processors each; two processes at once that know nothing of each other, with half the
+processors and half the batch each, which is what a rank computes. The prediction for two ranks is the time of the slower of
+these two plus that of adding up the gradients alone; it is compared with the measurement. Then the same model for more machines like this one, joined by a network: ring allreduce
+sends and receives 2 (K-1)/K gradients of 4 bytes a parameter on each machine, in 2 (K-1) messages.
 """
 
 import argparse
@@ -125,6 +125,24 @@ class Contender:
         self.process.wait()
 
 
+class Pair(Contender):
+    """Two of them at once; a step is over when the slower one's is."""
+
+    def __init__(self, arguments, threads, batch):
+        self.other = Contender(arguments, threads, batch)
+        super().__init__(arguments, threads, batch)
+
+    def tell(self, word):
+        for process in (self.process, self.other.process):
+            process.stdin.write(f"{word}\n")
+            process.stdin.flush()
+        return [max(pair) for pair in zip(self.read(), self.other.read())]
+
+    def close(self):
+        self.other.close()
+        super().close()
+
+
 def _mpirun():
     beside = Path(sys.executable).parent / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")
@@ -162,7 +180,7 @@ def main():
         "one process": Contender(arguments, all_of_them, batch),
         "one rank": Contender(arguments, all_of_them, batch, ranks=1),
         "two ranks": Contender(arguments, half, batch, ranks=2),
-        "half a batch": Contender(arguments, half, batch // 2),
+        "half a batch": Pair(arguments, half, batch // 2),
         "one sequence": Contender(arguments, half, 1),
     }
     adding, turns = [], max(3, round(arguments.seconds / arguments.burst))
@@ -198,8 +216,9 @@ def main():
             f"{what:<38}{seconds[a] / seconds[b]:>6.3f} of the fastest, {middle:.3f} of neighbours in time "
             f"({low:.3f} to {high:.3f}); bar {bar}"
         )
-    expected = seconds["half a batch"] + exchange
-    error = expected / seconds["two ranks"] - 1
+    middle = {name: statistics.median(time for turn in there[name].turns for time in turn) for name in there}
+    expected = middle["half a batch"] + statistics.median(adding)
+    error = expected / middle["two ranks"] - 1
     print(f"{'two ranks, predicted':<38}{expected * 1e3:>6.2f} ms, {error:+.1%} from the measurement\n")
     # of one machine: what a step takes whatever the batch is (the update), and what the sequences take
     whole, part, row = seconds["one process"], seconds["half a batch"], seconds["one sequence"]

@@ -34,6 +34,31 @@ def maker(kind, backend, gguf, accumulate=1, keep_gradients=False, batch=ROWS, *
     return make
 
 
+def test_dropout_is_that_of_the_whole_batch(backend, gguf):
+    """Each share draws its own rows of the masks of the whole step."""
+    whole_and_shared = []
+    for size in (None, 2):
+
+        def make(ranks):
+            recipe = toy.recipes.LoRA(*backend)
+            recipe.ranks = ranks
+            opts = toy.RecipeOptions(t_seq=T, t_batch=ROWS, accumulate=2)
+            return recipe.realize(gguf, None, 2, opts, targets=("q", "v"), dropout=0.5)
+
+        def losses(recipe):
+            start(recipe)
+            inputs, labels = recipe.engine.step_batch.random(np.random.default_rng(1))
+            rows = [recipe.adamw(lr=0.05).hp_for_step(k) for k in range(4)]
+            return [recipe.step(inputs, labels=labels, hp=row, is_first=k == 0) for k, row in enumerate(rows)]
+
+        if size is None:
+            whole_and_shared.append(losses(make(None)))
+        else:
+            with Together(size, make) as recipe:
+                whole_and_shared.append(losses(recipe))
+    assert np.abs(np.subtract(*whole_and_shared)).max() <= 1e-5
+
+
 def start(recipe):
     """Other weights than a recipe begins with: an adapter's B starts at zero, and then A has no gradient."""
     rng = np.random.default_rng(3)
