@@ -8,7 +8,8 @@ Contenders take turns, each in processes of its own that wait meanwhile: one pro
 rank under mpirun; two ranks with half the processors each; two processes at once that know nothing of each other, with half
 the processors and half the batch each, which is what a rank computes. The prediction for two ranks is the time of the slower
 of these two plus that of adding up the gradients alone; it is compared with the measurement. Then the same model for more
-machines like this one, joined by a network: ring allreduce sends and receives 2 (K-1)/K gradients of 4 bytes a parameter on each machine, in 2 (K-1) messages.
+machines like this one, joined by a network: ring allreduce sends and receives 2 (K-1)/K gradients of 4 bytes a parameter on
+each machine, in 2 (K-1) messages.
 """
 
 import argparse
