@@ -55,7 +55,9 @@ def look_command(model, adapter, prompt, chat, out, force, json_wanted, checkpoi
         tokens = [{"id": int(i), "text": token_text(loaded.tokenizer, int(i))} for i in ids]
         likeliest = zip(inside.likeliest[-1, -1].tolist(), inside.likeliest_probabilities[-1, -1].tolist())
         following = [{"id": i, "text": token_text(loaded.tokenizer, i), "probability": p} for i, p in likeliest]
-        return as_json({"path": str(out), "bytes": n_bytes, "tokens": tokens, "next": following, "checkpoint": loaded.step})
+        return as_json(
+            {"path": str(out), "bytes": n_bytes, "tokens": tokens, "next": following, "checkpoint": loaded.step}
+        )
 
 
 def _check_out(out, force):

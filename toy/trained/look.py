@@ -21,7 +21,6 @@ import numpy.typing as npt
 from toy.data.tokenizers import Tokenizer
 from toy.models.base import LanguageModel
 from toy.models.lens import embed
-from toy.op_table import Array, OpCache, OpTable
 from toy.switch import ops_for
 
 N_LIKELIEST = 8  # tokens of a layer and a position in the logit lens
@@ -100,8 +99,8 @@ def check_prompt(model: LanguageModel, token_ids: npt.ArrayLike) -> np.ndarray:
         )
     if len(ids) > most:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens, and the page shows at most {most} of a model with {config.n_layers} layers of "
-            f"{config.n_heads} heads: shorten it"
+            f"the prompt has {len(ids)} tokens, and the page shows at most {most} of a model with {config.n_layers} layers "
+            f"of {config.n_heads} heads: shorten it"
         )
     return ids
 
@@ -117,7 +116,7 @@ def most_tokens(n_layers: int, n_heads: int) -> int:
 class _Watching:
     """The op table `ops`, keeping the weights of every attention: the textbook's op has them, the compiled one never does."""
 
-    def __init__(self, ops: OpTable) -> None:
+    def __init__(self, ops: Any) -> None:
         self.ops, self.textbook = ops, ops_for("numpy")
         self.weights: list[np.ndarray] = []  # (H, T, T) of each block
 
@@ -125,8 +124,8 @@ class _Watching:
         return getattr(self.ops, name)
 
     def attention(
-        self, q: Array, k: Array, v: Array, batch: int, n_heads: int, *more: Any, **named: Any
-    ) -> tuple[Array, OpCache]:
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, batch: int, n_heads: int, *more: Any, **named: Any
+    ) -> tuple[np.ndarray, Any]:
         _, kept = self.textbook.attention(q, k, v, batch, n_heads, *more, **named)
         self.weights.append(kept.probabilities.reshape(n_heads, *kept.probabilities.shape[-2:]))
         return self.ops.attention(q, k, v, batch, n_heads, *more, **named)
@@ -138,7 +137,7 @@ def _watched(model: LanguageModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndar
     seen.ops = watching = _Watching(model.ops)
     block_forward, states = seen.block_forward, []
 
-    def keep(layer: int, block: Any, x: Array, *more: Any) -> tuple[Array, Any]:
+    def keep(layer: int, block: Any, x: np.ndarray, *more: Any) -> tuple[np.ndarray, Any]:
         if not states:
             states.append(np.array(x))
         x, cache = block_forward(layer, block, x, *more)
@@ -161,7 +160,9 @@ def _lens(
     for position in range(len(ids)):
         logits = np.asarray(model.unembed_rows(np.ascontiguousarray(states[:, position]))[0], np.float64)  # (L+1, V)
         if not np.isfinite(logits).all():
-            raise RuntimeError("the model's numbers are not finite: its weights may be damaged, or its training diverged")
+            raise RuntimeError(
+                "the model's numbers are not finite: its weights may be damaged, or its training diverged"
+            )
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = shifted / shifted.sum(axis=1, keepdims=True)  # (L+1, V)
         best = _largest(logits, N_LIKELIEST)
@@ -185,8 +186,8 @@ def _largest(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 def _worth_following(best: np.ndarray, actual: np.ndarray, at_the_end: np.ndarray) -> np.ndarray:
-    """At most N_FOLLOWED ids: what stands there in the prompt, half of what is likeliest at the end, what was likeliest in the
-    layers before, the last of them first, and the other half."""
+    """At most N_FOLLOWED ids: what stands there in the prompt, half of what is likeliest at the end, what was likeliest in
+    the layers before, the last of them first, and the other half."""
     half = N_FOLLOWED // 2
     order = [*actual, *at_the_end[:half], *best[::-1, 0], *at_the_end[half:]]
     return np.array(list(dict.fromkeys(int(i) for i in order))[: len(at_the_end)])
@@ -302,8 +303,8 @@ def page(inside: Inside, tokenizer: Tokenizer, name: str) -> str:
     text = text.encode("utf-8", errors="replace").decode("utf-8")  # a path may have bytes that are no text
     if len(text.encode()) > MOST_BYTES:
         raise ValueError(
-            f"the page of {len(inside.ids)} tokens has {len(text.encode()) / 1e6:.1f} MB, and {MOST_BYTES / 1e6:g} is the most: "
-            "shorten the prompt"
+            f"the page of {len(inside.ids)} tokens has {len(text.encode()) / 1e6:.1f} MB, and {MOST_BYTES / 1e6:g} is the "
+            "most: shorten the prompt"
         )
     return text
 
@@ -327,15 +328,16 @@ def _data(inside: Inside, tokenizer: Tokenizer, name: str) -> dict[str, Any]:
         "texts": {i: token_text(tokenizer, i) for i in sorted(used)},
         "attention": base64.b64encode(weights.tobytes()).decode(),
         "likeliest": inside.likeliest.tolist(),
-        "likeliestProbabilities": _rounded(inside.likeliest_probabilities, 4),
+        "likeliestProbabilities": _rounded(inside.likeliest_probabilities, 5),
         "followed": inside.followed.tolist(),
-        "followedProbabilities": _rounded(inside.followed_probabilities, 4),
+        "followedProbabilities": _rounded(inside.followed_probabilities, 5),
         "nextIds": inside.next_ids.tolist(),
-        "nextLogits": _rounded(inside.next_logits, 3),
-        "rest": None if np.isinf(inside.rest).any() else _rounded(inside.rest, 3),
+        "nextLogits": _rounded(inside.next_logits, 4),
+        "rest": None if np.isinf(inside.rest).any() else _rounded(inside.rest, 4),
         "temperatures": TEMPERATURES,
         "points": [
-            [point.token_id, round(point.x / scale, 4), round(point.y / scale, 4), point.kind] for point in inside.points
+            [point.token_id, round(point.x / scale, 4), round(point.y / scale, 4), point.kind]
+            for point in inside.points
         ],
         "shares": _rounded(np.array(inside.shares), 4),
         "nearest": {i: [[j, round(cosine, 3)] for j, cosine in row] for i, row in inside.nearest.items()},
