@@ -303,20 +303,28 @@ def data_of(text):
 HOSTILE = "</script><script>document.title='x'</script><!-- <b> & &amp; @DATA@ @NAME@ \u2028 \u202e é \U0001f600\x00"
 
 
+class HostileTokenizer(ByteTokenizer):
+    """One whose vocabulary has that text, as a learned one may have parts of it."""
+
+    def token_bytes(self, token_id, *, special=False):
+        return HOSTILE.encode() if token_id == ord("<") else super().token_bytes(token_id, special=special)
+
+
 def hostile_page():
     model = make(toy.LlamaConfig(**SIZES | {"vocab_size": 256, "context_length": 200}, n_kv_heads=2))
-    tokenizer = ByteTokenizer()
+    tokenizer = HostileTokenizer()
     inside = look_inside(model, tokenizer, tokenizer.encode(HOSTILE))
-    return inside, page(inside, tokenizer, "<b>@DATA@ & \udcff")
+    return inside, page(inside, tokenizer, "</title></script><b>@DATA@ & \udcff")
 
 
 def test_nothing_in_a_prompt_ends_the_script():
     inside, text = hostile_page()
     document = Document(text)
     assert [tag for tag, _ in document.tags].count("script") == 2 and text.count("</script") == 2
-    assert document.title == "Inside <b>@DATA@ & ?" and "@NAME@" not in text.replace(document.data, "")
+    assert document.title == "Inside </title></script><b>@DATA@ & ?" and "@NAME@" not in text.replace(document.data, "")
     data = json.loads(document.data)
-    assert data["ids"] == inside.ids.tolist() and data["name"].startswith("<b>@DATA@ & ")
+    assert data["ids"] == inside.ids.tolist() and data["name"].endswith("<b>@DATA@ & ?")
+    assert data["texts"][str(ord("<"))] == HOSTILE
     assert "b" not in [tag for tag, _ in document.tags]
 
 
@@ -503,7 +511,7 @@ def test_a_hostile_prompt_in_a_narrow_browser(tmp_path):
     _, text = hostile_page()
     found = in_browser(text, tmp_path, "500,800")
     assert "error" not in found
-    assert found["title"] == "Inside &lt;b&gt;@DATA@ &amp; ?"  # escaped once, in the dump
+    assert found["title"] == "Inside &lt;/title&gt;&lt;/script&gt;&lt;b&gt;@DATA@ &amp; ?"  # escaped once, in the dump
     assert found["foreign"] == "0" and found["wide"] == "true"
     assert found["start"].startswith(f"{len(HOSTILE.encode()) - 1},")
 
