@@ -461,6 +461,19 @@ def test_the_backward_ends_at_the_lowest_adapter(bases, kind):
     assert count == [2, 1] and sum(node.op == "attention" for node in last) == 2
 
 
+def test_the_lowest_block_is_found():
+    from toy.models.parameters import GradientTree
+
+    tree = toy.Llama(CONFIGS["untied"]).parameters
+    for trained, lowest in (
+        (["blk.1.attn_q.weight", "output.weight"], 1),
+        (["blk.1.attn_q.weight", "token_embd.weight"], 0),
+        (["blk.0.attn_q.weight", "blk.1.attn_q.weight"], 0),
+        (["output.weight", "output_norm.weight"], 2),
+    ):
+        assert GradientTree.like(tree, trained).lowest_block() == lowest
+
+
 @pytest.mark.parametrize("kind", ["untied", "gpt2"])
 def test_blocks_that_are_computed_again_have_the_same_dropout(backend, bases, kind):
     more, (token_ids, labels) = {"targets": ("all",), "dropout": 0.3}, make_batch()
