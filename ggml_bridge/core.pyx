@@ -20,6 +20,7 @@ from libc.string cimport memcpy, memset
 from ggml_bridge.functions cimport *
 
 from ggml_bridge.loading import LoadError
+from ggml_bridge.machine import memory_limit as _memory_limit
 from ggml_bridge.records import Device, Explanation, Node, Source
 
 DEVICE_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")
@@ -958,7 +959,7 @@ cdef class Backend:
         cdef size_t total = 0
         ggml_backend_dev_memory(self.device, &free_bytes, &total)
         wanted = sum(sizes)
-        limit = memory_limit(total) if self.kind == "cpu" else total
+        limit = _memory_limit(total) if self.kind == "cpu" else total
         if total and wanted > limit:
             raise MemoryError(f"{wanted:,} bytes are needed on {self.device_name}, which has {limit:,}")
         made = []
@@ -989,19 +990,6 @@ cdef int place(Buffer buffer, ggml_tensor *t, size_t offset) except -1:
     if status != GGML_STATUS_SUCCESS:
         raise MemoryError(f"a tensor could not be placed: {ggml_status_to_string(status).decode()}" + said())
     return 0
-
-
-def memory_limit(total):
-    """Bytes that this process may use: the machine's, or what its control group allows (containers)."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path) as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return min(total, int(text))
-    return total
 
 
 include "planner.pxi"

@@ -3,9 +3,8 @@ the process that uses it."""
 
 import os
 
+from ggml_bridge import machine
 from toy.config import ModelConfig
-
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # control groups 2 and 1
 
 
 def machine_memory() -> int | None:
@@ -14,18 +13,11 @@ def machine_memory() -> int | None:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # Windows
         return None
-    for path in _LIMITS:
-        try:
-            with open(path) as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return min(total, int(text))
-    return total
+    return machine.memory_limit(total)
 
 
-_USES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")  # in the order of _LIMITS
+# in the order of machine.LIMITS
+_USES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 
 
 def free_memory() -> int | None:
@@ -36,7 +28,7 @@ def free_memory() -> int | None:
             free = next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError, IndexError):
         return None
-    for limit, use in zip(_LIMITS, _USES):
+    for limit, use in zip(machine.LIMITS, _USES):
         try:
             with open(limit) as file, open(use) as used:
                 free = min(free, int(file.read()) - int(used.read()))
