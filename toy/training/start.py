@@ -59,6 +59,7 @@ class Start:
     options: RunOptions
     recipe: EngineHandle
     config: ModelConfig
+    bytes_per_token: float | None = None
     data: Any  # what the batches are drawn from
 
     def __init__(self, options: Any) -> None:
@@ -214,7 +215,7 @@ class TextStart(Start):
         labels = np.concatenate([batch.labels.reshape(-1) for batch in self._validation])
         ids, counts = np.unique(labels[labels >= 0], return_counts=True)
         lengths = [len(self.tokenizer.token_bytes(i)) for i in ids.tolist()]
-        self._bytes_per_token = float(np.dot(lengths, counts) / counts.sum())  # of what is validated: for bits per byte
+        self.bytes_per_token = float(np.dot(lengths, counts) / counts.sum())  # of what is validated: for bits per byte
 
     @property
     def per_step(self) -> int:
@@ -294,7 +295,7 @@ class TextStart(Start):
         return []
 
     def describe(self) -> dict[str, Any]:
-        corpus = self.data.describe() | {"bytes_per_token": self._bytes_per_token}
+        corpus = self.data.describe() | {"bytes_per_token": self.bytes_per_token}
         return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": corpus}
 
     def check_same(self, run: Run) -> None:
