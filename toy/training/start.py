@@ -20,9 +20,10 @@ from toy.engines.base import Arrays
 from toy.engines.memory import check_fits
 from toy.files import BadFileError, Run
 from toy.files.atomic import StrPath
-from toy.files.gguf import GGUF
 from toy.files.gguf_write import write_gguf
+from toy.files.hugging_face import is_model_folder, open_model
 from toy.files.places import find_model
+from toy.files.safetensors_file import refuse_pickle
 from toy.models import ARCHITECTURES
 from toy.models.base import LanguageModel
 from toy.models.generation import generate
@@ -320,11 +321,13 @@ class FromGGUFStart(TextStart):
     def __init__(self, options: FromModelOptions) -> None:
         super().__init__(options)
         path = find_model(options.model)
-        if path.is_dir():
+        refuse_pickle(path)
+        if path.is_dir() and not is_model_folder(path):
             raise ValueError(
-                f"{path} is a directory, {options.recipe} begins with a GGUF file; `toy export` writes one of a run"
+                f"{path} is a directory, {options.recipe} begins with a GGUF file or a Hugging Face folder; `toy export` "
+                "writes one of a run"
             )
-        self.gguf = GGUF.open(path)  # stays open: its matrices are used in place
+        self.gguf = open_model(path)  # stays open: its matrices are used in place
         self.config = self.gguf.config()
         self.check_config()
         self.tokenizer = load_tokenizer(self.gguf)
