@@ -374,7 +374,9 @@ def loss_inputs(g: Graph, labels: Tensor, classes: int, columns: int) -> LossInp
     return LossInputs(target, weights, inverse_count)
 
 
-def sum_of_losses(g: Graph, logits: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def sum_of_losses(
+    g: Graph, logits: Tensor, target: Tensor, weights: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """logits (N, V), target and weights: those of its rows -> the sum of the losses (1,), what the backward takes."""
     n, v = logits.shape
     rows, column = (n, v, 1), (n, 1, 1)  # every row of the logits as a table of V numbers; one number taken from each

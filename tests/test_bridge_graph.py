@@ -700,6 +700,28 @@ def test_custom_nodes_that_write_are_kept_and_ordered():
     assert order == ["first", "second", "third"]
 
 
+def test_a_node_that_writes_into_scratch_alone_is_dropped():
+    ran = []
+
+    def note(name):
+        return python_kernel(lambda dst, ith, nth, params: ran.append(name) if ith == 0 else None)
+
+    with ggml_bridge.Backend("cpu", 1) as backend:
+        g = backend.graph()
+        x, scratch = g.input((4,)), g.blank((4,))
+        g.custom(note("for nobody"), [x, scratch], (1,), scratch=[scratch])
+        g.output(g.custom(note("for an output"), [x, scratch], (1,), scratch=[scratch]))
+        g.custom(note("a write"), [x, scratch], (1,), writes=[scratch])
+        with pytest.raises(ValueError, match="none of the inputs"):
+            g.custom(note("x"), [x], (1,), scratch=[scratch])
+        with pytest.raises(ValueError, match="is an input"):
+            g.custom(note("x"), [x], (1,), scratch=[x])
+        g.allocate()
+        x.upload(np.zeros(4))
+        g.compute()
+    assert ran == ["for an output", "a write"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="compiles with the flags of gcc and clang")
 def test_a_kernel_written_in_cython(tmp_path, monkeypatch):
     """What kernel.pxd promises: cimport it, fill a capsule, use it."""

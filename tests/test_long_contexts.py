@@ -207,6 +207,25 @@ def test_labels_that_do_not_fit_change_nothing(monkeypatch, ops, change):
     assert not d_weight.any()
 
 
+@pytest.mark.parametrize("untied", [False, True])
+def test_a_weight_is_updated_when_every_band_has_added_to_its_gradient(monkeypatch, backend, untied):
+    """A graph updates each weight as soon as its gradient is complete: the head of a model not before its last band."""
+    config = dataclasses.replace(ARCHITECTURES["llama"].tiny, untied=untied)
+    found = []
+    for bands in (None, (3 * config.vocab_size, 3)):
+        set_bands(monkeypatch, bands)
+        recipe = toy.recipes.FromScratch(*backend).realize(
+            config, toy.RecipeOptions(t_seq=5, t_batch=2, init_scale=5.0)
+        )
+        rng, adamw = np.random.default_rng(0), recipe.adamw(lr=1e-2, eps=1e-2)
+        for k in range(2):
+            inputs, labels = recipe.engine.batch.random(rng)
+            recipe.step(inputs, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0)
+        found.append(recipe.parameters())
+    for name, array in found[0].items():
+        np.testing.assert_allclose(found[1][name], array, rtol=0, atol=2e-6, err_msg=name)
+
+
 # -- in bytes -----------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +347,17 @@ def test_every_block_but_the_last_runs_its_forward_twice(gguf, monkeypatch):
         assert realize("transformer", ("numpy", "cpu"), gguf, recompute=blocks).recompute == len(again)
 
 
+def test_a_graph_repeats_no_more_than_the_blocks(gguf, kernels):
+    """Norms: two in a block and one at the end; a cheap result is computed twice where it was not kept, never three times."""
+    nodes = realize("transformer", ("ggml", "cpu"), gguf, recompute=True).explain().nodes
+    assert sum(node.name.startswith("rms_norm ") for node in nodes) == 2 * (2 * 4 + 1)
+    # what only gives the output of a block that is made again is left out: four layers, whose last linear layer runs once
+    forward, again = 4 * 6, 3 * 5
+    assert sum(node.name.startswith("linear ") for node in nodes) == forward + again + 1  # and the head
+    frozen = realize("lora", ("ggml", "cpu"), gguf, recompute=True).explain().nodes
+    assert sum(node.name.startswith("quantized_linear ") for node in frozen) == 4 * 7 + 3 * 6 + 1
+
+
 @pytest.mark.parametrize("kind", ["transformer", "gpt2", "llama", "lora"])
 def test_a_step_keeps_the_inputs_of_the_blocks_alone(kind, backend, gguf, tmp_path):
     """Eight blocks in the memory of not much more than one, and their inputs."""
@@ -396,26 +426,22 @@ def test_free_memory_is_less_than_there_is():
     assert free is None or 0 < free < there
 
 
-def test_the_choices_say_so(monkeypatch, toy_command):
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    return str(path)
+
+
+def test_the_choices_say_so(monkeypatch, toy_command, corpus):
+    short = f"train from-scratch --corpus {corpus} --backend numpy --steps 1 --batch 1 --context 8 --sample-every 0 --dry-run"
+
     def line(*flags):
-        code, out, _ = toy_command(
-            "train",
-            "from-scratch",
-            "--backend",
-            "numpy",
-            "--steps",
-            "1",
-            "--batch",
-            "1",
-            "--context",
-            "8",
-            *flags,
-            "--dry-run",
-        )
+        code, out, _ = toy_command(*short.split(), *flags)
         assert code == 0
         return [row for row in out.splitlines() if row.startswith("recompute")]
 
-    assert line() == line("--recompute", "off") == line("--recompute", "auto") == []
+    assert line() == []
     assert line("--recompute") == line("--recompute", "on") == ["recompute      3 of 4 blocks (as asked for)"]
     monkeypatch.setattr(base, "free_memory", lambda: 1000)
     (told,) = line()
@@ -425,8 +451,8 @@ def test_the_choices_say_so(monkeypatch, toy_command):
         FromScratchOptions(recompute="yes")
 
 
-def test_a_run_may_go_on_with_the_other(tmp_path):
-    options = dict(backend="numpy", batch=1, context=8, sample_every=0, eval_batches=1, seed=1)
+def test_a_run_may_go_on_with_the_other(tmp_path, corpus):
+    options = dict(corpus=corpus, backend="numpy", batch=1, context=8, sample_every=0, eval_batches=1, seed=1)
     for folder, change in (("a", {}), ("b", {"recompute": "on"})):
         for _ in Training(FromScratchOptions(steps=2, **options), out=tmp_path / folder).run():
             pass

@@ -7,7 +7,7 @@ Without a lens in the parameter tree these are the plain lookup and the plain he
 
 import dataclasses
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def unembed_loss(
     cap: float | None,
     d_head: tuple[Namespace, Array | None] | None,
     scale: float = 1.0,
-) -> tuple[float, Array | None]:
+) -> tuple[float, Any]:
     """x: (N, D), labels: of its rows -> the mean loss of the logits that `unembed` makes of x, capped, and d_x (N, D).
 
     head: the layer and the lens of `unembed`, d_head: those of the gradients, which are added to; None: the loss alone, None

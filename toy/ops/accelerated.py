@@ -12,11 +12,10 @@ Results agree with the reference to 2e-6 of the largest element. What differs:
 Importing this module raises ImportError, with what to do, where the kernels are not built.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from toy._kernels import elementwise as _elementwise
 from toy._kernels import embedding as _embedding
 from toy._kernels import linear as _linear
 from toy._kernels import loss as _loss
@@ -24,7 +23,8 @@ from toy._kernels import quantized as _quantized
 from toy._kernels.arrays import check_matrix
 from toy._kernels.threads import get_num_threads, set_num_threads  # noqa: F401
 from toy.op_table import Array, OpCache, row_bands
-from toy.ops.reference import QUANTIZED_IS_FROZEN, _checked_labels, again  # noqa: F401
+from toy.ops.reference import QUANTIZED_IS_FROZEN, _checked_labels
+from toy.ops.reference import again as again
 from toy.quantized import Leaf, QuantizedMatrix
 
 if TYPE_CHECKING:  # the types of an op are those of its twin
@@ -110,7 +110,7 @@ def linear_cross_entropy(
     cap: float | None = None,
     d_weight: Array | None = None,
     backward: bool = True,
-) -> tuple[float, Array | None]:
+) -> tuple[float, Any]:
     """The loss cross_entropy(softcap(x W^T, cap), labels) and its gradient d_x (N, D); adds into d_weight (V, D).
 
     x: (N, D), weight: (V, D), labels: as for `cross_entropy`. cap: None = no softcap. backward: False = the loss alone, None
@@ -120,9 +120,9 @@ def linear_cross_entropy(
     total, share, d_x = 0.0, 1 / max(n_counted, 1), np.empty(x.shape, np.float32) if backward else None
     for rows in row_bands(len(x), weight.shape[0]):
         logits, product = linear(x[rows], weight)  # (n, V)
-        logits, capped = (logits, None) if cap is None else _elementwise.softcap(logits, cap)
+        logits, capped = (logits, None) if cap is None else softcap(logits, cap)  # noqa: F405
         total += _loss.cross_entropy_gradient(logits, labels[rows], share, backward)
         if d_x is not None:
-            d_logits = logits if capped is None else _elementwise.softcap_backward(logits, capped)
+            d_logits = logits if capped is None else softcap_backward(logits, capped)  # noqa: F405
             d_x[rows] = linear_backward(d_logits, product, d_weight)
     return total * share, d_x

@@ -16,7 +16,7 @@ Conventions, the same in every op table:
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -524,7 +524,7 @@ def linear_cross_entropy(
     cap: float | None = None,
     d_weight: Array | None = None,
     backward: bool = True,
-) -> tuple[float, Array | None]:
+) -> tuple[float, Any]:
     """The loss cross_entropy(softcap(x W^T, cap), labels) and its gradient d_x (N, D); adds into d_weight (V, D).
 
     x: (N, D), weight: (V, D), labels: as for `cross_entropy`. cap: None = no softcap. backward: False = the loss alone, None

@@ -564,6 +564,7 @@ class Training:
             backend=self.recipe.backend,
             device=self.recipe.device,
             seed=self.options.seed,
+            bytes_per_token=self.start.bytes_per_token,
             resumed=resumed,
         )
 
@@ -678,6 +679,8 @@ def _compare_config(run: Run, checkpoint: Checkpoint, options: RunOptions, chang
 def _draw_again(kind: type[Training], options: RunOptions, resumed: _Resumed) -> str:
     """Draw the pictures of a run that is done, which was perhaps killed while it drew. Returns a piece of a sentence."""
     start = RECIPES[options.recipe]
+    with resumed.run.lock():
+        resumed.run.remove_leftovers()
     if start.draw is Start.draw:  # no data are needed
         from toy.plots import plot_runs
 

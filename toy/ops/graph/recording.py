@@ -1,5 +1,8 @@
 """What both spellings of the graph table share: slots, feeds, weights that stay quantised. See `toy.ops.graph`."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from toy.op_table import row_bands
@@ -99,6 +102,18 @@ class GraphOps:
             self.repeating = False
 
     # -- the loss of a band of rows at a time -------------------------------------------------------------------------
+
+    # what a spelling has
+    linear: Callable[..., Any]
+    linear_backward: Callable[..., Any]
+    softcap: Callable[..., Any]
+    softcap_backward: Callable[..., Any]
+    cross_entropy_backward: Callable[..., Any]
+    _begin_loss: Callable[..., Any]  # (labels, number of classes) -> start
+    _labels_of: Callable[..., Any]  # (start, band) -> the labels of a band, views
+    _losses: Callable[..., Any]  # (logits, labels of a band) -> losses, the cache of `cross_entropy_backward`
+    _add_losses: Callable[..., Any]  # (total or None, losses, start) -> total
+    _mean_loss: Callable[..., Any]  # (total, start) -> the loss
 
     def linear_cross_entropy(self, x, weight, labels, cap=None, d_weight=None, backward=True):
         """Forward and backward of a band stand one after the other: the next band takes the memory of its logits. d_x is a
