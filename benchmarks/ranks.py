@@ -226,16 +226,21 @@ def main():
     a_row = max(0.0, (part - row) / max(1, batch // 2 - 1))
     fixed = max(0.0, row - a_row) * whole / max(2 * (part - row) + row, 1e-9) if a_row else 0.0
     fixed = min(fixed, 0.9 * whole)
-    print("machines like this one, the same batch: times as fast as one (share of the time that is the network's)")
-    print(f"{'':<10}" + "".join(f"{f'{n} Gbit/s':>16}" for n in NETWORKS))
-    for machines in MACHINES:
-        cells = []
-        for gigabits in NETWORKS:
-            network = network_seconds(n_parameters, machines, gigabits)
-            step = fixed + (whole - fixed) * max(1 / machines, 1 / batch) + network  # at least one sequence each
-            cells.append(f"{whole / step:.2f} ({network / step:.0%})")
-        few = "" if machines <= batch else "  refused: more ranks than sequences"
-        print(f"{machines:<10}" + "".join(f"{cell:>16}" for cell in cells) + few)
+    print("machines like this one: times as many tokens a second as one (share of the time that is the network's)\n")
+    for grows in (False, True):
+        print(f"{batch} sequences in a step " + ("on each machine" if grows else "in all"))
+        print(f"{'':<10}" + "".join(f"{f'{n} Gbit/s':>16}" for n in NETWORKS))
+        for machines in MACHINES:
+            if not grows and machines > batch:
+                print(f"{machines:<10}  refused: more ranks than sequences")
+                continue
+            cells = []
+            for gigabits in NETWORKS:
+                network = network_seconds(n_parameters, machines, gigabits)
+                step = (whole if grows else fixed + (whole - fixed) / machines) + network
+                cells.append(f"{(machines if grows else 1) * whole / step:.2f} ({network / step:.0%})")
+            print(f"{machines:<10}" + "".join(f"{cell:>16}" for cell in cells))
+        print()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def as_ranks(run, given, debug):
     """Do `run(ranks)` together with the other processes of this job -> exit code. given: what the command line says, which
     must be the same for all ranks."""
     place = launched()
+    assert place is not None
     if _WATCHER not in os.environ:
         return _watch(*place)
     _end_with_the_watcher()
@@ -39,6 +40,7 @@ def as_ranks(run, given, debug):
     try:
         with Phase(2, debug):
             ranks = join()
+            assert ranks is not None
     except Failure as failure:
         if isinstance(failure.__cause__, RanksDifferError):
             return _differ(place, failure)

@@ -46,12 +46,13 @@ def build(
 ) -> Engine:
     """The engine of a config on a resolved backend (`toy.switch.Resolved`). weights: `Weights`, None = random, all
     trained. ranks: the processes that share each batch, None = this one alone."""
-    kind: type[Engine] = EagerEngine
+    kind: Any = EagerEngine
     if choice.backend == "ggml":
         from toy.engines.graph import GraphEngine as kind
     if ranks is not None:
         return SharedEngine(config, options, choice, weights, keep_gradients, kind, ranks)
-    return kind(config, options, choice, weights, keep_gradients)
+    made: Engine = kind(config, options, choice, weights, keep_gradients)
+    return made
 
 
 class EngineHandle:

@@ -120,11 +120,11 @@ class SharedEngine(Engine):
         sizes = np.diff(self.starts) * each
         return np.concatenate([part.reshape(-1, self.batch.n_classes)[:n] for part, n in zip(parts, sizes)])
 
-    def parameters(self) -> Arrays:  # type: ignore[override]
+    def parameters(self) -> Arrays:
         """dict of names to float32 copies of the weights. Raises `DriftError` when those of another rank are others."""
         return cast(Arrays, self._order("compare", [()] * self.ranks.size))
 
-    def load_parameters(self, mapping: Mapping[str, npt.ArrayLike]) -> None:  # type: ignore[override]
+    def load_parameters(self, mapping: Mapping[str, npt.ArrayLike]) -> None:
         """Copy weights in, on all ranks. Raises ValueError for wrong names, shapes or numbers; nothing is changed then."""
         check_arrays(self.weights.own, mapping)
         self.own.load_parameters(mapping)
@@ -134,20 +134,20 @@ class SharedEngine(Engine):
         """Give the weights of rank 0 to all ranks."""
         self._order("take_parameters", [()] * self.ranks.size)
 
-    def load_optimizer_state(self, state: Moments) -> None:  # type: ignore[override]
+    def load_optimizer_state(self, state: Moments) -> None:
         """Copy moments in, on all ranks, all or nothing; errors as `load_parameters`."""
         self.own.load_optimizer_state(state)
         self._order("take_moments", [()] * self.ranks.size)
 
-    def gradients(self) -> Arrays:  # type: ignore[override]
+    def gradients(self) -> Arrays:
         """dict of names to copies of the last step's gradients, of all ranks together, before clipping."""
         return self.own.gradients()
 
-    def optimizer_state(self) -> dict[str, Arrays]:  # type: ignore[override]
+    def optimizer_state(self) -> dict[str, Arrays]:
         """{"m": {name: array}, "v": {name: array}}: copies of the AdamW moments."""
         return self.own.optimizer_state()
 
-    def explain(self) -> Any:  # type: ignore[override]
+    def explain(self) -> Any:
         """What a step of this rank's share runs."""
         return self.own.explain()
 

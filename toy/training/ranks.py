@@ -251,7 +251,8 @@ class _Heart(threading.Thread):
         self.peers = list(range(1, ranks.size)) if ranks.rank == 0 else [0]
         self.silence = _silence()
         self._done = threading.Event()
-        self._byte, self._sent = bytearray(1), {}
+        self._byte = bytearray(1)
+        self._sent: dict[int, Any] = {}  # the last request to every peer
 
     def run(self) -> None:
         looked = time.monotonic()
