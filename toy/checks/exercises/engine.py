@@ -49,6 +49,9 @@ LESSONS = {
 
 Arguments = dict[str, Any]  # by name, in the order of the signature; float arrays are float64
 _BLANK = re.compile(r"^(?P<before>\s*(?:.*?\s[-+*]?=\s|return\s)?)(?P<code>.*?)  #\?(?P<comment>.*)$")
+_WHOLE = re.compile(
+    r"(\w+(\.\w+)? )?\([\d, ]+\)|\[[\d, ]+\]|`[^`]{,40}`"
+)  # a shape, an index, a piece of code: on one line
 _LEFT_BLANK = re.compile(r"(^|=|\breturn)\s*\.\.\.\s*(#.*)?$")
 _OWN_FOLDERS = tuple(os.path.dirname(module.__file__) + os.sep for module in (toy, np) if module.__file__)
 
@@ -85,9 +88,9 @@ class Task:
 
     @property
     def signature(self) -> str:
-        """linear(x, weight, bias) -> y"""
+        """ "linear(x, weight, bias) -> y"; without an arrow where nothing is returned."""
         (line,) = re.findall(rf"^def ({self.name}\(.*?\)).*:$", self.source, re.MULTILINE)
-        return f"{line} -> {', '.join(self.returns) or 'None'}"
+        return " -> ".join([line, ", ".join(self.returns)] if self.returns else [line])
 
     @property
     def solution(self) -> str:
@@ -194,7 +197,10 @@ def _is_number(value):
 def _same(a, b, bar=0.0):
     """Whether two values are the same, up to relative errors of `bar`; NaN is NaN here."""
     if not (_is_number(a) and _is_number(b)):
-        return type(a) is type(b) and (isinstance(a, np.ndarray) or bool(a == b))
+        try:
+            return type(a) is type(b) and (isinstance(a, np.ndarray) or bool(a == b))
+        except Exception:  # what a student returns may be anything
+            return False
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or "c" in (a.dtype.kind, b.dtype.kind):
         return False
@@ -243,11 +249,9 @@ def _fault(task, part):
     if name == "the returned value":
         wanted = f"{len(task.returns)} values, {', '.join(task.returns)}"
         return f"It returns {_in_words(got)}, expected {wanted}: end with `return {', '.join(task.returns)}`.", 0.0
-    if got is None:
-        return (
-            f"It returns None{_for(task, name)}, expected {_in_words(expected)}: the last line must be a `return`.",
-            0.0,
-        )
+    if got is None and part.before is None:
+        end = "the last line must be a `return`"
+        return f"It returns None{_for(task, name)}, expected {_in_words(expected)}: {end}.", 0.0
     a_list, plain = isinstance(expected, list), not isinstance(expected, (np.ndarray, list))
     if not _is_number(got) or (not a_list and isinstance(got, (list, tuple))):
         return f"{name} is {_in_words(got)}, expected {_in_words(expected)}.", 0.0
@@ -304,8 +308,9 @@ def _pattern(part, array, right):
     if array.dtype.kind == "f" and large.any():
         factor = float(np.median(change[large] / wanted[large]))
         what = "The change of every element" if part.to_change else "Every element" if array.ndim else "It"
-        if abs(factor) > 1e-6 and _same(change, factor * wanted, 1e-6):
-            known = "the sign is wrong" if abs(factor + 1) < 1e-6 else "a factor is missing or one too many"
+        opposite = abs(factor + 1) < 1e-6
+        if (opposite or (array.size > 1 and abs(factor) > 1e-6)) and _same(change, factor * wanted, 1e-6):
+            known = "the sign is wrong" if opposite else "a factor is missing or one too many"
             return f" {what} is {factor:.6g} times the expected: {known}."
     if array.ndim >= 2 and array.shape[-1] == array.shape[-2] and _same(array.swapaxes(-1, -2), right, 1e-6):
         return " Every element is right, but rows and columns are exchanged."
@@ -387,7 +392,7 @@ class _Prepared(NamedTuple):
     mistaken: tuple[Call, ...]
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=256)
 def _prepared(task, seed):
     functions = [task.function(task.wrong_source(mistake)) for mistake in task.mistakes]
     judge = task.judge or task.function()
@@ -408,7 +413,7 @@ def judge_answer(task: Task, function: Callable[..., Any], seed: int = 0) -> Ver
     prepared = _prepared(task, seed)
     if misfit := _misfit(task, function, prepared[0].arguments):
         return _verdict(task, misfit)
-    calls, worst, where, first = [], 0.0, "", None
+    calls, worst, where, first, others = [], 0.0, "", None, []
     for i, case in enumerate(prepared):
         call = _call(function, case.arguments)
         calls.append(call)
@@ -423,6 +428,8 @@ def judge_answer(task: Task, function: Callable[..., Any], seed: int = 0) -> Ver
             fault, error = _fault(task, part)
             if fault is not None and first is None:
                 first = (i, part, fault)
+            elif fault is not None and first[0] == i:
+                others.append(part.name)
             if fault is None and error > worst:
                 worst, where = error, f" (of {part.name}; allowed {task.bar:.0e})"
     if first is None:
@@ -432,11 +439,13 @@ def judge_answer(task: Task, function: Callable[..., Any], seed: int = 0) -> Ver
     i, part, fault = first
     if blank := _blank(function):
         return _verdict(task, f"There is still a blank (...) to fill in, {blank}.")
-    hint = _hint(task, prepared, calls, part, i)
+    if others:
+        fault += f" Also wrong: {', '.join(others)}."
+    hint = _hint(task, prepared, calls, part)
     return _verdict(task, fault, hint, prepared[i], f"{i + 1} of {len(prepared)}", _printed(calls[i]))
 
 
-def _hint(task, prepared, calls, part, i):
+def _hint(task, prepared, calls, part):
     """The hint of the planted mistake that gives the same as this function in all cases, or None.
 
     Where none gives the same altogether, that which gives the same for the first wrong part, if it is one alone.
@@ -545,7 +554,8 @@ def _verdict(task, words, hint=None, case=None, which="", printed="", stopped=Fa
     if case is not None and not stopped:
         paragraphs.append(f"Case {which}: {', '.join(_shape(*item) for item in _held(case.arguments).items())}.")
     options = {"width": WIDTH, "initial_indent": "  ", "subsequent_indent": "    "}
-    filled = [textwrap.fill(p, **options, break_long_words=False, break_on_hyphens=False) for p in paragraphs]
+    whole = [_WHOLE.sub(lambda found: found[0].replace(" ", "\u00a0"), paragraph) for paragraph in paragraphs]
+    filled = [textwrap.fill(text, **options, break_long_words=False, break_on_hyphens=False) for text in whole]
     text = "\n".join([f"{task.name}: not yet.", *filled]).replace("\u00a0", " ")
     return Verdict(task.name, False, text + printed, hint, stopped)
 
@@ -553,7 +563,7 @@ def _verdict(task, words, hint=None, case=None, which="", printed="", stopped=Fa
 def _shape(name, value):
     """ "x (5, 4)" for an array, "k = 3" for a number."""
     if isinstance(value, np.ndarray) and value.ndim:
-        return f"{name} {value.shape}".replace(" (", "\u00a0(")
+        return f"{name} {value.shape}"
     text = f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
     return f"{name} = {text if len(text) <= 40 else text[:37] + '...'}"
 

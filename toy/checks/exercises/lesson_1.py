@@ -34,6 +34,10 @@ def _softmax(scores):
 def _logits_and_labels(rng):
     for n, vocab, size in ((5, 4, 1.0), (4, 4, 3.0), (1, 6, 1.0), (3, 5, 1000.0)):
         yield {"logits": size * rng.normal(size=(n, vocab)), "labels": rng.integers(0, vocab, n)}
+    yield {
+        "logits": np.array([[1000.0, -1000.0, 0.0]]),
+        "labels": np.array([1]),
+    }  # its probability is too small for a float
     yield {"logits": rng.normal(size=(3, 4)) - 1000, "labels": rng.integers(0, 4, 3)}
 
 

@@ -34,7 +34,10 @@ def _gradients(rng):
         yield {"gradients": [size * rng.normal(size=shape) for shape in ((3, 4), (5,), (2, 2))], "largest": largest}
 
 
-NEW_ARRAY = "{0} is not changed: {0} = ... makes a new array, and the caller's stays as it was. Write into it ({0} *= and {0} +=)."
+NEW_ARRAY = (
+    "{0} is not changed: {0} = ... makes a new array, and the caller's stays as it was. "
+    "Write into it ({0} *= and {0} +=)."
+)
 
 
 TASKS = (

@@ -20,6 +20,7 @@ def _two_answers(rng):
     for shape in ((4, 3), (1, 5), (6,)):
         expected = rng.normal(size=shape)
         yield {"given": expected + 1e-3 * rng.normal(size=shape), "expected": expected}
+    yield {"given": np.array([1.0, -2.5, 0.5]), "expected": np.array([1.0, -2.0, 0.5])}  # the largest are below 0
 
 
 TASKS = (

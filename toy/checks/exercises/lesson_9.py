@@ -20,7 +20,7 @@ def _tokens(rng):
 
 
 def _predictions(rng):
-    for n, classes in ((6, 3), (1, 4), (9, 2)):
+    for n, classes in ((11, 3), (1, 4), (13, 5)):
         logits = rng.normal(size=(n, classes))
         yield {
             "logits": logits,
