@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import toy
 from toy.checks.gradcheck import DERIVATIVE_BAR, central_difference, relative_errors
 
 VALUE_BAR = 1e-8  # per element, for what is computed in float64 by another formula
@@ -53,7 +52,9 @@ _WHOLE = re.compile(
     r"(\w+(\.\w+)? )?\([\d, ]+\)|\[[\d, ]+\]|`[^`]{,40}`"
 )  # a shape, an index, a piece of code: on one line
 _LEFT_BLANK = re.compile(r"(^|=|\breturn)\s*\.\.\.\s*(#.*)?$")
-_OWN_FOLDERS = tuple(os.path.dirname(module.__file__) + os.sep for module in (toy, np) if module.__file__)
+_OWN_FOLDERS = tuple(
+    f"{folder}{os.sep}" for folder in (Path(__file__).parents[2], Path(np.__file__).parent)
+)  # toy, numpy
 
 
 # ----------------------------------------------------------------------------------------------------------------------
