@@ -16,6 +16,7 @@ import click
 from toy import switch
 from toy.cli import chat as cli_chat
 from toy.cli import data as cli_data
+from toy.cli import exercises as cli_exercises
 from toy.cli import images as cli_images
 from toy.cli import look as cli_look
 from toy.cli import models as cli_models
@@ -99,6 +100,7 @@ def cli(context):
 
 cli.add_command(cli_train.train)
 cli.add_command(cli_data.data)
+cli.add_command(cli_exercises.exercise)
 for _group in (cli_models.models, cli_chat.chats, cli_places.places, cli_look.look, cli_runs.runs, cli_images.images):
     for _command in _group.commands.values():
         cli.add_command(_command)
