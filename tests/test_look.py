@@ -424,6 +424,31 @@ def test_the_command_refuses(toy_command, files, tmp_path, monkeypatch, change, 
     assert toy_command("look", files / "llama.safetensors", "--prompt", "HELLO", "--out", "a.html")[0] == 0
 
 
+def test_a_gguf_file_with_an_adapter(toy_command, tmp_path):
+    """Its matrices are quantised, and the page says what was put on it."""
+    pytest.importorskip("gguf", reason="the gguf package is not installed (pip install gguf)")
+    pytest.importorskip("tokenizers", reason="the tokenizers library is not installed (pip install tokenizers)")
+    from model_files import write_files
+
+    folder, out = write_files(tmp_path), tmp_path / "a.html"
+    base, adapter = folder / "llama.gguf", folder / "adapter.gguf"
+    command = ["look", base, "--prompt", "the other", "--out", out, "--force", "--json"]
+    seen = []
+    for options, adapters, name in (
+        ([], None, "llama.gguf"),
+        (["--adapter", f"{adapter}=0.5"], {adapter: 0.5}, "llama.gguf with adapter.gguf times 0.5"),
+    ):
+        code, said, err = toy_command(*command, *options)
+        assert (code, err) == (0, "") and data_of(out.read_text(encoding="utf-8"))["name"] == name
+        record = json.loads(said)
+        with toy.load(base, adapters) as loaded:
+            expected = softmax(loaded.logits([token["id"] for token in record["tokens"]])[-1])
+        found = [token["probability"] for token in record["next"]]
+        assert np.allclose(found, expected[[token["id"] for token in record["next"]]], atol=1e-5)
+        seen.append(found)
+    assert not np.allclose(*seen, atol=0.01)
+
+
 def test_numbers_that_are_none_are_said():
     model = make(CONFIGS["gpt2"])
     model.parameters.output_norm.bias[...] = np.nan

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import BACKEND, CHECKPOINT, JSON, MODEL, PATH, Phase, as_json, command, tell_checkpoint
+from toy.cli.base import ADAPTER, BACKEND, CHECKPOINT, JSON, MODEL, PATH, Phase, as_json, command, tell_checkpoint
 from toy.cli.models import text_of
 
 look = click.Group()
@@ -12,7 +12,7 @@ look = click.Group()
 
 @command(look, "look")
 @MODEL
-@click.option("--adapter", type=PATH, help="LoRA adapter (GGUF) to put on the model.")
+@ADAPTER
 @click.option("--prompt", required=True, help="Text that the model reads; @FILE: what is in a file, -: in stdin.")
 @click.option("--chat", is_flag=True, help="The prompt is a message, and the model is about to answer it.")
 @click.option(
@@ -70,8 +70,9 @@ def _check_out(out, force):
 
 
 def _name(model, step, adapter):
-    """What the page calls the model: its name, the step of a run's checkpoint, the adapter."""
+    """What the page calls the model: its name, the step of a run's checkpoint, the adapters (dict of paths to scales)."""
     path = Path(model)
     name = (path.resolve().name if path.is_dir() else path.name) or str(model)
     step = f", step {step}" if step is not None else ""
-    return f"{name}{step}" + (f" with {adapter.name}" if adapter is not None else "")
+    scaled = (file.name + ("" if scale == 1 else f" times {scale:g}") for file, scale in (adapter or {}).items())
+    return f"{name}{step}" + (f" with {' and '.join(scaled)}" if adapter else "")

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from toy.data.tokenizers import Tokenizer
 from toy.models.base import LanguageModel
 from toy.models.lens import embed
+from toy.models.llama import Llama
 from toy.switch import ops_for
 
 N_LIKELIEST = 8  # tokens of a layer and a position in the logit lens
@@ -234,9 +235,9 @@ def _map(
 def _embedding(model: LanguageModel, ids: np.ndarray) -> np.ndarray:
     """Rows of the token embedding as the model looks them up, (M, D)."""
     tree = model.parameters
-    if hasattr(tree, "token_embd"):
-        return embed(model.ops, ids, tree.token_embd)[0]
-    return model.ops.embedding(ids, tree.token_embed)[0]
+    if isinstance(model, Llama):  # it may have a lens, or adapters on the embedding
+        return embed(model.ops, ids, tree.token_embd, model.lora_scale)[0]
+    return model.ops.embedding(ids, tree.token_embd.weight if hasattr(tree, "token_embd") else tree.token_embed)[0]
 
 
 def _nearest(model: LanguageModel, ids: np.ndarray) -> dict[int, list[tuple[int, float]]]:
