@@ -83,9 +83,9 @@ def look_inside(model: LanguageModel, tokenizer: Tokenizer, token_ids: npt.Array
     """
     ids = check_prompt(model, token_ids)
     attention, states = _watched(model, ids)
-    likeliest, followed, after = _lens(model, ids, states)
-    points, shares, nearest = _map(model, tokenizer, ids, after[0][-1])
-    return Inside(ids, attention, *likeliest, *followed, *after, points, shares, nearest)
+    lens = _lens(model, ids, states)
+    points, shares, nearest = _map(model, tokenizer, ids, lens.next_ids[-1])
+    return Inside(ids, attention, *lens, points, shares, nearest)
 
 
 def check_prompt(model: LanguageModel, token_ids: npt.ArrayLike) -> np.ndarray:
@@ -136,7 +136,8 @@ def _watched(model: LanguageModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndar
     """attention (L, H, T, T), and the residual stream before the first block and after each, (L+1, T, D)."""
     seen = cast(Any, copy.copy(model))  # another object with the same parameters: the model is left as it is
     seen.ops = watching = _Watching(model.ops)
-    block_forward, states = seen.block_forward, []
+    block_forward = seen.block_forward
+    states: list[np.ndarray] = []
 
     def keep(layer: int, block: Any, x: np.ndarray, *more: Any) -> tuple[np.ndarray, Any]:
         if not states:
@@ -153,10 +154,20 @@ def _watched(model: LanguageModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndar
 # -- the logit lens ----------------------------------------------------------------------------------------------------
 
 
-def _lens(
-    model: LanguageModel, ids: np.ndarray, states: np.ndarray
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """(likeliest, probabilities), (followed, probabilities), (next_ids, next_logits, rest) of `Inside`."""
+class _Lens(NamedTuple):
+    """Fields of `Inside`, in its order."""
+
+    likeliest: np.ndarray
+    likeliest_probabilities: np.ndarray
+    followed: np.ndarray
+    followed_probabilities: np.ndarray
+    next_ids: np.ndarray
+    next_logits: np.ndarray
+    rest: np.ndarray
+
+
+def _lens(model: LanguageModel, ids: np.ndarray, states: np.ndarray) -> _Lens:
+    """states: (L+1, T, D), the residual stream."""
     likeliest, followed, after = [], [], []
     for position in range(len(ids)):
         logits = np.asarray(model.unembed_rows(np.ascontiguousarray(states[:, position]))[0], np.float64)  # (L+1, V)
@@ -172,11 +183,8 @@ def _lens(
         wanted = _worth_following(best, actual, _largest(logits[-1:], N_FOLLOWED)[0])
         followed.append((wanted, probabilities[:, wanted].T))
         after.append(_after(logits[-1]))
-    return (
-        tuple(np.stack(part, axis=1) for part in zip(*likeliest)),
-        tuple(np.stack(part) for part in zip(*followed)),
-        tuple(np.stack(part) for part in zip(*after)),
-    )
+    parts = [np.stack(part, axis=1) for part in zip(*likeliest)]
+    return _Lens(*parts, *(np.stack(part) for part in zip(*followed)), *(np.stack(part) for part in zip(*after)))
 
 
 def _largest(rows: np.ndarray, n: int) -> np.ndarray:
@@ -248,7 +256,8 @@ def _nearest(model: LanguageModel, ids: np.ndarray) -> dict[int, list[tuple[int,
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(rows.dtype).tiny)
 
     wanted, vocab_size = directions(ids), model.config.vocab_size  # (M, D)
-    found_ids, found = np.empty((len(ids), 0), np.int64), np.empty((len(ids), 0))
+    found_ids: np.ndarray = np.empty((len(ids), 0), np.int64)
+    found: np.ndarray = np.empty((len(ids), 0))
     for start in range(0, vocab_size, _EMBEDDING_ROWS):
         some = np.arange(start, min(start + _EMBEDDING_ROWS, vocab_size))
         cosines = wanted @ directions(some).T  # (M, rows)
