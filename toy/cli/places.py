@@ -48,11 +48,12 @@ def _show(rows):
     from toy.trained.describe import human_bytes
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name, options in (
-        ("name", {"overflow": "fold"}), ("architecture", {}), ("type", {}), ("size", {"justify": "right"}),
-        ("run and train", {"overflow": "fold"}), ("of", {}),
-    ):  # fmt: skip
-        table.add_column(name, **options)
+    for name in ("name", "architecture", "type", "size", "run and train", "of"):
+        table.add_column(
+            name,
+            overflow="fold" if name in ("name", "run and train") else "ellipsis",
+            justify="right" if name == "size" else "left",
+        )
     for model, head in rows:
         if head is None:
             cells = ("", "", "", f"no: {model.problem}")
