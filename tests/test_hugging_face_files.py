@@ -541,6 +541,8 @@ def test_patterns_as_in_peft(adapter):
         "^model.layers.1.mlp.down_proj": 24,
     }
     change_json(adapter / "adapter_config.json", alpha_pattern=patterns)
+    patterns = patterns | {r"no.*such?\.mod+ule": 7}  # as many repeats as may be
+    change_json(adapter / "adapter_config.json", alpha_pattern=patterns)
     read, arrays = read_peft(adapter, CONFIG), model_files.adapters()
     assert read.alpha is None  # the scales are in B
     wanted = {"blk.1.attn_q": 3, "blk.0.attn_q": 0.75, "blk.0.attn_v": 0.75, "blk.1.ffn_down": 6, "blk.0.ffn_down": 1.5}
