@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import json
+import pydoc
 import re
 import signal
 import subprocess
@@ -20,13 +21,15 @@ from hypothesis import strategies as st
 
 import toy
 from toy.checks import gradcheck
-from toy.checks.exercises import LESSONS, TASKS, Mistake, Task, judge_answer
+from toy.checks.exercises.engine import LESSONS, Mistake, Task, judge_answer
+from toy.checks.exercises.tasks import TASKS
 from toy.data import batches, bpe
 from toy.models.generation import sample
 from toy.models.inputs import ImageBatch
 from toy.ops import reference
 from toy.training import schedules
 
+ROOT = Path(toy.__file__).parent.parent
 ALL = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
@@ -485,9 +488,15 @@ def test_an_exercise_that_is_not_there():
         toy.check("lineer", right)
 
 
+def test_importing_toy_does_not_load_the_exercises():
+    code = "import sys, toy; print('toy.checks.exercises.engine' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_help_reads_well():
-    text = inspect.getdoc(toy.check)
-    assert max(map(len, text.splitlines())) <= 76  # help() indents it by four
+    text = pydoc.render_doc(toy.check, renderer=pydoc.plaintext)
+    assert max(map(len, text.splitlines())) <= 80
     for word in (
         'toy.check("softmax", my_softmax)',
         "toy exercise list",
@@ -616,6 +625,6 @@ def test_ctrl_c_ends_the_command(tmp_path):
         "import signal\ndef softmax(scores):\n    while True:\n        signal.raise_signal(signal.SIGINT)\n"
     )
     command = [sys.executable, "-m", "toy", "exercise", "check", "softmax", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(toy.__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 130 and done.stderr == ""
     assert "It was stopped after 0 s in line 4 of mine.py" in done.stdout
