@@ -320,6 +320,15 @@ def deep(x, weight, bias):
     return deep(x, weight, bias)
 
 
+def product(x, weight):
+    return np.dot(x, weight)
+
+
+def by_a_helper(x, weight, bias):
+    y = product(x, weight)
+    return y + bias
+
+
 def right(x, weight, bias):
     return x @ weight.T + bias
 
@@ -332,6 +341,8 @@ def right(x, weight, bias):
         (prints, "must be a `return`. Case 1 of 3: x (5, 4), weight (3, 4), bias (3,). It printed: the result is (5, 4)"),
         (raises, "It raises NameError in line LINE of test_exercises.py: `return rows + undefined  # noqa: F821`. "
                  "Python says: name 'undefined' is not defined."),
+        (by_a_helper, "It raises ValueError in line HELPER of test_exercises.py: `return np.dot(x, weight)`. Python says: "
+                      "shapes (5,4) and (3,4) not aligned"),
         (of_an_input, "It changes its input x, shape (5, 4): x[0, 0] was "),
         (leaves, "It ends the whole program (exit) in line LINE of test_exercises.py: `sys.exit(\"bye\")`. Return a value."),
         (not_written, "It is not written yet in line LINE of test_exercises.py: `raise NotImplementedError`."),
@@ -364,6 +375,7 @@ def test_wrong_answers_are_told(answer, words):
     if "LINE" in words:
         lines, start = inspect.getsourcelines(answer)
         words = words.replace("LINE", str(start + len(lines) - 1))
+    words = words.replace("HELPER", str(inspect.getsourcelines(product)[1] + 1))
     text = " ".join(found.text.split())
     assert any(" ".join(option.split()) in text for option in words.split("|")), found.text
     assert "engine.py" not in text and "Traceback" not in text

@@ -49,8 +49,7 @@ def list_exercises(lesson, json_wanted, debug):
             click.echo(f"Lesson {number}: {LESSONS[number]}")
             for task in chosen:
                 if task.lesson == number:
-                    indents = {"initial_indent": "  ", "subsequent_indent": "      "}
-                    click.echo(textwrap.fill(task.signature, WIDTH - 1, **indents))
+                    click.echo(textwrap.fill(task.signature, WIDTH - 1, initial_indent="  ", subsequent_indent=" " * 6))
         click.echo(f"{len(chosen)} exercises. {program()} exercise show NAME says what is asked for.")
 
 
