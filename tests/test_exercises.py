@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import json
+import pydoc
 import re
 import signal
 import subprocess
@@ -20,13 +21,15 @@ from hypothesis import strategies as st
 
 import toy
 from toy.checks import gradcheck
-from toy.checks.exercises import LESSONS, TASKS, Mistake, Task, judge_answer
+from toy.checks.exercises.engine import LESSONS, Mistake, Task, judge_answer
+from toy.checks.exercises.tasks import TASKS
 from toy.data import batches, bpe
 from toy.models.generation import sample
 from toy.models.inputs import ImageBatch
 from toy.ops import reference
 from toy.training import schedules
 
+ROOT = Path(toy.__file__).parent.parent
 ALL = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
@@ -317,6 +320,15 @@ def deep(x, weight, bias):
     return deep(x, weight, bias)
 
 
+def product(x, weight):
+    return np.dot(x, weight)
+
+
+def by_a_helper(x, weight, bias):
+    y = product(x, weight)
+    return y + bias
+
+
 def right(x, weight, bias):
     return x @ weight.T + bias
 
@@ -329,6 +341,8 @@ def right(x, weight, bias):
         (prints, "must be a `return`. Case 1 of 3: x (5, 4), weight (3, 4), bias (3,). It printed: the result is (5, 4)"),
         (raises, "It raises NameError in line LINE of test_exercises.py: `return rows + undefined  # noqa: F821`. "
                  "Python says: name 'undefined' is not defined."),
+        (by_a_helper, "It raises ValueError in line HELPER of test_exercises.py: `return np.dot(x, weight)`. Python says: "
+                      "shapes (5,4) and (3,4) not aligned"),
         (of_an_input, "It changes its input x, shape (5, 4): x[0, 0] was "),
         (leaves, "It ends the whole program (exit) in line LINE of test_exercises.py: `sys.exit(\"bye\")`. Return a value."),
         (not_written, "It is not written yet in line LINE of test_exercises.py: `raise NotImplementedError`."),
@@ -361,6 +375,7 @@ def test_wrong_answers_are_told(answer, words):
     if "LINE" in words:
         lines, start = inspect.getsourcelines(answer)
         words = words.replace("LINE", str(start + len(lines) - 1))
+    words = words.replace("HELPER", str(inspect.getsourcelines(product)[1] + 1))
     text = " ".join(found.text.split())
     assert any(" ".join(option.split()) in text for option in words.split("|")), found.text
     assert "engine.py" not in text and "Traceback" not in text
@@ -485,9 +500,15 @@ def test_an_exercise_that_is_not_there():
         toy.check("lineer", right)
 
 
+def test_importing_toy_does_not_load_the_exercises():
+    code = "import sys, toy; print('toy.checks.exercises.engine' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_help_reads_well():
-    text = inspect.getdoc(toy.check)
-    assert max(map(len, text.splitlines())) <= 76  # help() indents it by four
+    text = pydoc.render_doc(toy.check, renderer=pydoc.plaintext)
+    assert max(map(len, text.splitlines())) <= 80
     for word in (
         'toy.check("softmax", my_softmax)',
         "toy exercise list",
@@ -616,6 +637,6 @@ def test_ctrl_c_ends_the_command(tmp_path):
         "import signal\ndef softmax(scores):\n    while True:\n        signal.raise_signal(signal.SIGINT)\n"
     )
     command = [sys.executable, "-m", "toy", "exercise", "check", "softmax", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(toy.__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 130 and done.stderr == ""
     assert "It was stopped after 0 s in line 4 of mine.py" in done.stdout

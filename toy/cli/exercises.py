@@ -33,7 +33,8 @@ def exercise(context):
 @JSON
 def list_exercises(lesson, json_wanted, debug):
     """List the exercises, of all lessons or of one."""
-    from toy.checks.exercises import LESSONS, TASKS
+    from toy.checks.exercises.engine import LESSONS
+    from toy.checks.exercises.tasks import TASKS
 
     with Phase(2, debug):
         if lesson is not None and lesson not in LESSONS:
@@ -48,8 +49,7 @@ def list_exercises(lesson, json_wanted, debug):
             click.echo(f"Lesson {number}: {LESSONS[number]}")
             for task in chosen:
                 if task.lesson == number:
-                    indents = {"initial_indent": "  ", "subsequent_indent": "      "}
-                    click.echo(textwrap.fill(task.signature, WIDTH - 1, **indents))
+                    click.echo(textwrap.fill(task.signature, WIDTH - 1, initial_indent="  ", subsequent_indent=" " * 6))
         click.echo(f"{len(chosen)} exercises. {program()} exercise show NAME says what is asked for.")
 
 
@@ -74,7 +74,8 @@ def show(name, solution, json_wanted, debug):
 
     Its output can be kept as it is: toy exercise show softmax > softmax.py
     """
-    from toy.checks.exercises import HEADER, LESSONS, find_task
+    from toy.checks.exercises.engine import HEADER, LESSONS
+    from toy.checks.exercises.tasks import find_task
 
     with Phase(2, debug):
         task = find_task(name)
@@ -97,7 +98,8 @@ def check(name, answer, seed, json_wanted, debug):
 
     FUNCTION: its name in the file, where it is not NAME.
     """
-    from toy.checks.exercises import find_task, judge_answer
+    from toy.checks.exercises.engine import judge_answer
+    from toy.checks.exercises.tasks import find_task
 
     with Phase(2, debug):
         task = find_task(name)

@@ -5,38 +5,18 @@ such a file: its statement, its solution as text with the blanks marked, the inp
 people make in it, each with its own hint. The stub and the wrong functions are made from the solution.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from toy.checks.exercises import (
-    lesson_0,
-    lesson_1,
-    lesson_2,
-    lesson_3,
-    lesson_4,
-    lesson_5,
-    lesson_6,
-    lesson_7,
-    lesson_8,
-    lesson_9,
-)
-from toy.checks.exercises.engine import HEADER, LESSONS, Mistake, Task, Verdict, find, judge_answer
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
-__all__ = ["HEADER", "LESSONS", "TASKS", "Mistake", "Task", "Verdict", "check", "find_task", "judge_answer"]
+    from toy.checks.exercises.engine import Verdict
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for lesson in (lesson_0, lesson_1, lesson_2, lesson_3, lesson_4, lesson_5, lesson_6, lesson_7, lesson_8, lesson_9)
-    for task in lesson.TASKS
-}
+__all__ = ["check"]
 
 
-def find_task(name: str) -> Task:
-    """The exercise of this name. Raises ValueError, with those of a similar name, where there is none."""
-    return find(TASKS, name)
-
-
-def check(exercise: str, answer: Callable[..., Any], seed: int = 0) -> Verdict:
+def check(exercise: str, answer: "Callable[..., Any]", seed: int = 0) -> "Verdict":
     """Check a function that you wrote for an exercise, and print what was found.
 
         toy.check("softmax", my_softmax)
@@ -54,6 +34,10 @@ def check(exercise: str, answer: Callable[..., Any], seed: int = 0) -> Verdict:
     `assert toy.check(...)`, with the fields right, hint and text.
     Raises ValueError for an exercise that there is not.
     """
+    # here, because `import toy` should not take longer for those who do no exercises
+    from toy.checks.exercises.engine import judge_answer
+    from toy.checks.exercises.tasks import find_task
+
     verdict = judge_answer(find_task(exercise), answer, seed)
     print(verdict.text)
     return verdict

@@ -130,8 +130,8 @@ class Task:
 
 def derivatives(forward, cotangent, *inputs):
     """The gradients of sum(cotangent * forward(*inputs)) with respect to each input, from values of the forward alone."""
-    inputs = [np.array(x, np.float64) for x in inputs]
-    return tuple(central_difference(lambda _: forward(*inputs), x, cotangent) for x in inputs)
+    copies = [np.array(x, np.float64) for x in inputs]
+    return tuple(central_difference(lambda _: forward(*copies), x, cotangent) for x in copies)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,7 +414,8 @@ def judge_answer(task: Task, function: Callable[..., Any], seed: int = 0) -> Ver
     prepared = _prepared(task, seed)
     if misfit := _misfit(task, function, prepared[0].arguments):
         return _verdict(task, misfit)
-    calls, worst, where, first, others = [], 0.0, "", None, []
+    calls, worst, where, others = [], 0.0, "", []
+    first: tuple[int, Part | None, str] | None = None  # the case, the part of it, and what is wrong with that
     for i, case in enumerate(prepared):
         call = _call(function, case.arguments)
         calls.append(call)
@@ -429,7 +430,7 @@ def judge_answer(task: Task, function: Callable[..., Any], seed: int = 0) -> Ver
             fault, error = _fault(task, part)
             if fault is not None and first is None:
                 first = (i, part, fault)
-            elif fault is not None and first[0] == i:
+            elif fault is not None and first is not None and first[0] == i:
                 others.append(part.name)
             if fault is None and error > worst:
                 worst, where = error, f" (of {part.name}; allowed {task.bar:.0e})"
@@ -554,9 +555,9 @@ def _verdict(task, words, hint=None, case=None, which="", printed="", stopped=Fa
         paragraphs.append(f"Hint: {hint}")
     if case is not None and not stopped:
         paragraphs.append(f"Case {which}: {', '.join(_shape(*item) for item in _held(case.arguments).items())}.")
-    options = {"width": WIDTH, "initial_indent": "  ", "subsequent_indent": "    "}
+    wrapper = textwrap.TextWrapper(WIDTH, "  ", "    ", break_long_words=False, break_on_hyphens=False)
     whole = [_WHOLE.sub(lambda found: found[0].replace(" ", "\u00a0"), paragraph) for paragraph in paragraphs]
-    filled = [textwrap.fill(text, **options, break_long_words=False, break_on_hyphens=False) for text in whole]
+    filled = [wrapper.fill(text) for text in whole]
     text = "\n".join([f"{task.name}: not yet.", *filled]).replace("\u00a0", " ")
     return Verdict(task.name, False, text + printed, hint, stopped)
 

@@ -64,9 +64,9 @@ def _qkv(rng):
 
 def attention_on_four_axes(q, k, v, causal=True):
     """The reference's attention for q (B, H, T, d_head) and k, v (B, G, T, d_head) -> (B, H, T, d_head)."""
-    batch, n_heads, t, d_head = q.shape
-    rows = [a.transpose(0, 2, 1, 3).reshape(batch * t, -1) for a in (q, k, v)]
-    out, _ = reference.attention(*rows, batch=batch, n_heads=n_heads, n_kv_heads=k.shape[1], causal=causal)
+    (batch, n_heads, t, d_head), n_kv_heads = q.shape, k.shape[1]
+    q, k, v = (a.transpose(0, 2, 1, 3).reshape(batch * t, -1) for a in (q, k, v))
+    out, _ = reference.attention(q, k, v, batch=batch, n_heads=n_heads, n_kv_heads=n_kv_heads, causal=causal)
     return out.reshape(batch, t, n_heads, d_head).transpose(0, 2, 1, 3)
 
 
