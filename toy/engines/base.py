@@ -129,8 +129,13 @@ class Engine:
         return min(math.ceil((needed - fits) / saved), most), why
 
     def _bytes_of_a_step(self) -> int:
-        """About what weights, moments and the activations of all blocks take."""
-        return 4 * (self.n_own + 3 * self.n_trained + self.config.n_layers * self._kept_of_a_block())
+        """About what weights, moments and the activations of all blocks take, and what adapters add to that."""
+        weights, adapted = self.weights, 0
+        if weights.dropout is not None:
+            adapted += self.n_rows * sum(weights.dropout.widths.values())  # the masks
+        if "output.lora_a" in weights.own:
+            adapted += 2 * self.batch.n_rows * self.batch.n_classes  # the logits are whole then, and their gradient
+        return 4 * (self.n_own + 3 * self.n_trained + self.config.n_layers * self._kept_of_a_block() + adapted)
 
     def _kept_of_a_block(self) -> int:
         """About how many numbers a block keeps for its backward."""
