@@ -7,9 +7,10 @@
 Contenders take turns, each in processes of its own that wait meanwhile: one process with a thread for each processor; one
 rank under mpirun; two ranks with half the processors each; two processes at once that know nothing of each other, with half
 the processors and half the batch each, which is what a rank computes. The prediction for two ranks is the time of the slower
-of these two plus that of adding up the gradients alone; it is compared with the measurement. Then the same model for more
-machines like this one, joined by a network: ring allreduce sends and receives 2 (K-1)/K gradients of 4 bytes a parameter on
-each machine, in 2 (K-1) messages.
+of these two plus that of adding up the gradients alone; it is compared with the measurement. All of it is done a second time
+in processor time (of one thread), which depends less on what else the machine does; with that the same model is extended to
+more machines like this one, joined by a network: ring allreduce sends and receives 2 (K-1)/K gradients of 4 bytes a parameter
+on each machine, in 2 (K-1) messages.
 """
 
 import argparse
@@ -73,16 +74,16 @@ def child(arguments):
             ranks.send(_orders(ranks, 0))
             buffer, times = np.zeros(recipe.n_parameters, np.float32), []
             for _ in range(20):
-                began = time.perf_counter()
+                began, used = time.perf_counter(), time.process_time()
                 ranks.add_up(buffer, [0.0])
-                times.append(time.perf_counter() - began)
+                times.append((time.perf_counter() - began, time.process_time() - used))
             print(json.dumps(times[5:]), flush=True)
             continue
         times, end = [], time.perf_counter() + float(line)
         while time.perf_counter() < end or len(times) < 3:
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             recipe.step(inputs, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0)
-            times.append(time.perf_counter() - began)
+            times.append((time.perf_counter() - began, time.process_time() - used))
             k += 1
         print(json.dumps(times[1:]), flush=True)  # the first finds cold caches
     if ranks is not None:
@@ -102,7 +103,7 @@ class Contender:
     def __init__(self, arguments, threads, batch, ranks=None):
         words = [__file__, "--child", "--shape", arguments.shape, "--backend", arguments.backend, "--batch", batch]
         launcher = [] if ranks is None else [_mpirun(), "-n", ranks]
-        self.turns = []  # lists of seconds of a step
+        self.turns, self.used = [], []  # lists of seconds of a step, and the processor time of all of them
         self.process = subprocess.Popen(
             [*map(str, launcher), sys.executable, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=thread_environment(threads) | {"OMP_NUM_THREADS": str(threads), "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -117,9 +118,15 @@ class Contender:
         return json.loads(line)
 
     def tell(self, word):
+        """-> (seconds, processor time) of every step, or sum."""
         self.process.stdin.write(f"{word}\n")
         self.process.stdin.flush()
         return self.read()
+
+    def turn(self, seconds):
+        told = self.tell(seconds)
+        self.turns.append([wall for wall, _ in told])
+        self.used += [used for _, used in told]
 
     def close(self):
         self.process.stdin.close()
@@ -137,7 +144,7 @@ class Pair(Contender):
         for process in (self.process, self.other.process):
             process.stdin.write(f"{word}\n")
             process.stdin.flush()
-        return [max(pair) for pair in zip(self.read(), self.other.read())]
+        return [max(pair) for pair in zip(self.read(), self.other.read())]  # by the seconds
 
     def close(self):
         self.other.close()
@@ -187,25 +194,27 @@ def main():
     adding, turns = [], max(3, round(arguments.seconds / arguments.burst))
     for _ in range(turns):
         for contender in there.values():
-            contender.turns.append(contender.tell(arguments.burst))
+            contender.turn(arguments.burst)
         adding += there["two ranks"].tell("add")
     for contender in there.values():
         contender.close()
-    n_parameters, exchange = there["one process"].n_parameters, fast(adding)
+    n_parameters = there["one process"].n_parameters
     print(
         f"{arguments.shape}: {n_parameters:,} parameters, {batch} sequences of {SHAPES[arguments.shape][4]}, "
         f"{arguments.backend}, {all_of_them} processors, {turns} turns\n"
     )
-    print(f"{'milliseconds a step':<24}{'fastest tenth':>14}{'median':>10}  threads each")
-    seconds = {}
+    print(f"{'milliseconds a step':<24}{'fastest tenth':>14}{'median':>10}{'processor':>11}  threads each")
+    seconds, used = {}, {}
     for name, contender in there.items():
         times = [time for turn in contender.turns for time in turn]
-        seconds[name] = fast(times)
         threads = all_of_them if name in ("one process", "one rank") else half
-        print(f"{name:<24}{fast(times) * 1e3:>14.2f}{statistics.median(times) * 1e3:>10.2f}{threads:>14}")
+        seconds[name] = statistics.median(times)
+        used[name] = statistics.median(contender.used) / threads
+        print(f"{name:<24}{fast(times) * 1e3:>14.2f}{seconds[name] * 1e3:>10.2f}{used[name] * 1e3:>11.2f}{threads:>14}")
+    exchange, used_exchange = (statistics.median(times) for times in zip(*adding))
     print(
-        f"{'adding up alone':<24}{exchange * 1e3:>14.2f}{statistics.median(adding) * 1e3:>10.2f}"
-        f"  ({4 * n_parameters / 1e6:.1f} MB)\n"
+        f"{'adding up alone':<24}{fast([wall for wall, _ in adding]) * 1e3:>14.2f}{exchange * 1e3:>10.2f}"
+        f"{used_exchange * 1e3:>11.2f}  ({4 * n_parameters / 1e6:.1f} MB)\n"
     )
     for what, a, b, bar in (
         ("one rank / one process", "one rank", "one process", "<= 1.02"),
@@ -214,18 +223,18 @@ def main():
         neighbours = [statistics.median(x) / statistics.median(y) for x, y in zip(there[a].turns, there[b].turns)]
         low, middle, high = statistics.quantiles(neighbours, n=4)
         print(
-            f"{what:<38}{seconds[a] / seconds[b]:>6.3f} of the fastest, {middle:.3f} of neighbours in time "
-            f"({low:.3f} to {high:.3f}); bar {bar}"
+            f"{what:<38}{middle:.3f} of neighbours in time ({low:.3f} to {high:.3f}), {used[a] / used[b]:.3f} in processor "
+            f"time; bar {bar}"
         )
-    middle = {name: statistics.median(time for turn in there[name].turns for time in turn) for name in there}
-    expected = middle["half a batch"] + statistics.median(adding)
-    error = expected / middle["two ranks"] - 1
-    print(f"{'two ranks, predicted':<38}{expected * 1e3:>6.2f} ms, {error:+.1%} from the measurement\n")
+    for what, times, sums in (("two ranks, predicted", seconds, exchange), ("in processor time", used, used_exchange)):
+        expected = times["half a batch"] + sums
+        error = expected / times["two ranks"] - 1
+        print(f"{what:<38}{expected * 1e3:.2f} ms, {error:+.1%} from the measurement")
     # of one machine: what a step takes whatever the batch is (the update), and what the sequences take
-    whole, part, row = seconds["one process"], seconds["half a batch"], seconds["one sequence"]
-    a_row = max(0.0, (part - row) / max(1, batch // 2 - 1))
-    fixed = max(0.0, row - a_row) * whole / max(2 * (part - row) + row, 1e-9) if a_row else 0.0
-    fixed = min(fixed, 0.9 * whole)
+    whole, part, row = used["one process"], used["half a batch"], used["one sequence"]
+    a_sequence = max(0.0, (part - row) / max(1, batch // 2 - 1))
+    fixed = whole * min(0.9, max(0.0, row - a_sequence) / (row + (batch - 1) * a_sequence))
+    print()
     print("machines like this one: times as many tokens a second as one (share of the time that is the network's)\n")
     for grows in (False, True):
         print(f"{batch} sequences in a step " + ("on each machine" if grows else "in all"))

@@ -80,6 +80,7 @@ def config(out):
 # -- the numbers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_two_and_four_ranks_have_the_curve_of_one_process(files, tmp_path):
     many = {"steps": 100, "eval_every": 50, "accumulate": 2}
@@ -96,6 +97,7 @@ def test_two_and_four_ranks_have_the_curve_of_one_process(files, tmp_path):
     assert curve(tmp_path / "4") != curve(tmp_path / "2")  # the sums are rounded elsewhere
 
 
+@pytest.mark.slow
 @needs_mpi
 @pytest.mark.parametrize("recipe", ["vit-tiny", "lora", "full-finetune", "warm-start"])
 def test_every_recipe(files, tmp_path, recipe):
@@ -110,6 +112,7 @@ def test_every_recipe(files, tmp_path, recipe):
     assert np.abs(np.subtract(curve(tmp_path / "2"), curve(tmp_path / "1"))).max() <= 1e-5
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_a_run_goes_on_with_any_number_of_ranks(files, tmp_path):
     alone(*command("from-scratch", tmp_path / "straight", files, steps=18))
@@ -273,6 +276,7 @@ def test_a_rank_that_stands_still_ends_the_job(files, tmp_path):
     assert f"--resume {tmp_path / 'run'}" in err
 
 
+@pytest.mark.slow
 @needs_mpi
 @needs_proc
 def test_killed_ranks_lose_nothing(tmp_path):
@@ -280,6 +284,7 @@ def test_killed_ranks_lose_nothing(tmp_path):
     assert found.pop("killed") == 3 and found.keys() <= {"done", "runs that ended bit-identical"}, found
 
 
+@pytest.mark.slow
 @needs_mpi
 @pytest.mark.skipif(OPEN_MPI, reason="its launcher is told of hosts in another way")
 def test_two_hosts(files, tmp_path):
