@@ -3,6 +3,7 @@
 TOY_PURE_PYTHON=1     the run is meant for pure Python: tests of the compiled kernels are skipped. Without it a run in which
                       the kernels were not built fails at once, instead of testing half of the library in silence.
 TOY_REQUIRE_TORCH=1   a missing PyTorch (an optional reference) is a failure too; CI sets it.
+TOY_REQUIRE_MPI=1     so is a missing MPI (mpi4py and an mpirun), which the tests of several processes need; CI sets it.
 
 `--hypothesis-profile=thorough` draws new examples, and many, in place of the fixed few.
 """
@@ -15,9 +16,11 @@ import signal
 from typing import NamedTuple
 
 import hypothesis
+import mpi
 import pytest
 
 PURE = os.environ.get("TOY_PURE_PYTHON", "") not in ("", "0")
+MPI_REQUIRED = os.environ.get("TOY_REQUIRE_MPI", "") not in ("", "0")
 TORCH_REQUIRED = os.environ.get("TOY_REQUIRE_TORCH", "") not in ("", "0")
 
 needs_kernels = pytest.mark.skipif(PURE, reason="TOY_PURE_PYTHON is set: the compiled kernels are not tested")
@@ -105,6 +108,9 @@ def pytest_configure(config):
             ) from error
     if TORCH_REQUIRED and importlib.util.find_spec("torch") is None:
         raise pytest.UsageError("TOY_REQUIRE_TORCH is set but PyTorch is not installed: pip install torch")
+
+    if MPI_REQUIRED and not mpi.THERE:
+        raise pytest.UsageError("TOY_REQUIRE_MPI is set but there is no MPI: pip install mpi4py mpich")
 
 
 def pytest_report_header(config):

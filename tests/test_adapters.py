@@ -277,6 +277,17 @@ def test_what_ends_llama_cpps_process_or_is_lost_there_is_refused(bases, tmp_pat
         toy.load(bases[kind], tmp_path / "adapter.gguf")
 
 
+@pytest.mark.parametrize("type", ["F16", "BF16", "Q8_0"])
+def test_adapters_of_other_types_are_read(tmp_path, type):
+    down, up = np.random.default_rng(0).normal(size=(2, 32, 32)).astype(np.float32)
+    keys = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
+    tensors = [("blk.0.attn_q.weight.lora_a", down, type), ("blk.0.attn_q.weight.lora_b", up, type)]
+    gguf_write._write(tmp_path / "a.gguf", keys, tensors)
+    read = read_adapter(tmp_path / "a.gguf").parameters
+    for name, array in (("lora_a", down), ("lora_b", up)):
+        assert 0 < np.abs(read[f"blk.0.attn_q.{name}"] - array).max() < 0.02
+
+
 def test_describe_tells_what_an_adapter_has(tmp_path, toy_command):
     file = File(TAKEN["a norm"].tensors | pair("output.weight", D, V, 5), adapter__lora__task_name="rhymes")
     file.write(tmp_path / "a.gguf", "untied")
@@ -461,6 +472,19 @@ def test_the_backward_ends_at_the_lowest_adapter(bases, kind):
     assert count == [2, 1] and sum(node.op == "attention" for node in last) == 2
 
 
+def test_the_lowest_block_is_found():
+    from toy.models.parameters import GradientTree
+
+    tree = toy.Llama(CONFIGS["untied"]).parameters
+    for trained, lowest in (
+        (["blk.1.attn_q.weight", "output.weight"], 1),
+        (["blk.1.attn_q.weight", "token_embd.weight"], 0),
+        (["blk.0.attn_q.weight", "blk.1.attn_q.weight"], 0),
+        (["output.weight", "output_norm.weight"], 2),
+    ):
+        assert GradientTree.like(tree, trained).lowest_block() == lowest
+
+
 @pytest.mark.parametrize("kind", ["untied", "gpt2"])
 def test_blocks_that_are_computed_again_have_the_same_dropout(backend, bases, kind):
     more, (token_ids, labels) = {"targets": ("all",), "dropout": 0.3}, make_batch()
@@ -581,6 +605,31 @@ def test_a_run_knows_its_options_everywhere(trained, bases, tmp_path, toy_comman
     assert np.abs(toy.load(tmp_path / "merged.gguf", backend="numpy").logits(IDS) - ours).max() < 1e-4
     code, out, _ = toy_command("runs", trained, "--json")
     assert code == 0 and json.loads(out)["options"]["dropout"] == 0.1
+
+
+def test_a_run_on_the_output_matrix(bases, tmp_path):
+    """Stopped and resumed, opened, exported: the same numbers."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = LoRAOptions(
+        model=str(bases["untied"]), corpus=str(tmp_path / "text.txt"), steps=6, batch=2, context=16, eval_batches=1,
+        sample_every=0, lr=0.02, warmup=1, rank=2, targets=("output", "q"), dropout=0.2, accumulate=2, backend="numpy",
+    )  # fmt: skip
+    for folder, stop in (("whole", None), ("parts", 3)):
+        for event in Training(options, out=tmp_path / folder).run():
+            if event.kind == "step" and event.step == stop:
+                break
+    training = Training.resume(tmp_path / "parts")
+    assert training.step == 3
+    for _ in training.run():
+        pass
+    ours = toy.load(tmp_path / "parts", backend="numpy").logits(IDS)
+    assert np.array_equal(ours, toy.load(tmp_path / "whole", backend="numpy").logits(IDS))
+    assert np.abs(ours - toy.load(bases["untied"], backend="numpy").logits(IDS)).max() > 0.05
+    assert np.abs(ours - training.model().forward(IDS)[0]).max() < 1e-5
+    export_adapter(read_trained(tmp_path / "parts"), tmp_path / "a.gguf")
+    assert np.abs(ours - toy.load(bases["untied"], tmp_path / "a.gguf", backend="numpy").logits(IDS)).max() < 1e-5
+    export_model(read_trained(tmp_path / "parts"), tmp_path / "m.gguf")
+    assert np.abs(ours - toy.load(tmp_path / "m.gguf", backend="numpy").logits(IDS)).max() < 1e-4
 
 
 @pytest.mark.llama_cpp

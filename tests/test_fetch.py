@@ -287,6 +287,15 @@ def test_paths_that_leave_the_repository(hub, file):
     assert Hub.requests == []
 
 
+@pytest.mark.parametrize("repository", ["owner/a--b", "owner/a..b", "owner/.a", "-owner/a"])
+def test_names_that_no_repository_can_have(hub, repository):
+    assert fetch("owner/name", "folder/tiny.gguf")
+    Hub.requests.clear()
+    with pytest.raises(ValueError, match=r"is no OWNER/REPO \("):
+        fetch(repository, "folder/tiny.gguf")
+    assert Hub.requests == []
+
+
 def test_offline_with_an_empty_cache(hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FetchError, match="HF_HUB_OFFLINE is set and it is not in the cache"):

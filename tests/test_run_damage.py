@@ -563,10 +563,29 @@ def test_a_finished_run_draws_its_picture_again(run, toy_command):
     for damage in (Path.unlink, lambda path: path.write_bytes(b"half")):
         whole = Path("run/loss.png").read_bytes()[:8]
         damage(Path("run/loss.png"))
+        Path("run/.loss.png.0123abcd.tmp").write_bytes(b"of a process that was killed while it drew")
         code, _, err = toy_command(*TRAIN, "--resume=run")
         assert (code, one_sentence(err)) == (2, True)
         assert "has done its 8 steps: give it more steps to go on; its picture was drawn again: run/loss.png" in err
         assert Path("run/loss.png").read_bytes()[:8] == whole == b"\x89PNG\r\n\x1a\n"
+        assert not list(Path("run").rglob("*.tmp"))
+    Path("run/.loss.png.0123abcd.tmp").write_bytes(b"of a process that draws")
+    with Run.open("run").lock():  # another process has the run: what it writes is left alone
+        code, _, err = toy_command(*TRAIN, "--resume=run")
+    assert code == 2 and "another process is training" in err and list(Path("run").rglob("*.tmp"))
+
+
+def test_bits_per_byte_are_of_the_text_that_was_trained_on(run):
+    """Where the lines of config.json were moved it may still be JSON, and say another number of bytes, or none."""
+    sound = plots.load_curve("run")
+    assert sound["bytes_per_token"] == 1.0
+    config = json.loads(Path("run/config.json").read_text())
+    for bytes_per_token in (2.0, None):
+        Path("run/config.json").write_text(
+            json.dumps(config | {"corpus": {"bytes_per_token": bytes_per_token}, "tokenizer": {}})
+        )
+        with pytest.raises(BadFileError, match=r"says .* for the bytes of a token, events.jsonl says 1\.0"):
+            plots.load_curve("run")
 
 
 @pytest.mark.parametrize(("clip", "advice"), [(1.0, "or a clip below 1"), (0.0, "or a clip, of 1 say")])

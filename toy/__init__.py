@@ -2,6 +2,7 @@
 
 from toy import engines, recipes
 from toy.adamw import AdamW
+from toy.checks.exercises import check
 from toy.config import VERSION as __version__
 from toy.config import GPT2Config, LlamaConfig, RecipeOptions, TransformerConfig, ViTConfig
 from toy.files.gguf import GGUF
@@ -25,6 +26,7 @@ __all__ = [
     "ViTConfig",
     "__version__",
     "backends",
+    "check",
     "engines",
     "load",
     "recipes",

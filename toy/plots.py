@@ -148,10 +148,9 @@ def _set_ends(axes: Any, curves: Sequence[dict[str, Any]], measures: Sequence[An
     is_log = axes.get_yscale() == "log"
     low, high, guess = (math.log(value) if is_log else value for value in (lowest, highest, uniform))
     far_below = high < _FAR_BELOW * guess
-    top = (
-        high if far_below else max(_ABOVE_UNIFORM * guess, low)
-    )  # low: a loss that is above a uniform guess all the time
-    margin = 0.05 * (top - low) or 1.0
+    # low: a loss that is above a uniform guess all the time
+    top = high if far_below else max(_ABOVE_UNIFORM * guess, low)
+    margin = 0.05 * (top - low) or max(1.0, 0.001 * abs(top))
     ends = low - margin, top + margin if far_below or top == low else top
     axes.set_ylim(*(math.exp(end) if is_log else end for end in ends))
     if is_log:
@@ -250,11 +249,15 @@ def load_curve(path: StrPath) -> dict[str, Any]:
         raise BadFileError(run.config_path, "does not say the size of the vocabulary") from None
     latest = run.latest_checkpoint()  # before the log, which a run that goes on writes first
     events = read_events(run.events_path, reach=0 if latest is None else int(latest.stem.removeprefix("step_")))
-    logged = [event["vocab_size"] for event in events if event["kind"] == "run_start" and "vocab_size" in event]
-    if logged and vocab_size != logged[-1]:
-        raise BadFileError(
-            run.config_path, f"says {vocab_size} for the size of the vocabulary, events.jsonl says {logged[-1]!r}"
-        )
+    bytes_per_token = _bytes_per_token(run.config)
+    said = {
+        "vocab_size": ("the size of the vocabulary", vocab_size),
+        "bytes_per_token": ("the bytes of a token", bytes_per_token),
+    }
+    for name, (what, number) in said.items():
+        logged = [event[name] for event in events if event["kind"] == "run_start" and event.get(name) is not None]
+        if logged and number != logged[-1]:
+            raise BadFileError(run.config_path, f"says {number} for {what}, events.jsonl says {logged[-1]!r}")
     steps = [event for event in events if event["kind"] == "step"]
     evals = [event for event in events if event["kind"] == "eval"]
     if not steps:
@@ -262,7 +265,7 @@ def load_curve(path: StrPath) -> dict[str, Any]:
     curve: dict[str, Any] = {
         "name": printable(os.fsencode(run.folder.resolve().name).decode(errors="replace")),
         "path": run.folder,
-        "bytes_per_token": _bytes_per_token(run.config),
+        "bytes_per_token": bytes_per_token,
         "vocab_size": vocab_size,
         "unit": "token" if "vocab_size" in model else "image",
         "steps": np.array([event["step"] for event in steps]),

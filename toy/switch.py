@@ -176,6 +176,13 @@ def _follow_environment_threads() -> None:
         set_num_threads(int(setting))
 
 
+def usable_processors() -> int:
+    """How many processors this process may use: its affinity, and where the kernels are built its control group's quota."""
+    if (kernels := _kernel_threads()) is not None:
+        return int(kernels._usable_cpus())
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def num_threads() -> int | None:
     """What `set_num_threads` was told, None before it was."""
     return _n_threads
@@ -268,6 +275,17 @@ def _ggml_device(device: str) -> str:
         return ggml_bridge.find_device(device).name
     except (ValueError, RuntimeError) as error:
         raise BackendUnavailableError(str(error)) from error
+
+
+def devices_like(device: str) -> tuple[str, list[str]]:
+    """The name of a ggml device, and the names of all that the machine has of its kind, it among them. Raises
+    BackendUnavailableError for one that is not there."""
+    name = _ggml_device(device)
+    import ggml_bridge
+
+    found = ggml_bridge.find_device(name)
+    alike = [other for other in ggml_bridge.devices() if (other.kind, other.backend) == (found.kind, found.backend)]
+    return name, [other.name for other in alike]
 
 
 def _blas_threads() -> int | None:

@@ -107,14 +107,17 @@ def relative_error(given, expected, scale=None):
 
     scale: the size of a large element, by default the largest of `expected`.
     """
+    return float(relative_errors(given, expected, scale).max(initial=0.0))
+
+
+def relative_errors(given, expected, scale=None):
+    """That of every element, in the shape of `expected`."""
     given, expected = np.asarray(given, np.float64), np.asarray(expected, np.float64)
     if given.shape != expected.shape:
         raise ValueError(f"gradients of different shapes: {given.shape} and {expected.shape}")
-    if given.size == 0:
-        return 0.0
-    scale = np.abs(expected).max() if scale is None else scale
+    scale = np.abs(expected).max(initial=0.0) if scale is None else scale
     floor = max(RELATIVE_FLOOR * scale, np.finfo(np.float64).tiny)
-    return float(np.max(np.abs(given - expected) / np.maximum(np.maximum(np.abs(given), np.abs(expected)), floor)))
+    return np.abs(given - expected) / np.maximum(np.maximum(np.abs(given), np.abs(expected)), floor)
 
 
 def error_of_max(given, expected):

@@ -62,7 +62,7 @@ def adapter_option(name, help):
     )  # fmt: skip
 
 
-ADAPTER = adapter_option("--adapter", "LoRA adapter to put on the model, times SCALE")
+ADAPTER = adapter_option("--adapter", "LoRA adapter (GGUF, or a PEFT folder) to put on the model, times SCALE")
 BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(BACKEND_NAMES)}.")
 
 
@@ -171,7 +171,7 @@ def tell_checkpoint(model, step, wanted="last"):
 
     model: what the user named; step: of the checkpoint; wanted: the value of --checkpoint.
     """
-    if not Path(model).is_dir():
+    if step is None or not Path(model).is_dir():
         return
     best = Run.open(model).best_checkpoint()
     name, words = f"step_{step}", "the best on validation"

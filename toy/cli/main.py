@@ -1,4 +1,4 @@
-"""The command line: toy train, generate, chat, eval, export, list, describe, fetch, runs, plot, backends and others.
+"""The command line: toy train, generate, chat, eval, look, export, list, describe, fetch, runs, plot, backends and others.
 
 Bad input ends with one sentence on stderr and exit code 2, before anything is written; a failure while running with exit
 code 1; --debug shows the traceback too. A run stopped by Ctrl-C is saved and ends with 130, the shell's code for it.
@@ -16,7 +16,9 @@ import click
 from toy import switch
 from toy.cli import chat as cli_chat
 from toy.cli import data as cli_data
+from toy.cli import exercises as cli_exercises
 from toy.cli import images as cli_images
+from toy.cli import look as cli_look
 from toy.cli import models as cli_models
 from toy.cli import places as cli_places
 from toy.cli import runs as cli_runs
@@ -98,7 +100,8 @@ def cli(context):
 
 cli.add_command(cli_train.train)
 cli.add_command(cli_data.data)
-for _group in (cli_models.models, cli_chat.chats, cli_places.places, cli_runs.runs, cli_images.images):
+cli.add_command(cli_exercises.exercise)
+for _group in (cli_models.models, cli_chat.chats, cli_places.places, cli_look.look, cli_runs.runs, cli_images.images):
     for _command in _group.commands.values():
         cli.add_command(_command)
 

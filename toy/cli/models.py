@@ -1,6 +1,7 @@
 """The commands that use a model which exists: toy generate, eval, export.
 
-MODEL is what `toy.trained.read_trained` takes: a run directory, a checkpoint, a GGUF file, the name of a fetched model.
+MODEL is what `toy.trained.read_trained` takes: a run directory, a checkpoint, a GGUF file, a Hugging Face folder, the name
+of a fetched model.
 """
 
 import csv
@@ -24,6 +25,7 @@ from toy.cli.base import (
     as_json,
     command,
     note,
+    program,
     quoted,
     tell_checkpoint,
 )
@@ -81,9 +83,9 @@ def generate(
 ):
     """Let a model write.
 
-    MODEL is a run directory, a checkpoint, a GGUF file, or the name of a fetched model (toy fetch). It stops early at a
-    token that ends a text, if the model has such tokens. Of a file or stdin the last line end is not part of the text; a
-    prompt that begins with @ itself is given as @@.
+    MODEL is a run directory, a checkpoint, a GGUF file, a Hugging Face folder, or the name of a fetched model (toy fetch).
+    It stops early at a token that ends a text, if the model has such tokens. Of a file or stdin the last line end is not
+    part of the text; a prompt that begins with @ itself is given as @@.
     """
     from toy.models.generation import generate as generate_ids
     from toy.trained.writing import Writing, check_stop, stop_ids_of
@@ -385,7 +387,7 @@ def _write_tokens(path, rows):
 @MODEL
 @click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone. [default for one]")
 @click.option("--merge", is_flag=True, help="Of a LoRA run: the whole model with the adapter in it.")
-@adapter_option("--lora", "Merge the adapter in this file into the model, times SCALE")
+@adapter_option("--lora", "Merge this adapter into the model, times SCALE")
 @click.option(
     "--type",
     "kind",
@@ -393,18 +395,36 @@ def _write_tokens(path, rows):
     help="Of matrices: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q5_0, q5_1, q4_0, q4_1, iq4_nl, or "
     "keep: as they are.  [default: f32; of --merge and --lora: keep]",
 )
-@click.option("--out", type=PATH, metavar="FILE.gguf", help="The file to write. [default: named after MODEL, here]")
-@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["gguf", "hf", "peft"]),
+    default="gguf",
+    show_default=True,
+    help="hf: a folder for transformers, with a run's adapter merged in; peft: a run's adapter as a folder for PEFT.",
+)
+@click.option(
+    "--ollama",
+    type=PATH,
+    metavar="DIR",
+    help="Write a folder for `ollama create`: a Modelfile, the model, the adapter.",
+)
+@click.option("--out", type=PATH, metavar="PATH", help="What to write. [default: named after MODEL, here]")
+@click.option("--force", is_flag=True, help="Overwrite what is there.")
 @JSON
 @CHECKPOINT
-def export(model, adapter, merge, lora, kind, out, force, json_wanted, checkpoint, debug):
-    """Write a model as a GGUF file for llama.cpp.
+def export(model, adapter, merge, lora, kind, form, ollama, out, force, json_wanted, checkpoint, debug):
+    """Write a model as a GGUF file for llama.cpp, or as a folder for transformers, PEFT or Ollama.
 
     MODEL is as in toy generate. A LoRA run gives its adapter alone, for llama.cpp's --lora, or with --merge a whole model. A
     GGUF file is written anew in another type; with --lora, that adapter is merged in.
     """
     from toy.trained import export as exports
 
+    if form != "gguf" or ollama is not None:
+        return _export_folder(
+            model, adapter, merge, lora, kind, form, ollama, out, force, json_wanted, checkpoint, debug
+        )
     with Phase(2, debug):
         if adapter and (merge or lora is not None):
             raise ValueError("--adapter writes the adapter alone and --merge or --lora a whole model: choose one")
@@ -438,11 +458,69 @@ def export(model, adapter, merge, lora, kind, out, force, json_wanted, checkpoin
         click.echo(to_type)
 
 
+def _export_folder(model, adapter, merge, lora, kind, form, ollama, out, force, json_wanted, checkpoint, debug):
+    """The forms that are folders."""
+    from toy.files.folders import check_replaceable
+    from toy.trained import export as exports
+    from toy.trained import ollama as ollamas
+
+    with Phase(2, debug):
+        if ollama is not None and (form != "gguf" or out is not None):
+            other = f"--format {form}" if out is None else f"--out {out}"
+            raise ValueError(f"--ollama {ollama} names the folder, of GGUF files: leave out {other}")
+        form, out = ("ollama", ollama) if ollama is not None else (form, out)
+        if form == "peft" and (merge or kind is not None):
+            raise ValueError("--format peft writes an adapter alone, in float32: leave out --merge and --type")
+        if adapter and form == "hf":
+            raise ValueError("--format hf writes a whole model: an adapter alone is written by --format peft")
+        if adapter and (merge or lora is not None):
+            raise ValueError("--adapter writes the adapter alone and --merge or --lora a whole model: choose one")
+        stored = trained.read_trained(model, lora, checkpoint)
+        exports.check_exportable(stored)
+        if (merge or adapter or form == "peft") and not stored.adapters:
+            given = "merge" if merge else "adapter" if adapter else "format peft"
+            raise ValueError(f"{model} has no adapter of its own: leave out --{given}")
+        known = (*exports.HUGGING_FACE_TYPES, exports.KEEP) if form == "hf" else exports.EXPORT_TYPES
+        if kind not in (None, *known):
+            raise ValueError(f"--type {kind!r} is not one of {', '.join(known)}")
+        out = out or Path(f"{_name_of(model)}-{form}")
+        if out.suffix == ".gguf":
+            raise ValueError(f"what is written is a folder, and {out} ends with .gguf: give it another name")
+        if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} is there already: choose another --out, or overwrite it with --force")
+        names = {"hf": exports.HUGGING_FACE_FILES, "peft": exports.PEFT_FILES, "ollama": ollamas.FILES}[form]
+        check_replaceable(out, names)
+        if not out.parent.is_dir():
+            raise ValueError(f"{out} cannot be written: {out.parent} is not a directory")
+    with Phase(1, debug):
+        tell_checkpoint(model, stored.step, checkpoint)
+        if form == "hf":
+            exports.export_hugging_face(stored, out, kind or ("keep" if stored.adapters else "f32"))
+            use = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+        elif form == "peft":
+            exports.export_peft(stored, out)
+            use = f"PeftModel.from_pretrained(model, {str(out)!r})"
+        else:
+            for sentence in ollamas.export_ollama(stored, out, kind, merge or lora is not None):
+                note(sentence)
+            use = f"ollama create {_name_of(out).lower()} -f {quoted(out / 'Modelfile')}"
+        n_bytes = sum(entry.stat().st_size for entry in out.iterdir())
+        if json_wanted:
+            written = {"path": str(out), "bytes": n_bytes, "format": form, "adapter": form == "peft", "type": kind}
+            return as_json(written | {"command": use, "checkpoint": stored.step})
+        click.echo(f"{out} ({n_bytes / 1e6:.1f} MB)")
+        click.echo(use)
+
+
 def llama_cpp_command(stored, out, whole):
     """What to type to use the file with llama.cpp."""
     chat = getattr(stored.tokenizer, "chat_template", None) is not None
-    files = f"-m {quoted(out)}" if whole else f"-m {quoted(stored.base)} --lora {quoted(out)}"
-    return f"llama-cli {files}" if chat else f"llama-completion {files} -p 'Once upon a time'"
+    files, before = f"-m {quoted(out)}" if whole else f"-m {quoted(stored.base)} --lora {quoted(out)}", ""
+    if not whole and stored.base.is_dir():  # a Hugging Face folder, which llama.cpp does not read
+        base = f"{stored.base.name}.gguf"
+        before = f"{program()} export {quoted(stored.base)} --type keep --out {quoted(base)} && "
+        files = f"-m {quoted(base)} --lora {quoted(out)}"
+    return before + (f"llama-cli {files}" if chat else f"llama-completion {files} -p 'Once upon a time'")
 
 
 def _name_of(model):

@@ -17,10 +17,12 @@ from click.core import ParameterSource
 from toy import switch
 from toy.cli.base import Phase, as_json, command, program, quoted
 from toy.cli.progress import EncodingBar, Progress, show_choices
+from toy.cli.ranks import as_ranks
 from toy.files.runs import DamagedCheckpointError, new_folder
 from toy.training import RECIPES, Training
 from toy.training.config_file import options_from_file
 from toy.training.options import DATA, MACHINE, MODEL, REPORTS, STEPS
+from toy.training.ranks import launched
 
 _WIDEST_CHOICES = 40  # characters
 SECTIONS = (DATA, MODEL, STEPS, REPORTS, MACHINE)
@@ -98,11 +100,20 @@ def recipe_command(start):
 
     def body(out, resume, branch, checkpoint, from_step, config, dry_run, json_wanted, debug, **values):
         where = Where(out, resume, branch, checkpoint, from_step, config)
-        if not json_wanted:
-            return _train(start.options_class, where, dry_run, debug, values)
-        stdout = sys.stdout
-        with contextlib.redirect_stdout(sys.stderr):  # everything but the events
-            return _train(start.options_class, where, dry_run, debug, values, lambda e: as_json(e.to_json(), stdout))
+
+        def run(ranks=None):
+            if not json_wanted:
+                return _train(start.options_class, where, dry_run, debug, values, ranks)
+            stdout = sys.stdout
+            with contextlib.redirect_stdout(sys.stderr):  # everything but the events
+                return _train(
+                    start.options_class, where, dry_run, debug, values, ranks, lambda e: as_json(e.to_json(), stdout)
+                )
+
+        if launched() is None:
+            return run()
+        given = {name: value for name, value in {**where._asdict(), **values}.items() if _is_given(name)}
+        return as_ranks(run, {f"--{name.replace('_', '-')}": value for name, value in given.items()}, debug)
 
     body.__doc__ = inspect.getdoc(start)
     folder = click.Path(path_type=Path)
@@ -156,8 +167,8 @@ class Where(typing.NamedTuple):
     config: Path | None
 
 
-def _make_training(kind, where, options):
-    """The `Training` that the flags ask for. options: all of them, with their defaults."""
+def _make_training(kind, where, options, ranks):
+    """The `Training` that the flags ask for. options: all of them, with their defaults. ranks: of several processes."""
     given = {name: value for name, value in options.items() if _is_given(name)}
     out, resume, branch, checkpoint, from_step, config = where
     if config is not None:
@@ -178,7 +189,9 @@ def _make_training(kind, where, options):
         if out is not None:
             raise ValueError("--out cannot be given with --resume: the run goes on in its own directory")
         try:
-            return Training.resume(resume, recipe=kind.recipe, progress=EncodingBar(), from_step=from_step, **given)
+            return Training.resume(
+                resume, recipe=kind.recipe, progress=EncodingBar(), from_step=from_step, ranks=ranks, **given
+            )
         except DamagedCheckpointError as error:
             if error.before is None:
                 raise
@@ -190,14 +203,16 @@ def _make_training(kind, where, options):
     out = out or new_folder(given.get("arch") or options.get("arch") or kind.recipe)
     if resume is not None:
         checkpoint = "last" if checkpoint is None else checkpoint
-        return Training.branch(resume, out, kind.recipe, checkpoint=checkpoint, progress=EncodingBar(), **given)
-    return Training(kind(**given), out=out, progress=EncodingBar())
+        return Training.branch(
+            resume, out, kind.recipe, checkpoint=checkpoint, progress=EncodingBar(), ranks=ranks, **given
+        )
+    return Training(kind(**given), out=out, progress=EncodingBar(), ranks=ranks)
 
 
-def _train(kind, where, dry_run, debug, options, on_event=None):
-    """One run, shown. on_event: called with every event."""
+def _train(kind, where, dry_run, debug, options, ranks=None, on_event=None):
+    """One run, shown. ranks: on rank 0 of several processes; on_event: called with every event."""
     with Phase(2, debug):
-        job = _make_training(kind, where, options)
+        job = _make_training(kind, where, options, ranks)
     go_on = resume_command(kind, job.out)
 
     def hint():

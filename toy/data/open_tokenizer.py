@@ -6,13 +6,14 @@ from typing import Any
 
 from toy.data.bpe_tokenizer import DEFAULT_VOCAB_SIZE, BPETokenizer
 from toy.data.gguf_tokenizer import BrokenTokenizerError, GGUFTokenizer, metadata_from_json
-from toy.data.tokenizer_json import read_tokenizer_json
+from toy.data.tokenizer_json import read_model_tokenizer, read_tokenizer_json
 from toy.data.tokenizers import KINDS, ByteTokenizer, CharTokenizer, Tokenizer
 from toy.files.atomic import StrPath
 from toy.files.errors import BadFileError
 from toy.files.fetch import FETCHABLE
 from toy.files.gguf import GGUF
 from toy.files.gguf_vocabulary import bytes_of_characters
+from toy.files.hugging_face import HuggingFaceModel, open_model
 from toy.files.places import find_model
 from toy.files.runs import Run
 
@@ -79,12 +80,21 @@ def tokenizer_from_json(data: Any) -> Tokenizer:
     raise ValueError(f"not a tokenizer: {str(data)[:80]}")
 
 
+def has_tokenizer(gguf: GGUF) -> bool:
+    """Whether there is one in the file, or in the folder."""
+    if isinstance(gguf, HuggingFaceModel):
+        return (gguf.path / "tokenizer.json").exists()
+    return gguf.metadata.get("tokenizer.ggml.model", "none") != "none"
+
+
 def load_tokenizer(gguf: GGUF) -> GGUFTokenizer:
     """The tokenizer of an open `toy.GGUF`: a `GGUFTokenizer`, or the Char- or ByteTokenizer it was exported from.
 
     Raises BadFileError when it contradicts itself, ValueError when there is none or its kind is not supported, and
     RuntimeError (with the command to type) when the `tokenizers` library is needed and missing.
     """
+    if isinstance(gguf, HuggingFaceModel):
+        return read_model_tokenizer(gguf.path, gguf.config().vocab_size, gguf.ends)
     try:
         return _own_tokenizer(gguf.metadata) or GGUFTokenizer(gguf.metadata, path=gguf.path)
     except BrokenTokenizerError as error:
@@ -99,7 +109,7 @@ def _tokenizer_of_file(data):
     Raises BadFileError when the file there has another tokenizer by now, FileNotFoundError when it is gone.
     """
     try:
-        with GGUF.open(data["path"]) as gguf:
+        with open_model(data["path"]) as gguf:
             tokenizer = load_tokenizer(gguf)
     except FileNotFoundError as error:
         raise FileNotFoundError(

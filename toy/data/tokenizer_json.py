@@ -7,6 +7,7 @@ texts are left out and told in `notices`.
 Source: the file's keys are those of the `tokenizers` library, https://huggingface.co/docs/tokenizers
 """
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from toy.data.gguf_tokenizer import BrokenTokenizerError, GGUFTokenizer
+from toy.data.pre_tokenizers import PRE_TOKENIZERS
 from toy.data.sentencepiece import SPACE
+from toy.data.tokenizers import CharTokenizer
 from toy.files.errors import BadFileError
 from toy.files.gguf_models import short
 from toy.files.gguf_vocabulary import BYTE, CHARACTER_OF_BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -29,6 +32,10 @@ _MAX_CONTAINERS, _MAX_ITEMS = (
 )  # lists and objects in it, and what is in them: some hundred bytes of memory each
 _MAX_TOKENS = 2**20
 _MAX_SPLITS = 2**28  # of all tokens in two, counted with the characters that each looks at
+
+# bytes that texts of every script are made of, and those that UTF-8 never has
+_EVERYWHERE = {*b"\t\n", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF0)}
+_IN_NO_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 # The patterns of models' own files, as one string in which they are separated, to the names that llama.cpp gives them, by
 # whether a piece that is a token is not built from merges. Left out are those that llama.cpp only comes near to (gpt-4o).
@@ -60,6 +67,16 @@ _PATTERNS = {
 }
 
 
+def patterns_of(pre):
+    """The patterns of models' own files that llama.cpp calls by this name, or by one that means the same; None: not known."""
+    rule = PRE_TOKENIZERS[pre]._replace(adds_bos=False)
+    for patterns, names in _PATTERNS.items():
+        for whole, name in names.items():
+            if whole == rule.whole_pieces and PRE_TOKENIZERS[name]._replace(adds_bos=False) == rule:
+                return patterns.split(_NUL)
+    return None
+
+
 def read_tokenizer_json(path):
     """The `GGUFTokenizer` of a `tokenizer.json`, or of the folder it is in.
 
@@ -68,22 +85,82 @@ def read_tokenizer_json(path):
     Raises FileNotFoundError, BadFileError for a file that is damaged or contradicts itself, and ValueError for one that
     describes something that cannot be done the same way here.
     """
+    with _named(path) as file:
+        data = _read_json(file)
+        if (own := own_characters(data)) is not None:
+            return own
+        metadata, notices = _metadata(file, data)
+        return GGUFTokenizer(metadata, notices=notices)
+
+
+def read_model_tokenizer(folder, vocab_size, ends=()):
+    """The tokenizer in the folder of a Hugging Face model with `vocab_size` rows in its embedding: the rows beyond the last
+    token are unused tokens, as llama.cpp's converter has it.
+
+    ends: the ids that end an answer by the model's own config, beside those that the tokenizer knows. Errors as
+    `read_tokenizer_json`.
+    """
+    folder = Path(folder)
+    with _named(folder) as file:
+        data = _read_json(file)
+        if (own := own_characters(data)) is not None and own.vocab_size == vocab_size:
+            return own
+        metadata, notices = _metadata(file, data)
+        tokens = metadata["tokenizer.ggml.tokens"]
+        missing = vocab_size - len(tokens)
+        if missing < 0:
+            raise BrokenTokenizerError(f"has {len(tokens)} tokens, and the model's embedding {vocab_size} rows")
+        metadata["tokenizer.ggml.tokens"] = tokens + [f"[PAD{len(tokens) + i}]" for i in range(missing)]
+        padding = {"tokenizer.ggml.token_type": UNUSED, "tokenizer.ggml.scores": -1e6}
+        for key in padding.keys() & metadata.keys():
+            array = metadata[key]
+            metadata[key] = np.concatenate([array, np.full(missing, padding[key], array.dtype)])
+        tokenizer = GGUFTokenizer(metadata, path=folder, notices=notices)
+        ends = [i for i in ends if 0 <= i < vocab_size and i not in tokenizer.stop_ids]
+        if not ends:
+            return tokenizer
+        free = [name for name in ("eos", "eot", "eom") if f"tokenizer.ggml.{name}_token_id" not in metadata]
+        metadata |= {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(free, ends)}
+        if len(ends) > len(free):
+            notices = [*notices, f"{folder}: {len(ends) - len(free)} of the tokens that end an answer are left out"]
+        return GGUFTokenizer(metadata, path=folder, notices=notices)
+
+
+def _metadata(path, data):
+    """The keys of a GGUF file that say what a `tokenizer.json` says, and a list of sentences about what is left out. data:
+    what is in the file."""
+    config = _read_json(path.with_name("tokenizer_config.json"), {})
+    notices: list[str] = []
+    metadata = _Description(data, notices).metadata()
+    metadata |= _roles(data, config, metadata["tokenizer.ggml.tokens"])
+    metadata |= _chat_templates(path, config)
+    return metadata, [f"{path}: {notice}" for notice in notices]
+
+
+@contextlib.contextmanager
+def _named(path):
+    """Gives the path of the file, which is `path` or in the folder `path`; errors name it."""
     path = Path(path)
     path = path / "tokenizer.json" if path.is_dir() else path
-    data = _read_json(path)
-    config = _read_json(path.with_name("tokenizer_config.json"), {})
     try:
-        notices: list[str] = []
-        metadata = _Description(data, notices).metadata()
-        metadata |= _roles(data, config, metadata["tokenizer.ggml.tokens"])
-        metadata |= _chat_templates(path, config)
-        return GGUFTokenizer(metadata, notices=[f"{path}: {notice}" for notice in notices])
+        yield path
     except BadFileError:
         raise
     except BrokenTokenizerError as error:
         raise BadFileError(path, str(error)) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def own_characters(data):
+    """The `CharTokenizer` that `toy.data.tokenizer_json_write` wrote, or None."""
+    model = data.get("model")
+    tokens = model.get("vocab") if isinstance(model, dict) and model.get("type") == "WordLevel" else None
+    if not isinstance(tokens, dict) or not tokens or any(len(token) != 1 for token in tokens):
+        return None
+    if sorted(tokens.values(), key=str) != sorted(range(len(tokens)), key=str) or data.get("normalizer") is not None:
+        return None
+    return CharTokenizer(sorted(tokens, key=tokens.__getitem__))
 
 
 class _Description:
@@ -164,9 +241,15 @@ class _Description:
             )
         if self.model.get("byte_fallback"):
             raise ValueError("it is byte-level and has byte_fallback, which cannot be done the same way")
-        missing = set(CHARACTER_OF_BYTE.values()) - set(self.tokens)
-        if missing:
+        known = set(self.tokens)
+        missing = {byte for byte, character in CHARACTER_OF_BYTE.items() if character not in known}
+        if missing & _EVERYWHERE:
             raise BrokenTokenizerError(f"is byte-level BPE and has no token for {len(missing)} of the 256 bytes")
+        if rare := sorted(missing - _IN_NO_TEXT):  # SmolLM2's has none for some control characters
+            named = " ".join(f"{byte:02x}" for byte in rare)
+            self.notices.append(
+                f"it has no token for the bytes {named}: they are left out of a text, as in llama.cpp and transformers"
+            )
         whole = bool(self.model.get("ignore_merges"))
         pre = _PATTERNS.get(_NUL.join(self._patterns()), {}).get(whole)
         if pre is None:

@@ -47,13 +47,22 @@ class Piece(NamedTuple):
     """The part of a step's batch that one forward and backward pass takes.
 
     inputs, labels: checked arrays. counted: the number of its rows that count. moment: the step, counted from 1, and the
-    number of the pass in it, of which dropout is drawn.
+    first of the piece's rows in the batch of that step, of which dropout is drawn.
     """
 
     inputs: Arrays
     labels: np.ndarray
     counted: int
     moment: tuple[int, int] = (0, 0)
+
+
+def n_counted(labels: np.ndarray) -> int:
+    """How many rows of checked labels count: those that are not -1, or not all zero."""
+    return int((labels >= 0).sum() if labels.ndim == 1 else labels.any(axis=1).sum())
+
+
+# what each of several processes found, made what all of them found: a flat float32 gradient, in place, and a loss -> the loss
+AddUp = Callable[[np.ndarray, float], float]
 
 
 class Engine:
@@ -64,7 +73,7 @@ class Engine:
     table; this class has checked what goes in.
     """
 
-    _train: Callable[[Sequence[Piece], np.ndarray, bool], float]
+    _train: Callable[[Sequence[Piece], int, np.ndarray, bool], float]  # pieces, counted rows of the step, hp, is_first
     _evaluate: Callable[[Arrays, np.ndarray], float]
     _logits: Callable[[Arrays], np.ndarray]
     parameters: Callable[[], Arrays]
@@ -89,14 +98,18 @@ class Engine:
         self.step_batch = self.model_class.batch_type(config, options.accumulate * options.t_batch, options.t_seq)
         self.arch = self.model_class.arch
         self.hp_mode = self.model_class.hp_mode if weights.hp_mode is None else weights.hp_mode
-        if self.device.startswith("cpu"):
-            # float32: a weight that is trained has a gradient and two moments; of each block the input is kept
-            n_bytes = 4 * (4 * self.n_trained + self.n_rows * config.n_layers * config.d_model)
-            check_fits(n_bytes, f"training {self.n_trained:,} parameters on {self.n_rows:,} rows")
+        self._check_fits()
         self.recompute, self.recompute_reason = self._choose_recompute()
         # further arguments of the model
         self.model_options = {**weights.model_options, "recompute": self.recompute}
         self.grad_norm = float("nan")  # L2 norm of the last step's whole gradient, before clipping
+
+    def _check_fits(self) -> None:
+        """Raise MemoryError when the machine has too little memory for a pass, whatever else is there."""
+        if self.device.startswith("cpu"):
+            # float32: a weight that is trained has a gradient and two moments; of each block the input is kept
+            n_bytes = 4 * (4 * self.n_trained + self.n_rows * self.config.n_layers * self.config.d_model)
+            check_fits(n_bytes, f"training {self.n_trained:,} parameters on {self.n_rows:,} rows")
 
     @property
     def n_rows(self) -> int:
@@ -116,8 +129,13 @@ class Engine:
         return min(math.ceil((needed - fits) / saved), most), why
 
     def _bytes_of_a_step(self) -> int:
-        """About what weights, moments and the activations of all blocks take."""
-        return 4 * (self.n_own + 3 * self.n_trained + self.config.n_layers * self._kept_of_a_block())
+        """About what weights, moments and the activations of all blocks take, and what adapters add to that."""
+        weights, adapted = self.weights, 0
+        if weights.dropout is not None:
+            adapted += self.n_rows * sum(weights.dropout.widths.values())  # the masks
+        if "output.lora_a" in weights.own:
+            adapted += 2 * self.batch.n_rows * self.batch.n_classes  # the logits are whole then, and their gradient
+        return 4 * (self.n_own + 3 * self.n_trained + self.config.n_layers * self._kept_of_a_block() + adapted)
 
     def _kept_of_a_block(self) -> int:
         """About how many numbers a block keeps for its backward."""
@@ -187,7 +205,8 @@ class Engine:
             )
         if not isinstance(is_first, (bool, np.bool_)):
             raise ValueError(f"is_first must be True or False, got {is_first!r}")
-        return self._train(self._pieces(arrays, labels, step), row, bool(is_first))
+        pieces = self._pieces(arrays, labels, step)
+        return self._train(pieces, sum(piece.counted for piece in pieces), row, bool(is_first))
 
     def _pieces(self, inputs: Arrays, labels: np.ndarray, step: int) -> list[Piece]:
         """The batch of a step, cut for `accumulate` passes; a pass in which no label counts is left out."""
@@ -195,9 +214,9 @@ class Engine:
         parts = {role: np.split(array, n) for role, array in inputs.items()}
         pieces = []
         for i, part in enumerate(np.split(labels, n)):
-            counted = int((part >= 0).sum() if part.ndim == 1 else part.any(axis=1).sum())
-            if counted:
-                pieces.append(Piece({role: arrays[i] for role, arrays in parts.items()}, part, counted, (step, i)))
+            if counted := n_counted(part):
+                of_piece = {role: arrays[i] for role, arrays in parts.items()}
+                pieces.append(Piece(of_piece, part, counted, (step, i * self.batch.n_rows)))
         return pieces
 
     def evaluate(self, inputs: Mapping[str, npt.ArrayLike], labels: npt.ArrayLike) -> float:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from toy.adamw import without_decay
 from toy.config import ModelConfig, RecipeOptions
-from toy.engines.base import Arrays, Engine, Moments, Piece
+from toy.engines.base import AddUp, Arrays, Engine, Moments, Piece
 from toy.engines.weights import Weights
 from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.op_table import OpTable
@@ -78,10 +78,12 @@ class EagerEngine(Engine):
         choice: Resolved,
         weights: Weights | None = None,
         keep_gradients: bool = True,
+        add_up: AddUp | None = None,
     ) -> None:
         self.ops = ops_for(choice.backend)
         self.n_squares = 1 if self.ops.name == "reference" else 0  # the probabilities
         super().__init__(config, options, choice, weights)
+        self.add_up = add_up
         weights = self.weights
         self.masters = ParameterTree.zeros(weights.trained_shapes)  # what AdamW updates
         self.kept = ParameterTree.zeros(weights.kept_shapes)
@@ -162,13 +164,13 @@ class EagerEngine(Engine):
         }
         return OpCalls(f"{self.backend} ({self.ops.name})", tuple(recorder.calls), sizes)
 
-    def _train(self, pieces: Sequence[Piece], hp: np.ndarray, is_first: bool) -> float:
+    def _train(self, pieces: Sequence[Piece], counted: int, hp: np.ndarray, is_first: bool) -> float:
         grads = self.grads
         grads.fill_zero()
         if is_first:
             self.m.flat.fill(0)
             self.v.flat.fill(0)
-        loss, rows = 0.0, sum(piece.counted for piece in pieces)
+        loss = 0.0
         for i, piece in enumerate(pieces):
             # a pass adds the gradient of the mean over its own rows: what is there is brought to its measure before
             if i > 0 and pieces[i - 1].counted != piece.counted:
@@ -177,9 +179,11 @@ class EagerEngine(Engine):
                 for name, mask in self.masks.items():
                     mask[...] = dropout.draw(name, len(mask), piece.moment)
             part = self._training_model.loss(piece.inputs, piece.labels, self.options.t_batch, grads)
-            loss += part * (piece.counted / rows)
-        if len(pieces) > 1:
-            grads.flat *= np.float32(pieces[-1].counted / rows)
+            loss += part * (piece.counted / counted)
+        if pieces and pieces[-1].counted != counted:
+            grads.flat *= np.float32(pieces[-1].counted / counted)
+        if self.add_up is not None:
+            loss = self.add_up(grads.flat, loss)
         self.grad_norm = math.sqrt(self.ops.sum_of_squares(grads.flat))
         gradient = grads.flat
         clip = self.options.grad_clip

@@ -1,15 +1,16 @@
 """The engine of the ggml graphs: the model's forward and backward are recorded once; a step is one compute."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from toy.adamw import without_decay
 from toy.config import ModelConfig, RecipeOptions
-from toy.engines.base import Arrays, Engine, Moments, Piece
+from toy.engines.base import AddUp, Arrays, Engine, Moments, Piece
 from toy.engines.weights import Weights
 from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.ops.graph import CpuGraphOps, NativeGraphOps, Slot
@@ -42,6 +43,7 @@ class GraphEngine(Engine):
         choice: Resolved,
         weights: Weights | None = None,
         keep_gradients: bool = False,
+        add_up: AddUp | None = None,
     ) -> None:
         import ggml_bridge
 
@@ -49,7 +51,7 @@ class GraphEngine(Engine):
         self.ops_class = NativeGraphOps if native else CpuGraphOps
         self.keeps_all, self.n_squares = native, 2 if native else 0  # scores and probabilities
         super().__init__(config, options, choice, weights)
-        self.keep_gradients = keep_gradients
+        self.keep_gradients, self.add_up = keep_gradients, add_up
         operations = 6 * self.n_parameters * options.t_batch * options.t_seq
         # None: TOY_NUM_THREADS, or the processors there are
         threads = 1 if operations < WORTH_TWO_THREADS else num_threads()
@@ -59,8 +61,8 @@ class GraphEngine(Engine):
         self.masters = {name: tensor(shape, name=name) for name, shape in own.items()}
         self.m = {name: tensor(shape, name=f"{name} m") for name, shape in trained.items()}
         self.v = {name: tensor(shape, name=f"{name} v") for name, shape in trained.items()}
-        self.sums = {}  # gradients that are added up over several passes
-        if options.accumulate > 1:
+        self.sums = {}  # gradients that are added up over several passes, or processes
+        if options.accumulate > 1 or add_up is not None:
             self.sums = {name: tensor(shape, name=f"{name} gradient") for name, shape in trained.items()}
         self.computed = self.masters  # what the model computes with
         if options.weight_dtype != "f32":
@@ -136,12 +138,12 @@ class GraphEngine(Engine):
 
     # -- the hooks of Engine ------------------------------------------------------------------------------------------
 
-    def _train(self, pieces: Sequence[Piece], hp: np.ndarray, is_first: bool) -> float:
+    def _train(self, pieces: Sequence[Piece], counted: int, hp: np.ndarray, is_first: bool) -> float:
         if is_first:
             for moments in (self.m, self.v):
                 for tensor in moments.values():
                     tensor.zero()
-        recorded = self._training("integers" if pieces[0].labels.ndim == 1 else "dense")
+        recorded = self._training("dense" if pieces and pieces[0].labels.ndim > 1 else "integers")
         self._last_kind = recorded.kind
         if isinstance(recorded, _TrainingGraph):
             recorded.run(**pieces[0].inputs, labels=pieces[0].labels, hp=hp, moment=pieces[0].moment)
@@ -149,16 +151,32 @@ class GraphEngine(Engine):
             return recorded.loss()
         for tensor in self.sums.values():
             tensor.zero()
-        loss, rows, before = 0.0, sum(piece.counted for piece in pieces), 0
+        loss, before = 0.0, 0
         for piece in pieces:
             # a pass adds the gradient of the mean over its own rows: what is there is brought to its measure
             factor = np.array([0, before / piece.counted], np.float32)
             recorded.run(**piece.inputs, labels=piece.labels, factor=factor, moment=piece.moment)
-            loss += recorded.loss() * (piece.counted / rows)
+            loss += recorded.loss() * (piece.counted / counted)
             before = piece.counted
+        if self.add_up is not None:
+            loss = self._add_up_sums(before / counted, loss)
+            before = counted
         update = self._update()
-        update.run(hp=hp, factor=np.array([0, before / rows], np.float32))
+        update.run(hp=hp, factor=np.array([0, before / counted], np.float32))
         self.grad_norm = float(update.norm.download()[0])
+        return loss
+
+    def _add_up_sums(self, factor: float, loss: float) -> float:
+        """`sums` become those of all processes; factor: what brings this one's to the measure of the whole step."""
+        if self._flat is None:
+            self._flat = np.empty(self.n_trained, np.float32)
+        flat, places, begin = self._flat, [], 0
+        for tensor in self.sums.values():
+            places.append(slice(begin, begin := begin + math.prod(tensor.shape)))
+            np.multiply(tensor.download().reshape(-1), np.float32(factor), out=flat[places[-1]])
+        loss = cast(AddUp, self.add_up)(flat, loss)
+        for tensor, place in zip(self.sums.values(), places):
+            tensor.upload(flat[place].reshape(tensor.shape))
         return loss
 
     def _evaluate(self, inputs: Arrays, labels: np.ndarray) -> float:
@@ -174,6 +192,7 @@ class GraphEngine(Engine):
     # -- recording ----------------------------------------------------------------------------------------------------
 
     _last_kind = "integers"
+    _flat: np.ndarray | None = None  # the gradients on their way between processes
 
     def _training(self, kind: str) -> "_TrainingGraph | _SumGraph":
         if kind not in self._graphs:

@@ -13,6 +13,7 @@ from toy.adamw import AdamW
 from toy.config import ModelConfig, RecipeOptions
 from toy.engines.base import Arrays, Engine, Moments
 from toy.engines.eager import EagerEngine, OpCalls
+from toy.engines.shared import Ranks, SharedEngine
 from toy.engines.weights import Weights
 from toy.files import Checkpoint, write_checkpoint
 from toy.models.base import LanguageModel, Model
@@ -41,14 +42,17 @@ def build(
     choice: Resolved,
     weights: Weights | None = None,
     keep_gradients: bool = False,
+    ranks: Ranks | None = None,
 ) -> Engine:
     """The engine of a config on a resolved backend (`toy.switch.Resolved`). weights: `Weights`, None = random, all
-    trained."""
+    trained. ranks: the processes that share each batch, None = this one alone."""
+    kind: Any = EagerEngine
     if choice.backend == "ggml":
-        from toy.engines.graph import GraphEngine
-
-        return GraphEngine(config, options, choice, weights, keep_gradients)
-    return EagerEngine(config, options, choice, weights, keep_gradients)
+        from toy.engines.graph import GraphEngine as kind
+    if ranks is not None:
+        return SharedEngine(config, options, choice, weights, keep_gradients, kind, ranks)
+    made: Engine = kind(config, options, choice, weights, keep_gradients)
+    return made
 
 
 class EngineHandle:
@@ -58,6 +62,7 @@ class EngineHandle:
     """
 
     engine: Engine | None = None  # the `toy.engines.base.Engine` after `realize`
+    ranks: Ranks | None = None  # the processes that share each batch; to be set before `realize`
 
     def __init__(self, backend: str = "auto", device: str = "auto") -> None:
         self._choice = resolve(backend, device)
@@ -67,7 +72,7 @@ class EngineHandle:
         self, config: ModelConfig, options: RecipeOptions, keep_gradients: bool, weights: Weights | None = None
     ) -> "Self":
         check_options(options)
-        self.engine = build(config, options, self._choice, weights, keep_gradients)
+        self.engine = build(config, options, self._choice, weights, keep_gradients, self.ranks)
         return self
 
     def _ready(self, verb: str) -> Engine:

@@ -31,12 +31,13 @@ class Dropout(NamedTuple):
     def draw(self, name: str, rows: int, moment: tuple[int, int]) -> np.ndarray:
         """A mask (rows, width), float32: 0 for what is hidden, 1/(1-share) for the rest.
 
-        moment: the step, and the pass in it. The masks of its passes are the rows of the mask that a step in one pass has.
+        moment: the step, and the first of these rows in its batch. The masks of its passes are the rows of the mask that a
+        step in one pass has.
         """
-        (step, number), width = moment, self.widths[name]
+        (step, first), width = moment, self.widths[name]
         words = -(-width // 4)  # of 64 bits, for a row: 16 a number
         generator = np.random.PCG64(np.random.SeedSequence([self.seed, step, zlib.crc32(name.encode())]))
-        generator.advance(number * rows * words)
+        generator.advance(first * words)
         drawn = generator.random_raw(rows * words).view(np.uint16).reshape(rows, -1)[:, :width]
         return (drawn >= round(self.share * 2**16)) * np.float32(1 / (1 - self.share))
 

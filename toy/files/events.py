@@ -33,7 +33,10 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStart(Event):
-    """The run begins, or goes on after `step` steps. The choices that were made, for a reader of the log."""
+    """The run begins, or goes on after `step` steps. The choices that were made, for a reader of the log.
+
+    bytes_per_token: of text, what a token of the validation stands for on average; None for images.
+    """
 
     kind = "run_start"
     step: int
@@ -44,6 +47,7 @@ class RunStart(Event):
     backend: str
     device: str
     seed: int
+    bytes_per_token: float | None = None
     resumed: bool = False
 
 

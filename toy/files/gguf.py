@@ -123,6 +123,11 @@ class GGUF:
         """Bytes of all tensors, as stored."""
         return sum(record.n_bytes for record in self.tensors.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file, or of all files that it consists of."""
+        return sum(len(part) for part in self._bytes or ())
+
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor in the file, not copied: read-only uint8, one row per row of the tensor.
 

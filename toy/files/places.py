@@ -22,6 +22,9 @@ from toy.files.fetch import FETCHABLE, cache_dir, cached
 from toy.files.gguf import part_number, parts_of, read_head
 from toy.files.gguf_models import UnsupportedModelError, check_kind
 from toy.files.gguf_types import FILE_TYPES
+from toy.files.hugging_face import CONFIG, weight_files
+from toy.files.hugging_face_config import config_of
+from toy.files.safetensors_file import PICKLES, read_json
 
 _DEEPEST = 6  # folders below the root of a cache
 _MANIFEST = 2**20  # bytes, the largest that is read
@@ -30,8 +33,8 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Found(NamedTuple):
-    """A model file. name: what commands take for it. place: whose cache it is in. problem: why it cannot be used by that
-    name at all, None of most."""
+    """A model file, or the folder of a model for transformers. name: what commands take for it. place: whose cache it is in.
+    problem: why it cannot be used by that name at all, None of most."""
 
     name: str
     path: Path
@@ -40,8 +43,9 @@ class Found(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the head of a model file says. n_bytes: of all its parts. type: of most of its weights, "" where it is not said.
-    kind: "model" or "adapter". problem: why this library can neither run nor train it, None where it can."""
+    """What the head of a model file, or the config of a folder, says. n_bytes: of all its parts. type: of most of its
+    weights, "" where it is not said. kind: "model" or "adapter". problem: why this library can neither run nor train it, None
+    where it can."""
 
     architecture: str
     n_bytes: int
@@ -125,6 +129,8 @@ def head_of(path: str | os.PathLike[str]) -> Head:
     looks at all of them.
     """
     path = Path(path)
+    if path.is_dir():
+        return _head_of_folder(path)
     try:
         parts = parts_of(path)
         n_bytes = sum(part.stat().st_size for part in parts)
@@ -145,6 +151,30 @@ def head_of(path: str | os.PathLike[str]) -> Head:
         except UnsupportedModelError as error:
             problem = str(error).removeprefix(f"{path} ")
     return Head(printable(architecture), n_bytes, type_name, kind, problem)
+
+
+def _head_of_folder(path: Path) -> Head:
+    """What the configs in a Hugging Face folder say, and whether its weights are there."""
+    n_bytes, weights = 0, [entry for entry in _entries(path) if entry.suffix in (".safetensors", *PICKLES)]
+    with contextlib.suppress(OSError):
+        n_bytes = sum(entry.stat().st_size for entry in weights)
+    if (path / "adapter_config.json").exists():
+        return Head("", n_bytes, "", "adapter")
+    try:
+        said = read_json(path / CONFIG)
+        architecture, type_name = printable(said.get("model_type", "")), said.get("dtype", said.get("torch_dtype"))
+    except (OSError, ValueError) as error:
+        return Head("", n_bytes, problem=str(error).removeprefix(f"{path / CONFIG}: "))
+    problem = None
+    try:
+        config_of(path / CONFIG, said)
+        weight_files(path)
+    except ValueError as error:
+        problem = (
+            str(error).removeprefix(f"{path / CONFIG}: ").removeprefix(f"{path / CONFIG} ").removeprefix(f"{path} ")
+        )
+    types = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    return Head(architecture, n_bytes, types.get(type_name, "") if isinstance(type_name, str) else "", "model", problem)
 
 
 # -- the caches --------------------------------------------------------------------------------------------------------
@@ -197,8 +227,14 @@ def _of_lm_studio(root: Path) -> Iterator[Found]:
 
 
 def _named_by_folder(repository: str, folder: Path, place: str) -> Iterator[Found]:
-    """OWNER/REPO where there is one file, OWNER/REPO/FILE where there are several to choose from."""
+    """OWNER/REPO where there is one file, OWNER/REPO/FILE where there are several to choose from; OWNER/REPO is also the
+    folder itself, where its model is in safetensors."""
     files = list(_files(folder))
+    if any(entry.suffix in (".safetensors", *PICKLES) for entry in _entries(folder)):
+        yield Found(repository, folder, place)
+        for path in files:
+            yield Found(f"{repository}/{path.relative_to(folder).as_posix()}", path, place)
+        return
     for path in files:
         inside = path.relative_to(folder).as_posix()
         yield Found(repository if len(files) == 1 else f"{repository}/{inside}", path, place)

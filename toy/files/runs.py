@@ -304,6 +304,11 @@ class Run:
 
     # -- going on -----------------------------------------------------------------------------------------------------
 
+    def remove_leftovers(self) -> None:
+        """Delete the temporary files that a killed process left. Hold the lock: another process may be writing its own."""
+        for folder in (self.folder, self.weights):
+            remove_leftovers(folder)
+
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Make the directory what it was when the checkpoint of `step` was written (0: before the first step).
 
@@ -314,8 +319,7 @@ class Run:
         path = self.latest_checkpoint()
         if before is not None and self._latest != before:
             raise RuntimeError(f"another process went on with the run in {self.folder} meanwhile: resume it again")
-        for folder in (self.folder, self.weights):
-            remove_leftovers(folder)
+        self.remove_leftovers()
         self.weights.mkdir(exist_ok=True)
         if path is not None and _step_of(path) > step and (own := self.weights / f"step_{step}.safetensors").exists():
             self._write_latest(own)

@@ -137,7 +137,7 @@ class Model:
         """d_x: gradient of the last block's output (N, D) -> that of the first one's input (N, D). Adds to the gradients.
 
         A cache that was not kept is made again. release_cache: each is dropped after use. lowest: the block to stop at, see
-        `GradientTree.lowest_block`; what comes back is then the gradient of its input, which nobody needs.
+        `ParameterTree.lowest_block`; what comes back is then the gradient of its input, which nobody needs.
         """
         for i in reversed(range(lowest, len(cache_list))):
             d_x = self.block_backward(d_x, self._made_again(cache_list[i]), gradient_blocks[i])

@@ -104,6 +104,12 @@ class ParameterTree(Namespace):
     def n_parameters(self) -> int:
         return sum(int(np.prod(leaf.shape)) for leaf in self._leaves.values())
 
+    def lowest_block(self) -> int:
+        """Of gradients: the number of the first of the blocks `blk` that a backward must reach, nothing before it has any."""
+        if any(not name.startswith(("blk.", "output")) for name in self):
+            return 0
+        return min((int(name.split(".")[1]) for name in self if name.startswith("blk.")), default=len(self.blk))
+
     def summary(self) -> str:
         """The tree as text: every name with its shape and count; blocks of the same shapes are shown once."""
         lines = [f"{self.n_parameters:,} parameters"]
@@ -198,12 +204,6 @@ class GradientTree(ParameterTree):
         names = set(tree if trainable is None else trainable)
         leaves, flat = _allocate({name: shape for name, shape in tree.shapes.items() if name in names}, tree.dtype)
         return cls({name: leaves.get(name) for name in tree}, flat)
-
-    def lowest_block(self) -> int:
-        """The number of the first of the blocks `blk` that a backward must reach: before it nothing has a gradient."""
-        if any(not name.startswith(("blk.", "output")) for name in self):
-            return 0
-        return min((int(name.split(".")[1]) for name in self if name.startswith("blk.")), default=len(self.blk))
 
     def fill_zero(self) -> None:
         self.flat.fill(0)

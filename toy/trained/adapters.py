@@ -10,7 +10,8 @@ import numpy as np
 
 from toy.config import LanguageModelConfig
 from toy.files.atomic import StrPath
-from toy.files.gguf_write import Adapter, check_adapter, rank_axes, read_adapter
+from toy.files.gguf_write import Adapter, check_adapter, rank_axes
+from toy.files.peft import open_adapter
 from toy.quantized import Leaf
 
 # one adapter, several, or several with what each is multiplied by
@@ -46,13 +47,13 @@ def with_scales(adapters: Adapters | None) -> list[tuple[Path, float]]:
 def read_adapters(
     adapters: Iterable[tuple[Path, float]], config: LanguageModelConfig, base: Mapping[str, Leaf]
 ) -> Together:
-    """The adapters in GGUF files, each times its scale -> `Together`. config, base: of the model.
+    """The adapters in GGUF files and PEFT folders, each times its scale -> `Together`. config, base: of the model.
 
-    Errors as `read_adapter`; an AdapterWarning for norms in a file, which are not used.
+    Errors as `open_adapter`; an AdapterWarning for norms in a file, which are not used.
     """
     read = []
     for path, scale in adapters:
-        adapter = read_adapter(path, config, base=base)
+        adapter = open_adapter(path, config, base=base)
         read.append((adapter, scale))
         if adapter.ignored:
             more = "" if len(adapter.ignored) == 1 else f" and {len(adapter.ignored) - 1} more"

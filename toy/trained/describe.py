@@ -15,20 +15,21 @@ from rich.text import Text
 
 from toy.config import GPT2Config
 from toy.data.gguf_tokenizer import GGUFTokenizer
-from toy.data.open_tokenizer import load_tokenizer
+from toy.data.open_tokenizer import has_tokenizer, load_tokenizer
 from toy.files import gguf_models
-from toy.files.gguf import GGUF
+from toy.files.hugging_face import open_model
 from toy.models.gpt2 import NORM_EPS
 from toy.models.rotation import rotation
 
 
 def describe(path):
-    """The card of a GGUF file (a model, a LoRA adapter, or a vocabulary alone) as a rich renderable.
+    """The card of a GGUF file (a model, a LoRA adapter, or a vocabulary alone), or of a Hugging Face folder, as a rich
+    renderable.
 
     A model that this library cannot run is described as far as the file goes. Raises BadFileError for a damaged file and
     FileNotFoundError for a path where nothing is.
     """
-    with GGUF.open(path) as gguf:
+    with open_model(path) as gguf:
         config, problem = None, None
         try:
             config = gguf.config()
@@ -74,7 +75,7 @@ def facts(path):
 
     config: of the model, None (and `problem` says why) when this library cannot run it. metadata: without the arrays.
     """
-    with GGUF.open(path) as gguf:
+    with open_model(path) as gguf:
         config, problem = None, None
         try:
             config = dataclasses.asdict(gguf.config())
@@ -86,7 +87,7 @@ def facts(path):
         }
         plain = {key: value for key, value in gguf.metadata.items() if isinstance(value, (bool, int, float, str))}
         return {
-            "file": str(gguf.path), "bytes": gguf.path.stat().st_size, "architecture": gguf.architecture,
+            "file": str(gguf.path), "bytes": gguf.file_bytes, "architecture": gguf.architecture,
             "adapter": _is_adapter(gguf), "n_parameters": gguf.n_parameters, "config": config, "problem": problem,
             "tokenizer": None if _is_adapter(gguf) else _tokenizer(gguf), "metadata": plain, "tensors": tensors,
         }  # fmt: skip
@@ -116,7 +117,7 @@ def _facts(gguf, config, problem):
 
 
 def _fact_rows(gguf, config, problem):
-    yield "file", f"{gguf.path} ({human_bytes(gguf.path.stat().st_size)})"
+    yield "file", f"{gguf.path} ({human_bytes(gguf.file_bytes)})"
     if gguf.tensors:
         bits = 8 * gguf.n_bytes / gguf.n_parameters
         yield "parameters", f"{gguf.n_parameters:,} in {len(gguf.tensors)} tensors, {bits:.2f} bits each on average"
@@ -208,7 +209,7 @@ def _table(*columns):
 
 
 def _tokenizer(gguf):
-    if "tokenizer.ggml.model" not in gguf.metadata:
+    if not has_tokenizer(gguf):
         return "none"
     try:
         tokenizer = load_tokenizer(gguf)

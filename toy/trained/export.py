@@ -1,15 +1,21 @@
 """Writing a model that exists as a GGUF file: as it is, with its adapters merged in, or the adapters alone."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 
 from toy.config import LanguageModelConfig, LlamaConfig
+from toy.data.tokenizer_json_write import token_ids, tokenizer_files
 from toy.files.atomic import StrPath
 from toy.files.gguf_models import architecture_of
 from toy.files.gguf_types import MIXES
 from toy.files.gguf_write import product, write_adapter, write_gguf
+from toy.files.hugging_face_write import FILES as HUGGING_FACE_FILES
+from toy.files.hugging_face_write import plain_dtype, write_model_folder
+from toy.files.peft import FILES as PEFT_FILES
+from toy.files.peft import write_peft
 from toy.models.lens import without_lens
 from toy.quantized import Leaf, QuantizedMatrix, dequantized, quantize
 from toy.trained.load import Stored
@@ -88,6 +94,40 @@ def export_adapter(stored: Stored, path: StrPath) -> None:
         base=stored.parameters,
         architecture=stored.in_gguf,
     )
+
+
+__all__ = [
+    "EXPORT_TYPES", "HUGGING_FACE_FILES", "HUGGING_FACE_TYPES", "KEEP", "PEFT_FILES", "check_exportable", "export_adapter",
+    "export_hugging_face", "export_model", "export_peft", "merge_adapters", "plain_model",
+]  # fmt: skip
+
+HUGGING_FACE_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+
+def export_hugging_face(stored: Stored, path: StrPath, type: str = "f32") -> None:
+    """Write the whole model, its adapters merged in, as a folder that transformers' from_pretrained opens; atomically.
+
+    type: of the matrices, f32, f16, bf16, or "keep": as they are stored where that is one of these, else f32. Raises the
+    errors of `write_model_folder`, and ValueError for another type and a tokenizer that cannot be written.
+    """
+    config, leaves = plain_model(stored)
+    if type not in (*HUGGING_FACE_TYPES, KEEP):
+        raise ValueError(f"a model for Hugging Face is written as {', '.join(HUGGING_FACE_TYPES)} or keep, not {type}")
+    dtype = plain_dtype(leaves) if type == KEEP else HUGGING_FACE_TYPES[type]
+    write_model_folder(
+        Path(path), config, leaves, dtype, tokenizer_files(stored.tokenizer), token_ids(stored.tokenizer)
+    )
+
+
+def export_peft(stored: Stored, path: StrPath) -> None:
+    """Write the adapters of a LoRA run as a folder that PEFT's from_pretrained opens; atomically.
+
+    Raises ValueError for a model without adapters, and the errors of `write_peft`.
+    """
+    if not stored.adapters:
+        raise ValueError(f"{stored.path} has no adapters to export")
+    base = stored.path if stored.base is None else stored.base
+    write_peft(Path(path), cast(LanguageModelConfig, stored.config), stored.adapters, stored.alpha, str(base))
 
 
 def merge_adapters(parameters: Mapping[str, Leaf], adapters: Mapping[str, np.ndarray], scale: float) -> dict[str, Leaf]:

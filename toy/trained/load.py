@@ -12,15 +12,16 @@ import numpy as np
 from toy.config import LanguageModelConfig, LlamaConfig, ModelConfig
 from toy.data import tokenizer_from_json
 from toy.data.encoding import Encoder
-from toy.data.open_tokenizer import load_tokenizer
+from toy.data.open_tokenizer import has_tokenizer, load_tokenizer
 from toy.data.tokenizers import Tokenizer
 from toy.engines.handle import NO_TOKENIZER
 from toy.engines.source import borrowed_parameters
 from toy.files import BadFileError, Checkpoint, Run, read_checkpoint
 from toy.files.atomic import StrPath
-from toy.files.gguf import GGUF
 from toy.files.gguf_write import check_adapter, digest, rank_axes
+from toy.files.hugging_face import is_model_folder, open_model
 from toy.files.places import find_model
+from toy.files.safetensors_file import refuse_pickle
 from toy.models import ARCHITECTURES, ParameterTree, architecture_of, model_for
 from toy.models.base import LanguageModel, Model
 from toy.models.lens import lens_shapes, without_lens
@@ -115,9 +116,13 @@ def read_trained(path: StrPath, adapter: Adapters | None = None, checkpoint: str
     ValueError for a sound one that does not serve: another architecture, an adapter for another base.
     """
     path = find_model(path)
-    in_gguf = path.suffix == ".gguf" or _begins_like_gguf(path)
-    if checkpoint != "last" and not path.is_dir():
-        raise ValueError(f"{path} is one file, and checkpoint {checkpoint} chooses among those of a run: leave it out")
+    refuse_pickle(path)
+    in_gguf = path.suffix == ".gguf" or is_model_folder(path) or _begins_like_gguf(path)
+    if checkpoint != "last" and (in_gguf or not path.is_dir()):
+        kind = "model" if path.is_dir() else "file"
+        raise ValueError(
+            f"{path} is one {kind}, and checkpoint {checkpoint} chooses among those of a run: leave it out"
+        )
     stored = _from_gguf(path) if in_gguf else _from_run(path, checkpoint)
     adapters = with_scales(adapter)
     if not adapters:
@@ -141,10 +146,9 @@ def _begins_like_gguf(path: Path) -> bool:
 
 
 def _from_gguf(path: Path) -> Stored:
-    gguf = GGUF.open(path)  # not closed: the parameters are views of its mapping, which ends with the last of them
+    gguf = open_model(path)  # not closed: the parameters are views of its mapping, which ends with the last of them
     config = gguf.config()
-    has_tokenizer = gguf.metadata.get("tokenizer.ggml.model", "none") != "none"
-    tokenizer = load_tokenizer(gguf) if has_tokenizer else None
+    tokenizer = load_tokenizer(gguf) if has_tokenizer(gguf) else None
     name = gguf.metadata.get("general.name")
     parameters = borrowed_parameters(gguf, config)
     name = name if isinstance(name, str) else ""

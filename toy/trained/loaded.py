@@ -29,11 +29,11 @@ def load(
 ) -> "Loaded | LoadedClassifier":
     """A model that exists, to use -> `Loaded`, or `LoadedClassifier` for an image model.
 
-    path: a run directory, a checkpoint, a GGUF file, the name of a fetched model, or what `recipe.save` wrote. adapter: a
-    LoRA adapter (GGUF) to put on it, a list of several, or a dict of their paths to what each is multiplied by. backend:
-    "auto", "numpy", "cython" or "ggml" (which generates on the compiled kernels). checkpoint: of a run, "last", "best" (the
-    lowest validation loss) or a step. Raises FileNotFoundError for a path where nothing is, BadFileError for a damaged file,
-    ValueError for one that does not serve.
+    path: a run directory, a checkpoint, a GGUF file, a Hugging Face folder, the name of a fetched model, or what
+    `recipe.save` wrote. adapter: a LoRA adapter (GGUF, or a PEFT folder) to put on it, a list of several, or a dict of their
+    paths to what each is multiplied by. backend: "auto", "numpy", "cython" or "ggml" (which generates on the compiled
+    kernels). checkpoint: of a run, "last", "best" (the lowest validation loss) or a step. Raises FileNotFoundError for a path
+    where nothing is, BadFileError for a damaged file, ValueError for one that does not serve.
     """
     eager_ops(backend)  # a backend that is not there is told before anything is read
     stored = read_trained(path, adapter, checkpoint)

@@ -27,6 +27,7 @@ from toy import switch
 from toy.config import VERSION, ModelConfig
 from toy.data import Corpus, Split, load_corpus
 from toy.data.tokenizers import Tokenizer
+from toy.engines.shared import check_shares
 from toy.files import BadFileError, Checkpoint, Run, read_events
 from toy.files.atomic import StrPath
 from toy.files.events import Evaluation, Event, EventLog, Notice, RunEnd, RunStart, Sample, Step
@@ -35,8 +36,10 @@ from toy.models.base import Model
 from toy.training.estimate import Estimate, in_bytes, in_time, measure, steps_in
 from toy.training.high_loss import HighLoss
 from toy.training.options import RunOptions, TextOptions, saved_options
+from toy.training.ranks import MPIRanks, one_device_each
 from toy.training.start import Decision, Start, TextStart, without_path
 from toy.training.table import RECIPES
+from toy.training.together import lead
 
 
 class DivergedError(RuntimeError):
@@ -66,8 +69,9 @@ class Training:
 
     options: the options of a recipe (`FromScratchOptions`, `LoRAOptions`, ...). out: the run directory to make (None:
     nothing is written, the events are all there is). progress: called with (bytes done, bytes in all) while a long text is
-    encoded. resumed: what `Training.resume` passes on. Raises ValueError (CorpusError, ...) for anything that cannot be
-    trained on, BackendUnavailableError for a backend that is not there.
+    encoded. resumed: what `Training.resume` passes on. ranks: on rank 0 of several processes that share every batch, all of
+    them (`toy.training.ranks.join`); the others call `toy.training.together.follow`. Raises ValueError (CorpusError, ...) for
+    anything that cannot be trained on, BackendUnavailableError for a backend that is not there.
 
     Attributes: options, start (what the run begins with: data, tokenizer, recipe), config (of the model), recipe, schedule,
     step (updates done), stopped_by (the signal that ended `run`, None without one), best (the lowest validation loss after a
@@ -81,7 +85,10 @@ class Training:
         *,
         progress: Callable[[int, int], None] | None = None,
         resumed: _Resumed | None = None,
+        ranks: MPIRanks | None = None,
     ) -> None:
+        if ranks is not None:
+            check_shares(options.batch, ranks.size)
         if out is not None and resumed is None:
             check_new_folder(out)
         self.out = None if out is None else Path(out)
@@ -90,7 +97,12 @@ class Training:
             raise ValueError(f"steps and {options.budget} each say how long to train: give one of them")
         self._budget = f"{options.budget} {getattr(options, options.budget):g}" if options.budget is not None else ""
         asked, options = options, options.resolved()
-        self.start = start = RECIPES[options.recipe](options)
+        self.ranks = ranks
+        self._own_threads, self._why_threads = (
+            (options.threads, "") if ranks is None else ranks.threads(options.threads)
+        )
+        device = one_device_each(options.device, ranks)
+        self.start = start = RECIPES[options.recipe](dataclasses.replace(options, device=device))
         self.recipe = start.recipe
         start.progress = progress
         try:
@@ -98,14 +110,18 @@ class Training:
             if start.options.budget in ("epochs", "tokens"):
                 start.options = start.options.with_steps(_steps_of(start), asked)
             self.config = start.config
-            with switch.use_num_threads(options.threads):
-                start.realize()
+            with switch.use_num_threads(self._own_threads):
+                if ranks is None:
+                    start.realize()
+                else:
+                    again = "" if out is None else f"The run goes on from its last checkpoint with --resume {out}."
+                    lead(ranks, start, options.device, cast(int, self._own_threads), again)
         except MemoryError as error:
             raise ValueError(f"there is not enough memory for a run of this size ({error})") from error
         self.estimate: Estimate | None = None
         if start.options.budget == "minutes":
             done = resumed.checkpoint.step if resumed is not None and resumed.checkpoint is not None else 0
-            with switch.use_num_threads(options.threads):
+            with switch.use_num_threads(self._own_threads):
                 steps = done + steps_in(start, 60 * cast(float, start.options.minutes), asked)
             start.options = start.options.with_steps(steps, asked)
         self.options = options = start.options
@@ -141,6 +157,7 @@ class Training:
         *,
         progress: Callable[[int, int], None] | None = None,
         from_step: int | None = None,
+        ranks: MPIRanks | None = None,
         **changes: Any,
     ) -> "Training":
         """The run in `folder` (a path), ready to go on from its newest checkpoint: weights, moments and step.
@@ -152,7 +169,7 @@ class Training:
         threads, which round a little differently.
         Raises BadFileError for a damaged run, ValueError for a change that is not possible.
         """
-        run, options, as_it_ran = _open_run(folder, recipe, changes, "--resume goes on with it")
+        run, options, as_it_ran = _open_run(folder, recipe, changes, "--resume goes on with it", ranks)
         resumable = {field.name for field in dataclasses.fields(options) if field.metadata.get("resumable")}
         for name, value in changes.items():
             value = getattr(dataclasses.replace(options, **{name: value}), name)  # as the options themselves spell it
@@ -180,7 +197,7 @@ class Training:
                 drawn = _draw_again(cls, changed, resumed._replace(drawing=True))
                 raise ValueError(f"the run in {folder} has done its {done} steps: give it more steps to go on{drawn}")
             _check_steps(resumed, changed.steps)
-        return cls(changed, run.folder, progress=progress, resumed=resumed)
+        return cls(changed, run.folder, progress=progress, resumed=resumed, ranks=ranks)
 
     @classmethod
     def branch(
@@ -191,6 +208,7 @@ class Training:
         *,
         checkpoint: str | int = "last",
         progress: Callable[[int, int], None] | None = None,
+        ranks: MPIRanks | None = None,
         **changes: Any,
     ) -> "Training":
         """A new run in `out` that begins with a checkpoint of the run in `folder`: its weights, moments and step, with other
@@ -199,7 +217,7 @@ class Training:
         checkpoint: "last", "best" or a step. steps counts from the beginning of the old run, and so does the schedule.
         Raises ValueError for changes that make another model or another vocabulary, otherwise as `resume`.
         """
-        run, options, as_it_ran = _open_run(folder, recipe, changes, "makes a branch of it")
+        run, options, as_it_ran = _open_run(folder, recipe, changes, "makes a branch of it", ranks)
         found = run.read_checkpoint(checkpoint)
         if found is None:
             raise ValueError(f"the run in {folder} has no checkpoint yet, so nothing can begin with it")
@@ -209,7 +227,7 @@ class Training:
             _check_steps(resumed, changed.steps)
         if out is not None:
             check_new_folder(out)
-        return cls(changed, out, progress=progress, resumed=resumed)
+        return cls(changed, out, progress=progress, resumed=resumed, ranks=ranks)
 
     def _go_on(self, resumed: _Resumed) -> None:
         run, checkpoint, self._unchanged, before, branch = resumed[:5]
@@ -304,7 +322,7 @@ class Training:
         """What was chosen and why, as a list of `Decision`."""
         o, r, s = self.options, self.recipe, self.start
         before = dict.fromkeys(self._unchanged, "as before")
-        threads = "as asked for" if o.threads else "the backend's own choice"
+        threads = self._why_threads or ("as asked for" if o.threads else "the backend's own choice")
         trained = "" if r.n_trained == r.n_parameters else f"{r.n_trained:,} of them are trained"
         decay = "" if o.schedule == "constant" else f" down to {o.lr * o.lr_floor:g} at step {o.steps}"
         rounds, classes = o.steps / s.steps_per_epoch, r.n_classes
@@ -323,6 +341,11 @@ class Training:
             *([Decision("branched", f"after step {b['step']} of {b['run']}")] if (b := self._branched_from) else []),
             Decision("backend", r.backend, before.get("backend", r.backend_reason)),
             Decision("device", r.device),
+            *(
+                []
+                if self.ranks is None
+                else [Decision("ranks", f"{self.ranks.size}, which share each batch", self.ranks.words())]
+            ),
             Decision("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
             *s.decisions(),
             Decision("parameters", f"{r.n_parameters:,}", trained),
@@ -340,12 +363,12 @@ class Training:
 
     def _threads(self) -> int | None:
         used = next(row.threads for row in switch.backends() if row.name == self.recipe.backend)
-        return self.options.threads or used
+        return self._own_threads or used
 
     def measure(self) -> Estimate:
         """How long the run will take and how much memory, by trying: a few steps that change nothing, a validation, a few
         tokens of a sample -> `Estimate`, also kept in `estimate`. Weights, moments and everything random stay as they are."""
-        with switch.use_num_threads(self.options.threads):
+        with switch.use_num_threads(self._own_threads):
             self.estimate = measure(self.start, self.step, writes=self.out is not None)
         return self.estimate
 
@@ -363,8 +386,8 @@ class Training:
         resumed = self._run is not None
         with contextlib.ExitStack() as stack:
             self._log = self._open_files(stack)
-            stack.enter_context(switch.use_num_threads(self.options.threads))
-            stop = stack.enter_context(_StopSignals(on_stop))
+            stack.enter_context(switch.use_num_threads(self._own_threads))
+            stop = stack.enter_context(_StopSignals(on_stop, at_once=self.ranks is None))
             try:
                 if self._branched_from is not None and self._saved is None:
                     self._save()  # what the branch begins with is a part of it
@@ -408,6 +431,8 @@ class Training:
                 return
             if not stop.requested:
                 step = self._train_step()
+                if self.ranks is not None and self.ranks.stopped_by:
+                    stop.requested = self.ranks.stopped_by
                 yield self._emit(step)
                 if self._high.see(step.loss):
                     yield self._emit(Notice(step=self.step, text=self._high.words()))
@@ -539,6 +564,7 @@ class Training:
             backend=self.recipe.backend,
             device=self.recipe.device,
             seed=self.options.seed,
+            bytes_per_token=self.start.bytes_per_token,
             resumed=resumed,
         )
 
@@ -555,19 +581,27 @@ class Training:
             "training": _json_of(self.options),
             **self.start.describe(),
             "n_parameters": self.recipe.n_parameters,
-            "backend": {"name": self.recipe.backend, "device": self.recipe.device, "threads": self._threads()},
+            "backend": {
+                "name": self.recipe.backend,
+                "device": self.recipe.device,
+                "threads": self._threads(),
+                **({} if self.ranks is None else {"ranks": self.ranks.size}),
+            },
             "versions": versions(),
             **({} if self._branched_from is None else {"branched_from": self._branched_from}),
         }
 
 
 def _open_run(
-    folder: StrPath, recipe: str | None, changes: Mapping[str, Any], what_to_do: str
+    folder: StrPath, recipe: str | None, changes: Mapping[str, Any], what_to_do: str, ranks: MPIRanks | None
 ) -> tuple[Run, RunOptions, dict[str, Any]]:
-    """The run in `folder`, and its options as `_read_config` gives them. what_to_do: with `toy train RECIPE`, for a run of
+    """The run in `folder`, and its options as `_read_config` gives them, without the threads where they were those of another
+    number of ranks. what_to_do: with `toy train RECIPE`, for a run of
     another recipe than `recipe`. Raises ValueError for such a run, and for changes that say twice how long to train."""
     run = Run.open(folder)
     options, as_it_ran = _read_config(run)
+    if run.config["backend"].get("ranks", 1) != (1 if ranks is None else ranks.size):
+        del as_it_ran["threads"]
     if recipe not in (None, options.recipe):
         raise ValueError(f"the run in {folder} is of another kind: toy train {options.recipe} {what_to_do}")
     given = [name for name in ("steps", *options.budgets) if changes.get(name) is not None]
@@ -645,6 +679,8 @@ def _compare_config(run: Run, checkpoint: Checkpoint, options: RunOptions, chang
 def _draw_again(kind: type[Training], options: RunOptions, resumed: _Resumed) -> str:
     """Draw the pictures of a run that is done, which was perhaps killed while it drew. Returns a piece of a sentence."""
     start = RECIPES[options.recipe]
+    with resumed.run.lock():
+        resumed.run.remove_leftovers()
     if start.draw is Start.draw:  # no data are needed
         from toy.plots import plot_runs
 
@@ -666,11 +702,12 @@ _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") i
 class _StopSignals:
     """While open, Ctrl-C, SIGTERM and SIGHUP ask for a stop (`requested`) instead of breaking into a half-done update.
 
-    A second Ctrl-C raises KeyboardInterrupt. Only the main thread gets signals, elsewhere this does nothing.
+    A second Ctrl-C raises KeyboardInterrupt, with at_once. Only the main thread gets signals, elsewhere this does nothing.
     """
 
-    def __init__(self, on_stop: Callable[[], None] | None) -> None:
+    def __init__(self, on_stop: Callable[[], None] | None, at_once: bool = True) -> None:
         self.requested: int | None = None  # the number of the signal
+        self._at_once = at_once
         self._on_stop = on_stop
         self._previous: dict[int, Any] = {}
 
@@ -686,8 +723,8 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None and number == signal.SIGINT:
+        if self.requested is not None and number == signal.SIGINT and self._at_once:
             raise KeyboardInterrupt
-        self.requested = number
-        if self._on_stop is not None:
+        told, self.requested = self.requested is not None, number
+        if self._on_stop is not None and (self._at_once or not told):  # a launcher may pass one signal on twice
             self._on_stop()

@@ -256,7 +256,9 @@ class TextOptions(RunOptions):
 class FromModelOptions(TextOptions):
     """What the recipes that begin with a model have in common. Raises ValueError when none is named."""
 
-    model: str = option("", "GGUF file, or the name of a fetched model (toy fetch).", MODEL, resumable=True)
+    model: str = option(
+        "", "GGUF file, Hugging Face folder, or the name of a fetched model (toy fetch).", MODEL, resumable=True
+    )
     steps: int = again("steps", 100, TextOptions)
     batch: int = again("batch", 1, TextOptions)
     context: int | None = again("context", 128, TextOptions)

@@ -20,9 +20,10 @@ from toy.engines.base import Arrays
 from toy.engines.memory import check_fits
 from toy.files import BadFileError, Run
 from toy.files.atomic import StrPath
-from toy.files.gguf import GGUF
 from toy.files.gguf_write import write_gguf
+from toy.files.hugging_face import is_model_folder, open_model
 from toy.files.places import find_model
+from toy.files.safetensors_file import refuse_pickle
 from toy.models import ARCHITECTURES
 from toy.models.base import LanguageModel
 from toy.models.generation import generate
@@ -59,6 +60,7 @@ class Start:
     options: RunOptions
     recipe: EngineHandle
     config: ModelConfig
+    bytes_per_token: float | None = None
     data: Any  # what the batches are drawn from
 
     def __init__(self, options: Any) -> None:
@@ -214,7 +216,7 @@ class TextStart(Start):
         labels = np.concatenate([batch.labels.reshape(-1) for batch in self._validation])
         ids, counts = np.unique(labels[labels >= 0], return_counts=True)
         lengths = [len(self.tokenizer.token_bytes(i)) for i in ids.tolist()]
-        self._bytes_per_token = float(np.dot(lengths, counts) / counts.sum())  # of what is validated: for bits per byte
+        self.bytes_per_token = float(np.dot(lengths, counts) / counts.sum())  # of what is validated: for bits per byte
 
     @property
     def per_step(self) -> int:
@@ -294,7 +296,7 @@ class TextStart(Start):
         return []
 
     def describe(self) -> dict[str, Any]:
-        corpus = self.data.describe() | {"bytes_per_token": self._bytes_per_token}
+        corpus = self.data.describe() | {"bytes_per_token": self.bytes_per_token}
         return {"tokenizer": self.tokenizer.to_json(), **self.base(), "corpus": corpus}
 
     def check_same(self, run: Run) -> None:
@@ -319,11 +321,13 @@ class FromGGUFStart(TextStart):
     def __init__(self, options: FromModelOptions) -> None:
         super().__init__(options)
         path = find_model(options.model)
-        if path.is_dir():
+        refuse_pickle(path)
+        if path.is_dir() and not is_model_folder(path):
             raise ValueError(
-                f"{path} is a directory, {options.recipe} begins with a GGUF file; `toy export` writes one of a run"
+                f"{path} is a directory, {options.recipe} begins with a GGUF file or a Hugging Face folder; `toy export` "
+                "writes one of a run"
             )
-        self.gguf = GGUF.open(path)  # stays open: its matrices are used in place
+        self.gguf = open_model(path)  # stays open: its matrices are used in place
         self.config = self.gguf.config()
         self.check_config()
         self.tokenizer = load_tokenizer(self.gguf)

@@ -35,7 +35,7 @@ class WarmStartOptions(FromModelOptions):
         "model",
         "",
         FromModelOptions,
-        help="The donor: a run directory, a checkpoint, a GGUF file, or the name of a fetched model.",
+        help="The donor: a run directory, a checkpoint, a GGUF file, a Hugging Face folder, or the name of a fetched model.",
     )
     take: tuple[str, ...] = option(
         ("*",), "Shell patterns of the names of the parameters to take, separated by commas.", MODEL
