@@ -40,10 +40,12 @@ TESTS = {
         "test_kernels_safety.py -k reference", "test_quantized.py",
     ],
     "toy/ops/accelerated.py": ["test_quantized.py", "test_kernels_safety.py", "test_ops.py -k accelerated"],
-    "toy/ops/graph": ["test_graph_ops.py", "test_engine_numbers.py -k ggml", "test_finetuning.py -k ggml", "test_graph.py"],
+    "toy/op_table.py": ["test_long_contexts.py -k 'bands or reference'"],
+    "toy/ops/graph": ["test_graph_ops.py", "test_long_contexts.py -k 'graph or ggml'", "test_engine_numbers.py -k ggml", "test_finetuning.py -k ggml", "test_graph.py"],
     "toy/quantized.py": ["test_quantized.py", "test_gguf.py"],
     "toy/models": ["test_models_gradients.py", "test_models_behaviour.py", "test_draws.py", "test_recipes.py"],
-    "toy/models/base.py": ["test_models_behaviour.py", "test_kernels_safety.py -k model", "test_recipes.py"],
+    "toy/engines/memory.py": ["test_long_contexts.py -k 'memory or estimate or chosen or need_be'"],
+    "toy/models/base.py": ["test_models_behaviour.py", "test_long_contexts.py -k numpy", "test_kernels_safety.py -k model", "test_recipes.py"],
     "toy/models/generation.py": ["test_draws.py", "test_models_behaviour.py"],
     "toy/models/inputs.py": ["test_recipes.py -k numpy", "test_kernels_safety.py -k masked", "test_batches.py"],
     "toy/models/lens.py": ["test_engine_numbers.py -k lens", "test_published_curves.py", "test_finetuning.py -k numpy"],
@@ -79,7 +81,18 @@ TESTS = {
 PARTS = ["toy/ops", "toy/models", "toy/adamw.py", "toy/training", "toy/files", "toy/engines"]
 
 # what may change without changing what is promised: sizes of pieces, waits, and what only pays or not
-MEANINGLESS = {"_CHUNK", "_BAND", "_ROWS", "_ALIGNMENT", "_MAPPED_ALIGNMENT", "WORTH_TWO_THREADS", "_MAX_HEADER"}
+MEANINGLESS = {
+    "LOGITS_AT_ONCE",
+    "LEAST_ROWS",
+    "_SHARE_OF_MEMORY",
+    "_CHUNK",
+    "_BAND",
+    "_ROWS",
+    "_ALIGNMENT",
+    "_MAPPED_ALIGNMENT",
+    "WORTH_TWO_THREADS",
+    "_MAX_HEADER",
+}
 
 SYMMETRIC = {"add", "mul", "max", "min", "maximum", "minimum", "isclose", "array_equal", "shares_memory", "isinstance"}
 COMPARISONS = {
