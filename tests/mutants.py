@@ -79,7 +79,9 @@ TESTS = {
     "toy/files/safetensors_file.py": ["test_hugging_face_files.py -k 'header or damaged or package or pickle or file'"],
     "toy/files/store": ["test_store.py"],
     "toy/engines": ["test_recipes.py", "test_engine_numbers.py", "test_finetuning.py", "test_graph.py"],
-    "toy/engines/memory.py": ["test_run_damage.py -k 'memory or large'", "test_long_contexts.py -k 'estimate or free or need_be'"],
+    "toy/engines/memory.py": [
+        "test_run_damage.py -k 'memory or large'", "test_long_contexts.py -k 'estimate or free or need_be'",
+    ],
     "toy/data": ["test_data.py", "test_draws.py", "test_encoding.py", "test_sources.py"],
 }  # fmt: skip
 PARTS = ["toy/ops", "toy/models", "toy/adamw.py", "toy/training", "toy/files", "toy/engines"]
