@@ -40,10 +40,16 @@ TESTS = {
         "test_kernels_safety.py -k reference", "test_quantized.py",
     ],
     "toy/ops/accelerated.py": ["test_quantized.py", "test_kernels_safety.py", "test_ops.py -k accelerated"],
-    "toy/ops/graph": ["test_graph_ops.py", "test_engine_numbers.py -k ggml", "test_finetuning.py -k ggml", "test_graph.py"],
+    "toy/op_table.py": ["test_long_contexts.py -k 'bands or reference'"],
+    "toy/ops/graph": [
+        "test_graph_ops.py", "test_long_contexts.py -k 'graph or ggml'", "test_engine_numbers.py -k ggml",
+        "test_finetuning.py -k ggml", "test_graph.py",
+    ],
     "toy/quantized.py": ["test_quantized.py", "test_gguf.py"],
     "toy/models": ["test_models_gradients.py", "test_models_behaviour.py", "test_draws.py", "test_recipes.py"],
-    "toy/models/base.py": ["test_models_behaviour.py", "test_kernels_safety.py -k model", "test_recipes.py"],
+    "toy/models/base.py": [
+        "test_models_behaviour.py", "test_long_contexts.py -k numpy", "test_kernels_safety.py -k model", "test_recipes.py",
+    ],
     "toy/models/generation.py": ["test_draws.py", "test_models_behaviour.py"],
     "toy/models/inputs.py": ["test_recipes.py -k numpy", "test_kernels_safety.py -k masked", "test_batches.py"],
     "toy/models/lens.py": ["test_engine_numbers.py -k lens", "test_published_curves.py", "test_finetuning.py -k numpy"],
@@ -73,13 +79,26 @@ TESTS = {
     "toy/files/safetensors_file.py": ["test_hugging_face_files.py -k 'header or damaged or package or pickle or file'"],
     "toy/files/store": ["test_store.py"],
     "toy/engines": ["test_recipes.py", "test_engine_numbers.py", "test_finetuning.py", "test_graph.py"],
-    "toy/engines/memory.py": ["test_run_damage.py -k 'memory or large'"],
+    "toy/engines/memory.py": [
+        "test_run_damage.py -k 'memory or large'", "test_long_contexts.py -k 'estimate or free or need_be'",
+    ],
     "toy/data": ["test_data.py", "test_draws.py", "test_encoding.py", "test_sources.py"],
 }  # fmt: skip
 PARTS = ["toy/ops", "toy/models", "toy/adamw.py", "toy/training", "toy/files", "toy/engines"]
 
 # what may change without changing what is promised: sizes of pieces, waits, and what only pays or not
-MEANINGLESS = {"_CHUNK", "_BAND", "_ROWS", "_ALIGNMENT", "_MAPPED_ALIGNMENT", "WORTH_TWO_THREADS", "_MAX_HEADER"}
+MEANINGLESS = {
+    "LOGITS_AT_ONCE",
+    "LEAST_ROWS",
+    "_SHARE_OF_MEMORY",
+    "_CHUNK",
+    "_BAND",
+    "_ROWS",
+    "_ALIGNMENT",
+    "_MAPPED_ALIGNMENT",
+    "WORTH_TWO_THREADS",
+    "_MAX_HEADER",
+}
 
 SYMMETRIC = {"add", "mul", "max", "min", "maximum", "minimum", "isclose", "array_equal", "shares_memory", "isinstance"}
 COMPARISONS = {

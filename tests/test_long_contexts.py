@@ -278,7 +278,7 @@ def test_neither_a_step_nor_an_evaluation_holds_all_logits(monkeypatch, backend,
 # blocks that are computed again
 # ----------------------------------------------------------------------------------------------------------------------
 
-KINDS = [*ARCHITECTURES, "gemma", "lora"]
+KINDS = [*ARCHITECTURES, "gemma", "lora", "lora with dropout"]
 GEMMA = toy.LlamaConfig(
     40, d_model=32, n_heads=2, n_kv_heads=1, d_ff=32, n_layers=4, context_length=32, geglu=True, post_norms=True,
     qk_norm=True, sliding_window=5, window_pattern=2, attention_softcap=3.0, logit_softcap=4.0, logit_scale=2.0,
@@ -297,10 +297,10 @@ def gguf(tmp_path_factory):
 
 
 def realize(kind, backend, gguf, keep_gradients=True, **options):
-    if kind == "lora":
+    if kind.startswith("lora"):
         options = toy.RecipeOptions(**{"t_seq": 12, "t_batch": 2} | options)
         recipe = toy.recipes.LoRA(*backend).realize(
-            gguf, None, 2, options, targets=("q", "down"), keep_gradients=keep_gradients
+            gguf, None, 2, options, targets=("q", "down"), dropout=0.3 * (kind != "lora"), keep_gradients=keep_gradients
         )
         rng = np.random.default_rng(3)  # B starts at zero, and then A has no gradient
         recipe.load_parameters({name: rng.normal(0, 0.3, array.shape) for name, array in recipe.parameters().items()})

@@ -115,7 +115,14 @@ def changed(value):
 def test_an_option_changed_in_config_json_is_never_taken_without_a_word(run, field):
     """The checkpoint holds a protected copy. What a run may go on with is told, everything else is refused."""
     assert Training.resume(run, steps=9).notices() == []
-    words = {"schedule": "cosine", "split": "tail", "train_on": "all", "weight_dtype": "bf16", "arch": "gpt2"}
+    words = {
+        "schedule": "cosine",
+        "split": "tail",
+        "train_on": "all",
+        "weight_dtype": "bf16",
+        "arch": "gpt2",
+        "recompute": "on",
+    }
 
     def change(config):
         old = config["training"][field.name]
