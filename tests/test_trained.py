@@ -76,15 +76,15 @@ def test_an_adapter_joins_the_model(files, backend):
 
 
 def test_a_model_by_name(files, tmp_path, monkeypatch):
-    from toy.files import fetch
+    from toy.files import places
 
     monkeypatch.setenv("TOY_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="type `toy fetch smollm2-135m`"):
         load_trained("smollm2-135m")
-    with pytest.raises(FileNotFoundError, match="no model of that name to fetch"):
+    with pytest.raises(FileNotFoundError, match="no model of that name"):
         load_trained("smollm3")
-    monkeypatch.setattr(fetch, "cached", lambda name: files / "llama.gguf")
+    monkeypatch.setattr(places, "cached", lambda name: files / "llama.gguf")
     assert load_trained("smollm2-135m").model.arch == "llama"
 
 
