@@ -561,7 +561,7 @@ def test_the_config_of_a_run_made_here_names_all_options(run_folder):
 def test_describe_and_fetch_say_what_is_wrong(toy_command, tmp_path):
     (tmp_path / "no.gguf").write_bytes(b"GGUF but not really")
     for arguments, words in (
-        (["describe", str(tmp_path / "missing.gguf")], "No such file"),
+        (["describe", str(tmp_path / "missing.gguf")], "no model of that name"),
         (["describe", str(tmp_path / "no.gguf")], "no.gguf"),
         (["fetch", "no-such-model"], "smollm2-135m"),
     ):
