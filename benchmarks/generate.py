@@ -78,7 +78,7 @@ def main():
         parser.error("--new must be at least 2, --prompt and --rounds at least 1")
     restart_with(arguments.threads)
 
-    from toy.files.fetch import find_model
+    from toy.files.places import find_model
     from toy.files.gguf import GGUF
 
     path = find_model(arguments.model)

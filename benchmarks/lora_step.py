@@ -27,7 +27,7 @@ def make_batch(vocab_size, context, batch):
 
 def toy_step(backend, arguments):
     import toy
-    from toy.files.fetch import find_model
+    from toy.files.places import find_model
 
     gguf = toy.GGUF.open(find_model(arguments.model))
     options = toy.RecipeOptions(t_seq=arguments.context, t_batch=arguments.batch)
@@ -51,7 +51,7 @@ def torch_step(arguments):
 
     import toy
     from toy.engines.adapters import TARGETS
-    from toy.files.fetch import find_model
+    from toy.files.places import find_model
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
