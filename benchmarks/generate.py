@@ -78,8 +78,8 @@ def main():
         parser.error("--new must be at least 2, --prompt and --rounds at least 1")
     restart_with(arguments.threads)
 
-    from toy.files.places import find_model
     from toy.files.gguf import GGUF
+    from toy.files.places import find_model
 
     path = find_model(arguments.model)
     with GGUF.open(path) as gguf:
