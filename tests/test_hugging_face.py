@@ -28,6 +28,11 @@ from toy.trained.export import export_adapter, export_hugging_face, export_model
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install torch)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install transformers)")
+# what the judges say of themselves
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
 
 BAR = 1e-4  # largest difference of a logit
 V, T = 67, 24
