@@ -1,7 +1,11 @@
 """README.md and CONTRIBUTING.md are right: the files and tests they name are there, the commands parse, the code runs."""
 
+import ast
+import importlib
+import json
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -158,3 +162,31 @@ def test_the_code_in_readme_runs(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", (*DOCUMENTS, *PAGES, "CHANGELOG.md"))
 def test_no_merge_is_left_half_done(name):
     assert not re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", text_of(name), re.M)
+
+
+def imported_names(path):
+    """(module, name) of everything that a script or a notebook takes out of this library."""
+    source = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = json.loads(source)["cells"]
+        source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        source = re.sub(r"^[%!].*$", "", source, flags=re.M)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("toy", "ggml_bridge"):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples", "notebooks") for path in (ROOT / folder).glob("*.[pi]*"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_scripts_and_notebooks_import_is_there(path):
+    """Also inside of functions, where a benchmark that nobody runs would not notice."""
+    for module, name in imported_names(path):
+        try:
+            found = importlib.import_module(module)
+        except (ImportError, RuntimeError):
+            if not module.startswith(("toy._kernels", "ggml_bridge.")):  # which may not be built
+                raise
+            continue
+        assert hasattr(found, name) or find_spec(f"{module}.{name}") is not None, f"{module} has no {name}"
