@@ -273,8 +273,7 @@ def _read_parts(
     metadata: dict[str, Any] = {}
     tensors: dict[str, TensorRecord] = {}
     parts: dict[str, int] = {}
-    for i in range(count):
-        part = path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf")
+    for i, part in enumerate(parts_of(path)):
         try:
             mapped.append(_map(part))
         except FileNotFoundError:

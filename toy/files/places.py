@@ -9,7 +9,6 @@ folder, which keeps manifests as an OCI registry does, https://github.com/openco
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import sys
@@ -267,7 +266,7 @@ def _ollama_model(name: str, manifest: Path, blobs: Path) -> Found:
                 if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
                     raise BadFileError(manifest, "names a layer by something that is no sha256 digest")
                 digests[layer["mediaType"]].append(digest.replace(":", "-"))
-    except BadFileError as error:
+    except (BadFileError, OSError) as error:
         return Found(name, manifest, "Ollama", problem=str(error))
     if len(digests[_MODEL]) != 1:
         return Found(
@@ -284,12 +283,7 @@ def _ollama_model(name: str, manifest: Path, blobs: Path) -> Found:
 
 
 def _layers(manifest: Path) -> list[dict[str, Any]]:
-    try:
-        with open(manifest, "rb") as file:
-            text = file.read(_MANIFEST + 1)
-        layers = json.loads(text)["layers"] if len(text) <= _MANIFEST else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadFileError(manifest, f"is no manifest of a model ({type(error).__name__})") from error
+    layers = read_json(manifest, _MANIFEST).get("layers")
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
         raise BadFileError(manifest, "is no manifest of a model: it has no list of layers")
     return layers
