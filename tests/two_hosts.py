@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import mpi
 
@@ -16,6 +17,14 @@ ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 def _ip(*words, check=True):
     return subprocess.run(["ip", *words], capture_output=True, text=True, check=check)
+
+
+def _carries():
+    """Whether the cable carries, and every address has turned out to be nobody else's (IPv6 takes a second for that, and MPI
+    may choose it)."""
+    links = [_ip("-n", name, "-o", "link", "show", "up").stdout for name in NAMES]
+    addresses = [_ip("-n", name, "-o", "addr").stdout for name in NAMES]
+    return all(link.count("LOWER_UP") == 2 for link in links) and not any("tentative" in text for text in addresses)
 
 
 @contextlib.contextmanager
@@ -37,6 +46,9 @@ def hosts():
         except (subprocess.CalledProcessError, OSError):
             yield None
             return
+        deadline = time.monotonic() + 20
+        while not _carries() and time.monotonic() < deadline:
+            time.sleep(0.02)
         yield lambda: _ip("-n", NAMES[0], "link", "set", "toya", "down")
     finally:
         for name in NAMES:

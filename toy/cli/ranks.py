@@ -191,22 +191,38 @@ def _end_with_the_watcher():
 
 
 def _end_the_launcher():
-    """Press Ctrl-C twice for the launcher, where it runs on this machine: it would wait for the machine that is lost, for as
-    long as the system thinks that it may come back."""
+    """Have somebody press Ctrl-C twice for the launcher, where it runs on this machine, when it is still there a second after
+    this process: it would wait for the machine that is lost, for as long as the system thinks that it may come back.
+
+    Not before: pressed while it takes in how this rank ended, Ctrl-C lets MPICH's launcher end as if all had been well.
+    """
+    launcher = _launcher()
+    if launcher is None or os.fork():
+        return
+    os.setsid()  # of the launcher's own processes it ends all
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
+    for number, pause in ((0, 1.0), (signal.SIGINT, 0.5), (signal.SIGINT, 3.0), (signal.SIGKILL, 0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(launcher, number)
+            time.sleep(pause)
+    os._exit(0)
+
+
+def _launcher():
+    """The process id of the launcher, where it runs on this machine, or None."""
     pid = os.getppid()
     for _ in range(3):  # its helper on this machine is between
         try:
             with open(f"/proc/{pid}/stat") as file:
                 name, _, rest = file.read().partition("(")[2].rpartition(")")
         except OSError:  # not Linux
-            return
+            return None
         if name.startswith(("mpirun", "mpiexec", "prterun")):
-            for _ in range(2):
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGINT)
-                time.sleep(0.5)
-            return
+            return pid
         pid = int(rest.split()[1])
+    return None
 
 
 def _end_like(number):
