@@ -348,7 +348,8 @@ def test_kinds_of_pixels(tmp_path):
         read_image(path, 5, 2)
     big_endian = tmp_path / "image.tif"
     pillow.frombytes("I;16B", (5, 5), deep.astype(">u2").tobytes()).save(big_endian)
-    assert pillow.open(big_endian).mode == "I;16B"
+    with pillow.open(big_endian) as image:
+        assert image.mode == "I;16B"
     close(read_image(big_endian, 5, 1)[..., 0], deep / 65535)
 
 
