@@ -192,7 +192,7 @@ def note(sentence, err=True):
 
 
 def say(text, err=True):
-    """Print a paragraph; in a terminal in whole words. With a command in it the terminal breaks it, so that it can be copied."""
+    """Print a paragraph; in a terminal in whole words, but for one with a command in it, which is to be copied."""
     stream = sys.stderr if err else sys.stdout
     if stream is not None and stream.isatty() and not _COMMAND.search(text):
         text = "\n".join(wrapped(text, shutil.get_terminal_size().columns))
