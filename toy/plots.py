@@ -344,7 +344,11 @@ def _draw_curve(axes, curve, x, measure, i, name, n_curves):
     stride = max(1, len(curve["loss"]) // _MOST_POINTS)
     places, smoothed = curve[x][::stride], smooth(curve["loss"], span=len(curve["loss"]) / 40)[::stride]
     last = f"validation, last {float(measure(curve['val_loss'][-1])):.3f}" if len(curve["val_loss"]) else ""
-    label = f"{prefix}{last.removeprefix('validation, ')}".removesuffix(", ") if one_entry else f"{prefix}training"
+    label = (
+        f"{prefix}{last.removeprefix('validation, ')}".removesuffix(", ")
+        if one_entry
+        else f"{prefix}training, smoothed"
+    )
     line = {"color": colour, "linestyle": DASHES[round_], "linewidth": 1.8}
     point = {"color": colour, "marker": MARKERS[round_], "markeredgecolor": "white", "markersize": 6}
     if n_curves <= len(COLOURS):  # of more the faint lines would be a fog
