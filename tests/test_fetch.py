@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import os
 import threading
+import types
 import time
 import zipfile
 from pathlib import Path
