@@ -20,7 +20,7 @@ from toy.training import RECIPES
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-from site_pages import (  # noqa: E402  # noqa: E402
+from site_pages import (  # noqa: E402
     command_line,
     course,
     interface,

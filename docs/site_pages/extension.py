@@ -3,18 +3,18 @@ are plain text here and not reStructuredText."""
 
 import re
 
-from latex2mathml.converter import convert
-
 
 def mathml(latex, display):
     """A formula as MathML, with its source as the text that is read out or copied."""
+    from latex2mathml.converter import convert  # here: most of these pages, and their tests, do without
+
     return convert(latex, display="block" if display else "inline")
 
 
 def inline(self, node):
-    self.body.append(mathml(node.astext(), display=False))
     from docutils.nodes import SkipNode
 
+    self.body.append(mathml(node.astext(), display=False))
     raise SkipNode
 
 

@@ -10,9 +10,6 @@ import re
 from pathlib import Path
 from string import Template
 
-from markdown_it import MarkdownIt
-from mdit_py_plugins.dollarmath import dollarmath_plugin
-
 from site_pages import lessons
 from site_pages.extension import mathml
 from site_pages.repository import ROOT
@@ -39,6 +36,9 @@ def write(folder):
 
 def rendered(path):
     """The slides of one session as HTML."""
+    from markdown_it import MarkdownIt  # here: the list of slides does without
+    from mdit_py_plugins.dollarmath import dollarmath_plugin
+
     text = path.read_text(encoding="utf-8")
     markdown = MarkdownIt("commonmark").use(
         dollarmath_plugin, renderer=lambda content, options: mathml(content.strip(), options["display_mode"])
