@@ -446,3 +446,33 @@ def attention_scratch_floats(t_q, t_k, d_head, softcap=0.0):
     cdef Attention a
     a.t_q, a.t_k, a.d_head, a.softcap = t_q, t_k, d_head, softcap
     return attention_scratch(&a)
+
+
+def elementwise(name, factor=0.0):
+    """The params of an ELEMENTWISE node: "gelu", "gelu_backward", ... as `toy._kernels.elementwise` calls them. factor: the
+    number that some of them take."""
+    cdef ElementwiseNode node
+    node.kernel = elementwise_kernel(name)
+    node.is_backward = name.endswith("_backward")
+    node.factor = factor
+    return (<char*> &node)[:sizeof(ElementwiseNode)]
+
+
+def quantized_floats(n_in, n_out):
+    """Floats of scratch that one thread of the products with a quantised weight (n_out, n_in) needs."""
+    return quantized_scratch_floats(n_in, n_out)
+
+
+def quantized_type(name):
+    """The params of the nodes with a quantised weight of a type ("q4_1"), None for a type that they do not read."""
+    number = QUANTIZED_TYPES.get(name.upper())
+    return None if number is None else struct.pack("q", number)
+
+
+def compute(graph):
+    """graph.compute() with BLAS held to one thread a caller."""
+    blas.enter()
+    try:
+        graph.compute()
+    finally:
+        blas.leave()

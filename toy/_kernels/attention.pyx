@@ -97,11 +97,22 @@ cdef inline bint is_in_lanes(const Attention* a) noexcept nogil:
     return LANES > 0 and a.t_q >= FEWEST_QUERIES
 
 
+cdef inline bint packs(const Attention* a) noexcept nogil:
+    """Whether a head's keys and values are copied together: more than one block reads them.
+
+    Rows of a fused product are far apart, each in a page of its own and many in the same places of the cache.
+    """
+    return a.t_q > LANES_BLOCK
+
+
 cdef Py_ssize_t attention_scratch(const Attention* a) noexcept nogil:
     cdef Py_ssize_t of_scores = 3 if a.softcap > 0 else 2    # matrices
     if is_in_lanes(a):
-        # scores; queries, outputs and a gradient; the ends of queries and gradients, and of a chunk; up to a cache line
-        return of_scores * a.t_k * LANES_BLOCK + 3 * a.d_head * LANES_BLOCK + (2 * LANES_BLOCK + CHUNK) * LANES + 16
+        # scores; keys and values; queries, outputs and a gradient; what `add_queries` wants; up to a cache line
+        return (
+            of_scores * a.t_k * LANES_BLOCK + (2 * a.t_k * a.d_head if packs(a) else 0) + 3 * a.d_head * LANES_BLOCK
+            + (2 * LANES_BLOCK + CHUNK) * LANES + 16
+        )
     return of_scores * BLOCK * ((a.t_k + 15) // 16 * 16)
 
 
@@ -371,13 +382,13 @@ cdef void hide_keys(const Attention* a, const Block* block, float* scores, Py_ss
 
 
 cdef void find_scores(const Attention* a, const Block* block, const Band* bands, const float* q, const float* k,
-                      Py_ssize_t start, Py_ssize_t end, float scale, float* scores, float* slopes) noexcept nogil:
+                      Py_ssize_t k_stride, Py_ssize_t start, Py_ssize_t end, float scale, float* scores, float* slopes) noexcept nogil:
     """The scores of the keys start .. end-1, and the slopes of their cap unless that is NULL or there is no cap."""
     cdef Py_ssize_t base = block.start[0], column, j, i
     cdef float one = 1.0
     cdef float* row
     cdef Band keys
-    dot_keys(a, bands, q, k, a.k_stride, scores, base)
+    dot_keys(a, bands, q, k, k_stride, scores, base)
     if a.softcap > 0:
         for column in range(block.columns):
             keys = column_keys(block, column, start, end)
@@ -391,6 +402,15 @@ cdef void find_scores(const Attention* a, const Block* block, const Band* bands,
                         )
     if a.causal:
         hide_keys(a, block, scores, base, start, end, -INFINITY)
+
+
+cdef void pack(const Attention* a, const float** k, Py_ssize_t* stride, float* copy) noexcept nogil:
+    """Copy a head's keys or values (t_k, d_head) together, where that pays; *k and *stride then are the copy's."""
+    cdef Py_ssize_t i
+    if packs(a):
+        for i in range(a.t_k):
+            memcpy(copy + i * a.d_head, k[0] + i * stride[0], a.d_head * sizeof(float))
+        k[0], stride[0] = copy, a.d_head
 
 
 cdef inline float* align(float* x) noexcept nogil:
@@ -407,12 +427,15 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef float one = 1.0
     cdef float* q_lanes = align(a.scratch + ith * attention_scratch(a))    # (d_head, LANES_BLOCK)
     cdef float* out_lanes = q_lanes + a.d_head * LANES_BLOCK               # (d_head, LANES_BLOCK)
-    cdef float* scores = out_lanes + a.d_head * LANES_BLOCK                # (keys, LANES_BLOCK)
+    cdef float* k_copy = out_lanes + a.d_head * LANES_BLOCK
+    cdef float* v_copy = k_copy + (a.t_k * a.d_head if packs(a) else 0)
+    cdef float* scores = v_copy + (a.t_k * a.d_head if packs(a) else 0)    # (keys, LANES_BLOCK)
     cdef float* column_scores
     cdef float[32] largest    # of each lane
     cdef float[32] total
-    cdef const float* k
-    cdef const float* v
+    cdef const float* k = NULL
+    cdef const float* v = NULL
+    cdef Py_ssize_t k_stride = 0, v_stride = 0, pair = -1
     cdef Block block
     cdef Band[3] bands
     cdef Band keys
@@ -420,8 +443,12 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
         h = unit // blocks % a.n_heads
         b = unit // blocks // a.n_heads
         find_block(a, unit % blocks * LANES_BLOCK, &block)
-        k = a.k + b * a.t_k * a.k_stride + h // group * a.d_head
-        v = a.v + b * a.t_k * a.v_stride + h // group * a.d_head
+        if pair != b * a.n_kv_heads + h // group:
+            pair, k_stride, v_stride = b * a.n_kv_heads + h // group, a.k_stride, a.v_stride
+            k = a.k + b * a.t_k * k_stride + h // group * a.d_head
+            v = a.v + b * a.t_k * v_stride + h // group * a.d_head
+            pack(a, &k, &k_stride, k_copy)
+            pack(a, &v, &v_stride, v_copy)
         toy_into_lanes(
             block.rows, a.d_head, a.q + (b * a.t_q + block.first) * a.q_stride + h * a.d_head, a.q_stride, q_lanes
         )
@@ -430,7 +457,7 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
         for chunk in range(block.chunks):
             start, end = block.start[0] + chunk * CHUNK, block.start[0] + (chunk + 1) * CHUNK
             find_bands(&block, start, end, bands)
-            find_scores(a, &block, bands, q_lanes, k, start, end, scale, scores, NULL)
+            find_scores(a, &block, bands, q_lanes, k, k_stride, start, end, scale, scores, NULL)
             for column in range(block.columns):
                 keys = column_keys(&block, column, start, end)
                 column_scores = scores + (keys.start - block.start[0]) * LANES_BLOCK + column * LANES
@@ -446,7 +473,7 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                     column_scores, keys.end - keys.start, of_score, largest + column * LANES, total + column * LANES
                 )
             find_bands(&block, start, end, bands)
-            add_keys(a, bands, scores, block.start[0], v, a.v_stride, out_lanes)
+            add_keys(a, bands, scores, block.start[0], v, v_stride, out_lanes)
         for i in range(LANES_BLOCK):
             total[i] = one / total[i]
         toy_out_of_lanes(
@@ -460,7 +487,7 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef Py_ssize_t pairs = a.batch * a.n_kv_heads
     cdef Py_ssize_t blocks = (a.t_q + LANES_BLOCK - 1) // LANES_BLOCK
     cdef Py_ssize_t pair, b, kv_head, h, unit, first, chunk, start, end, column, base, i, j
-    cdef Py_ssize_t size = a.d_head * LANES_BLOCK
+    cdef Py_ssize_t k_stride, v_stride, size = a.d_head * LANES_BLOCK
     cdef float scale = <float> (1.0 / sqrt(<double> a.d_head))
     cdef float of_score = 1.0 if a.softcap > 0 else scale
     cdef float one = 1.0
@@ -470,7 +497,9 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef float* q_rest = d_q_lanes + size                                  # (LANES_BLOCK, LANES)
     cdef float* d_out_rest = q_rest + LANES_BLOCK * LANES                  # (LANES_BLOCK, LANES)
     cdef float* sums = d_out_rest + LANES_BLOCK * LANES                    # (CHUNK, LANES)
-    cdef float* p = sums + CHUNK * LANES             # (keys, LANES_BLOCK) scores, exponentials, probabilities
+    cdef float* k_copy = sums + CHUNK * LANES
+    cdef float* v_copy = k_copy + (a.t_k * a.d_head if packs(a) else 0)
+    cdef float* p = v_copy + (a.t_k * a.d_head if packs(a) else 0)    # (keys, LANES_BLOCK) scores, exponentials, probabilities
     cdef float* d_p = p + a.t_k * LANES_BLOCK        # (keys, LANES_BLOCK) their gradient, then that of the scores
     cdef float* slopes = d_p + a.t_k * LANES_BLOCK   # (keys, LANES_BLOCK) of the cap, where there is one
     cdef float* slope
@@ -489,8 +518,11 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     for pair in range(slice_start(pairs, 1, ith, nth), slice_start(pairs, 1, ith + 1, nth)):
         b = pair // a.n_kv_heads
         kv_head = pair % a.n_kv_heads
-        k = a.k + b * a.t_k * a.k_stride + kv_head * a.d_head
-        v = a.v + b * a.t_k * a.v_stride + kv_head * a.d_head
+        k_stride, v_stride = a.k_stride, a.v_stride
+        k = a.k + b * a.t_k * k_stride + kv_head * a.d_head
+        v = a.v + b * a.t_k * v_stride + kv_head * a.d_head
+        pack(a, &k, &k_stride, k_copy)
+        pack(a, &v, &v_stride, v_copy)
         d_k = a.d_k + b * a.t_k * a.d_k_stride + kv_head * a.d_head
         d_v = a.d_v + b * a.t_k * a.d_v_stride + kv_head * a.d_head
         for i in range(a.t_k):
@@ -514,8 +546,8 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                 for chunk in range(block.chunks):
                     start, end = base + chunk * CHUNK, base + (chunk + 1) * CHUNK
                     find_bands(&block, start, end, bands)
-                    find_scores(a, &block, bands, q_lanes, k, start, end, scale, p, slopes)
-                    dot_keys(a, bands, d_out_lanes, v, a.v_stride, d_p, base)
+                    find_scores(a, &block, bands, q_lanes, k, k_stride, start, end, scale, p, slopes)
+                    dot_keys(a, bands, d_out_lanes, v, v_stride, d_p, base)
                     if a.causal:
                         hide_keys(a, &block, d_p, base, start, end, 0)
                     for column in range(block.columns):
@@ -544,7 +576,7 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                                 for i in range(LANES):
                                     d_p[(j - base) * LANES_BLOCK + column * LANES + i] *= slope[i]
                     find_bands(&block, start, end, bands)
-                    add_keys(a, bands, d_p, base, k, a.k_stride, d_q_lanes)
+                    add_keys(a, bands, d_p, base, k, k_stride, d_q_lanes)
                     add_queries(a, &block, bands, d_p, base, q, a.q_stride, q_rest, sums, d_k, a.d_k_stride)
                     add_queries(a, &block, bands, p, base, d_out, a.d_out_stride, d_out_rest, sums, d_v, a.d_v_stride)
                 for i in range(LANES_BLOCK):
