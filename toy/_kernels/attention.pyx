@@ -42,6 +42,7 @@ cdef extern from "attention_lanes.h" nogil:
     const int LANES_BLOCK "TOY_BLOCK"    # query rows of a block: two vectors
     void toy_multiply(int columns, Py_ssize_t rows, Py_ssize_t n, const float* a, Py_ssize_t a_row, Py_ssize_t a_step,
                       const float* b, Py_ssize_t b_step, float* c, Py_ssize_t c_row, int add)
+    void toy_fetch_rows(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, int to_write)
     void toy_into_lanes(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, float* lanes)
     void toy_out_of_lanes(Py_ssize_t rows, Py_ssize_t n, const float* lanes, const float* factors,
                           float* x, Py_ssize_t x_row)
@@ -309,8 +310,8 @@ cdef void add_keys(const Attention* a, const Band* bands, const float* weights, 
 
 cdef void add_queries(const Attention* a, const Block* block, const Band* bands, const float* weights, Py_ssize_t base,
                       const float* q, Py_ssize_t q_stride, const float* q_rest, float* sums,
-                      float* d_k, Py_ssize_t d_k_stride) noexcept nogil:
-    """d_k += for each key the sum of the queries, each times its weight for the key.
+                      float* d_k, Py_ssize_t d_k_stride, bint add) noexcept nogil:
+    """d_k (+)= for each key the sum of the queries, each times its weight for the key; without `add` it is written.
 
     q_rest: (LANES_BLOCK, LANES) what of the queries is after the last whole vector, then zeros. sums: (CHUNK, LANES) scratch.
     """
@@ -329,7 +330,7 @@ cdef void add_queries(const Attention* a, const Block* block, const Band* bands,
         while column < whole:
             toy_multiply(
                 2 if column + LANES < whole else 1, band.end - band.start, rows, of_band, LANES_BLOCK, 1,
-                q + low * q_stride + column, q_stride, d_k + band.start * d_k_stride + column, d_k_stride, 1,
+                q + low * q_stride + column, q_stride, d_k + band.start * d_k_stride + column, d_k_stride, add,
             )
             column += 2 * LANES
         if rest > 0:
@@ -339,7 +340,7 @@ cdef void add_queries(const Attention* a, const Block* block, const Band* bands,
             for j in range(band.end - band.start):
                 row = d_k + (band.start + j) * d_k_stride + whole
                 for column in range(rest):
-                    row[column] += sums[j * LANES + column]
+                    row[column] = row[column] + sums[j * LANES + column] if add else sums[j * LANES + column]
 
 
 cdef void copy_rest(const Attention* a, const Block* block, const float* q, Py_ssize_t q_stride,
@@ -417,6 +418,24 @@ cdef inline float* align(float* x) noexcept nogil:
     return <float*> ((<uintptr_t> x + 63) // 64 * 64)
 
 
+cdef void fetch_next(const Attention* a, Py_ssize_t unit, Py_ssize_t blocks) noexcept nogil:
+    """Ask for the queries of a unit of the forward, and for its share of the keys and values of the next head."""
+    cdef Py_ssize_t h = unit // blocks % a.n_heads, b = unit // blocks // a.n_heads, first = unit % blocks * LANES_BLOCK
+    cdef Py_ssize_t group = a.n_heads // a.n_kv_heads, pair = unit // (blocks * group) + 1, share, start, rows
+    if b < a.batch:
+        toy_fetch_rows(
+            min(a.t_q - first, <Py_ssize_t> LANES_BLOCK), a.d_head,
+            a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head, a.q_stride, 0,
+        )
+    if pair < a.batch * a.n_kv_heads and packs(a):
+        share = (a.t_k + blocks * group - 1) // (blocks * group)
+        start = unit % (blocks * group) * share
+        rows = min(share, a.t_k - start)
+        b, h = pair // a.n_kv_heads, pair % a.n_kv_heads
+        toy_fetch_rows(rows, a.d_head, a.k + (b * a.t_k + start) * a.k_stride + h * a.d_head, a.k_stride, 0)
+        toy_fetch_rows(rows, a.d_head, a.v + (b * a.t_k + start) * a.v_stride + h * a.d_head, a.v_stride, 0)
+
+
 cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef Py_ssize_t blocks = (a.t_q + LANES_BLOCK - 1) // LANES_BLOCK
     cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
@@ -433,6 +452,8 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef float* column_scores
     cdef float[32] largest    # of each lane
     cdef float[32] total
+    cdef float* out
+    cdef const float* q
     cdef const float* k = NULL
     cdef const float* v = NULL
     cdef Py_ssize_t k_stride = 0, v_stride = 0, pair = -1
@@ -449,9 +470,11 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
             v = a.v + b * a.t_k * v_stride + h // group * a.d_head
             pack(a, &k, &k_stride, k_copy)
             pack(a, &v, &v_stride, v_copy)
-        toy_into_lanes(
-            block.rows, a.d_head, a.q + (b * a.t_q + block.first) * a.q_stride + h * a.d_head, a.q_stride, q_lanes
-        )
+        q = a.q + (b * a.t_q + block.first) * a.q_stride + h * a.d_head
+        out = a.out + (b * a.t_q + block.first) * a.out_stride + h * a.d_head
+        toy_into_lanes(block.rows, a.d_head, q, a.q_stride, q_lanes)
+        toy_fetch_rows(block.rows, a.d_head, out, a.out_stride, 1)
+        fetch_next(a, unit + 1, blocks)
         for i in range(LANES_BLOCK):
             largest[i], total[i] = -INFINITY, 0
         for chunk in range(block.chunks):
@@ -476,10 +499,7 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
             add_keys(a, bands, scores, block.start[0], v, v_stride, out_lanes)
         for i in range(LANES_BLOCK):
             total[i] = one / total[i]
-        toy_out_of_lanes(
-            block.rows, a.d_head, out_lanes, total,
-            a.out + (b * a.t_q + block.first) * a.out_stride + h * a.d_head, a.out_stride,
-        )
+        toy_out_of_lanes(block.rows, a.d_head, out_lanes, total, out, a.out_stride)
 
 
 cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
@@ -510,9 +530,11 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef const float* k
     cdef const float* v
     cdef const float* d_out
+    cdef float* d_q
     cdef float* d_k
     cdef float* d_v
     cdef Block block
+    cdef bint add
     cdef Band[3] bands
     cdef Band keys
     for pair in range(slice_start(pairs, 1, ith, nth), slice_start(pairs, 1, ith + 1, nth)):
@@ -525,18 +547,26 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
         pack(a, &v, &v_stride, v_copy)
         d_k = a.d_k + b * a.t_k * a.d_k_stride + kv_head * a.d_head
         d_v = a.d_v + b * a.t_k * a.d_v_stride + kv_head * a.d_head
-        for i in range(a.t_k):
-            memset(d_k + i * a.d_k_stride, 0, a.d_head * sizeof(float))
-            memset(d_v + i * a.d_v_stride, 0, a.d_head * sizeof(float))
+        # The last block sees all keys, if there is no window: it comes first and writes, so that nothing need be zeroed.
+        add = a.window > 0
+        if add:
+            for i in range(a.t_k):
+                memset(d_k + i * a.d_k_stride, 0, a.d_head * sizeof(float))
+                memset(d_v + i * a.d_v_stride, 0, a.d_head * sizeof(float))
         for h in range(kv_head * group, (kv_head + 1) * group):
             for unit in range(blocks):
-                first = unit * LANES_BLOCK
+                first = (blocks - 1 - unit) * LANES_BLOCK
                 find_block(a, first, &block)
                 base = block.start[0]
                 q = a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head
                 d_out = a.d_out + (b * a.t_q + first) * a.d_out_stride + h * a.d_head
+                d_q = a.d_q + (b * a.t_q + first) * a.d_q_stride + h * a.d_head
                 toy_into_lanes(block.rows, a.d_head, q, a.q_stride, q_lanes)
                 toy_into_lanes(block.rows, a.d_head, d_out, a.d_out_stride, d_out_lanes)
+                toy_fetch_rows(block.rows, a.d_head, d_q, a.d_q_stride, 1)
+                if first > 0:    # the next block's
+                    toy_fetch_rows(LANES_BLOCK, a.d_head, q - LANES_BLOCK * a.q_stride, a.q_stride, 0)
+                    toy_fetch_rows(LANES_BLOCK, a.d_head, d_out - LANES_BLOCK * a.d_out_stride, a.d_out_stride, 0)
                 copy_rest(a, &block, q, a.q_stride, q_rest)
                 copy_rest(a, &block, d_out, a.d_out_stride, d_out_rest)
                 memset(d_q_lanes, 0, size * sizeof(float))
@@ -577,14 +607,12 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                                     d_p[(j - base) * LANES_BLOCK + column * LANES + i] *= slope[i]
                     find_bands(&block, start, end, bands)
                     add_keys(a, bands, d_p, base, k, k_stride, d_q_lanes)
-                    add_queries(a, &block, bands, d_p, base, q, a.q_stride, q_rest, sums, d_k, a.d_k_stride)
-                    add_queries(a, &block, bands, p, base, d_out, a.d_out_stride, d_out_rest, sums, d_v, a.d_v_stride)
+                    add_queries(a, &block, bands, d_p, base, q, a.q_stride, q_rest, sums, d_k, a.d_k_stride, add)
+                    add_queries(a, &block, bands, p, base, d_out, a.d_out_stride, d_out_rest, sums, d_v, a.d_v_stride, add)
+                add = True
                 for i in range(LANES_BLOCK):
                     total[i] = 1
-                toy_out_of_lanes(
-                    block.rows, a.d_head, d_q_lanes, total,
-                    a.d_q + (b * a.t_q + first) * a.d_q_stride + h * a.d_head, a.d_q_stride,
-                )
+                toy_out_of_lanes(block.rows, a.d_head, d_q_lanes, total, d_q, a.d_q_stride)
 
 
 cdef void attention_forward(void* args, int ith, int nth) noexcept nogil:

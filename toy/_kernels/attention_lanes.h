@@ -143,6 +143,16 @@ static void toy_multiply(int columns, ptrdiff_t rows, ptrdiff_t n, const float *
     }
 }
 
+/* Ask for rows of n floats that will soon be read, or written: rows of a matrix with other heads between them are what the
+ * hardware does not see coming. */
+static void toy_fetch_rows(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t x_row, int to_write) {
+    for (ptrdiff_t i = 0; i < rows; i++, x += x_row)
+        for (ptrdiff_t j = 0; j < n; j += 16) {
+            if (to_write) __builtin_prefetch(x + j, 1, 3);
+            else __builtin_prefetch(x + j, 0, 2);
+        }
+}
+
 /* ---- into lanes and out of them --------------------------------------------------------------------------------------- */
 
 typedef float toy_four __attribute__((vector_size(16)));
@@ -275,6 +285,7 @@ static void toy_d_scores(float *p, float *d_p, ptrdiff_t n, float scale, const f
 /* the names, for code that asks for TOY_LANES first */
 #define TOY_BLOCK 1
 #define toy_multiply(...) ((void)0)
+#define toy_fetch_rows(...) ((void)0)
 #define toy_into_lanes(...) ((void)0)
 #define toy_out_of_lanes(...) ((void)0)
 #define toy_hide_keys(...) ((void)0)
