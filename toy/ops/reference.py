@@ -418,17 +418,17 @@ def multi_head_attention_backward(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # attention as models call it: on rows, and with what some models add to the plain one
-# grouped-query (Ainslie et al. 2023): query head h reads key/value head h // (n_heads / n_kv_heads). The heads get one axis
-# more, (B, n_kv_heads, group, T, d_head), where k and v have a group of 1: numpy lends it to all query heads of the group
+# grouped-query (Ainslie et al. 2023): query head h reads key/value head h // (H/G). The heads get one axis more,
+# (B, G, H/G, T, d_head), on which k and v have a length of 1: numpy lends it to all query heads of the group
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class AttentionCache(NamedTuple):
-    q: np.ndarray  # (B, n_kv_heads, group, Tq, d_head)
-    k: np.ndarray  # (B, n_kv_heads, 1, Tk, d_head)
-    v: np.ndarray  # (B, n_kv_heads, 1, Tk, d_head)
-    probabilities: np.ndarray  # (B, n_kv_heads, group, Tq, Tk); reshape to (B, n_heads, Tq, Tk) for a picture
-    slope: np.ndarray | None  # (B, n_kv_heads, group, Tq, Tk) of the cap; None: no cap
+    q: np.ndarray  # (B, G, H/G, Tq, d_head)
+    k: np.ndarray  # (B, G, 1, Tk, d_head)
+    v: np.ndarray  # (B, G, 1, Tk, d_head)
+    probabilities: np.ndarray  # (B, G, H/G, Tq, Tk); reshape to (B, H, Tq, Tk) for a picture
+    slope: np.ndarray | None  # (B, G, H/G, Tq, Tk) of the cap; None: no cap
 
 
 def attention(
@@ -450,8 +450,8 @@ def attention(
     scores' size, reached through a tanh: softcap * tanh(s / softcap) (Gemma 2).
     """
     n_kv_heads = n_kv_heads or n_heads
-    q = _to_heads(q, batch, n_kv_heads, n_heads // n_kv_heads)  # (B, kv, group, Tq, d_head)
-    k, v = (_to_heads(a, batch, n_kv_heads, 1) for a in (k, v))  # (B, kv, 1, Tk, d_head) each
+    q = _to_heads(q, batch, n_kv_heads, n_heads // n_kv_heads)  # (B, G, H/G, Tq, d_head)
+    k, v = (_to_heads(a, batch, n_kv_heads, 1) for a in (k, v))  # (B, G, 1, Tk, d_head) each
     hidden = _hidden_keys(q.shape[3], k.shape[3], window) if causal else None
     if softcap is None:
         out, probabilities = multi_head_attention(q, k, v, hidden)
@@ -463,7 +463,7 @@ def attention(
 def attention_backward(d_out: Array, cache: AttentionCache) -> tuple[Array, Array, Array]:
     """d_out: (B*Tq, n_heads*d_head) -> d_q, d_k, d_v in the shapes of q, k, v."""
     q, k, v, probabilities, slope = cache
-    d_out = _to_heads(d_out, q.shape[0], q.shape[1], q.shape[2])  # (B, kv, group, Tq, d_head)
+    d_out = _to_heads(d_out, q.shape[0], q.shape[1], q.shape[2])  # (B, G, H/G, Tq, d_head)
     if slope is None:
         d_q, d_k, d_v = multi_head_attention_backward(d_out, q, k, v, probabilities)
     else:
@@ -502,14 +502,14 @@ def _hidden_keys(t_q: int, t_k: int, window: int | None = None) -> np.ndarray:
 
 
 def _to_heads(x: Array, batch: int, n_kv_heads: int, group: int) -> Array:
-    """(B*T, n_kv_heads*group*d_head) -> (B, n_kv_heads, group, T, d_head)."""
+    """(B*T, H*d_head) -> (B, G, H/G, T, d_head)."""
     rows, width = x.shape
     heads = x.reshape(batch, rows // batch, n_kv_heads, group, width // (n_kv_heads * group))
     return heads.transpose(0, 2, 3, 1, 4)
 
 
 def _from_heads(x: Array) -> Array:
-    """(B, n_kv_heads, group, T, d_head) -> (B*T, n_kv_heads*group*d_head)."""
+    """(B, G, H/G, T, d_head) -> (B*T, H*d_head)."""
     batch, n_kv_heads, group, t, d_head = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch * t, n_kv_heads * group * d_head)
 
