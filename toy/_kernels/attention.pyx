@@ -46,6 +46,7 @@ cdef extern from "attention_lanes.h" nogil:
     void toy_into_lanes(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, float* lanes)
     void toy_out_of_lanes(Py_ssize_t rows, Py_ssize_t n, const float* lanes, const float* factors,
                           float* x, Py_ssize_t x_row)
+    void toy_copy_rows(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, float* copy)
     void toy_hide_keys(float* scores, Py_ssize_t n, Py_ssize_t key, Py_ssize_t first, Py_ssize_t last, float value)
     void toy_largest_scores(const float* scores, Py_ssize_t n, float* largest)
     void toy_exp_scores(float* scores, Py_ssize_t n, float scale, const float* largest, float* total)
@@ -405,12 +406,15 @@ cdef void find_scores(const Attention* a, const Block* block, const Band* bands,
         hide_keys(a, block, scores, base, start, end, -INFINITY)
 
 
+cdef inline bint fetches(const Attention* a) noexcept nogil:
+    """Whether rows are asked for before they are needed: not where the whole op is in the second cache, about 1 MB."""
+    return a.batch * (a.t_q + a.t_k) * a.n_heads * a.d_head > 128 * 1024
+
+
 cdef void pack(const Attention* a, const float** k, Py_ssize_t* stride, float* copy) noexcept nogil:
     """Copy a head's keys or values (t_k, d_head) together, where that pays; *k and *stride then are the copy's."""
-    cdef Py_ssize_t i
     if packs(a):
-        for i in range(a.t_k):
-            memcpy(copy + i * a.d_head, k[0] + i * stride[0], a.d_head * sizeof(float))
+        toy_copy_rows(a.t_k, a.d_head, k[0], stride[0], copy)
         k[0], stride[0] = copy, a.d_head
 
 
@@ -473,8 +477,9 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
         q = a.q + (b * a.t_q + block.first) * a.q_stride + h * a.d_head
         out = a.out + (b * a.t_q + block.first) * a.out_stride + h * a.d_head
         toy_into_lanes(block.rows, a.d_head, q, a.q_stride, q_lanes)
-        toy_fetch_rows(block.rows, a.d_head, out, a.out_stride, 1)
-        fetch_next(a, unit + 1, blocks)
+        if fetches(a):
+            toy_fetch_rows(block.rows, a.d_head, out, a.out_stride, 1)
+            fetch_next(a, unit + 1, blocks)
         for i in range(LANES_BLOCK):
             largest[i], total[i] = -INFINITY, 0
         for chunk in range(block.chunks):
@@ -563,8 +568,9 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                 d_q = a.d_q + (b * a.t_q + first) * a.d_q_stride + h * a.d_head
                 toy_into_lanes(block.rows, a.d_head, q, a.q_stride, q_lanes)
                 toy_into_lanes(block.rows, a.d_head, d_out, a.d_out_stride, d_out_lanes)
-                toy_fetch_rows(block.rows, a.d_head, d_q, a.d_q_stride, 1)
-                if first > 0:    # the next block's
+                if fetches(a):
+                    toy_fetch_rows(block.rows, a.d_head, d_q, a.d_q_stride, 1)
+                if fetches(a) and first > 0:    # the next block's
                     toy_fetch_rows(LANES_BLOCK, a.d_head, q - LANES_BLOCK * a.q_stride, a.q_stride, 0)
                     toy_fetch_rows(LANES_BLOCK, a.d_head, d_out - LANES_BLOCK * a.d_out_stride, a.d_out_stride, 0)
                 copy_rest(a, &block, q, a.q_stride, q_rest)
