@@ -507,6 +507,25 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
         toy_out_of_lanes(block.rows, a.d_head, out_lanes, total, out, a.out_stride)
 
 
+cdef void fetch_next_backward(const Attention* a, Py_ssize_t pair, Py_ssize_t step, Py_ssize_t blocks) noexcept nogil:
+    """Ask for the queries after block `step` of a key/value head, and for that block's share of what the next head needs."""
+    cdef Py_ssize_t group = a.n_heads // a.n_kv_heads, steps = group * blocks
+    cdef Py_ssize_t next_pair = pair + (step + 1) // steps, next_step = (step + 1) % steps
+    cdef Py_ssize_t b = next_pair // a.n_kv_heads, h = next_pair % a.n_kv_heads * group + next_step // blocks
+    cdef Py_ssize_t first = (blocks - 1 - next_step % blocks) * LANES_BLOCK, rows = min(a.t_q - first, <Py_ssize_t> LANES_BLOCK)
+    cdef Py_ssize_t share = (a.t_k + steps - 1) // steps, start = step * share
+    if b < a.batch:
+        toy_fetch_rows(rows, a.d_head, a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head, a.q_stride, 0)
+        toy_fetch_rows(rows, a.d_head, a.d_out + (b * a.t_q + first) * a.d_out_stride + h * a.d_head, a.d_out_stride, 0)
+    if pair + 1 < a.batch * a.n_kv_heads:
+        rows = min(share, a.t_k - start)
+        b, h = (pair + 1) // a.n_kv_heads, (pair + 1) % a.n_kv_heads
+        toy_fetch_rows(rows, a.d_head, a.k + (b * a.t_k + start) * a.k_stride + h * a.d_head, a.k_stride, 0)
+        toy_fetch_rows(rows, a.d_head, a.v + (b * a.t_k + start) * a.v_stride + h * a.d_head, a.v_stride, 0)
+        toy_fetch_rows(rows, a.d_head, a.d_k + (b * a.t_k + start) * a.d_k_stride + h * a.d_head, a.d_k_stride, 1)
+        toy_fetch_rows(rows, a.d_head, a.d_v + (b * a.t_k + start) * a.d_v_stride + h * a.d_head, a.d_v_stride, 1)
+
+
 cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
     cdef Py_ssize_t pairs = a.batch * a.n_kv_heads
@@ -570,9 +589,7 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                 toy_into_lanes(block.rows, a.d_head, d_out, a.d_out_stride, d_out_lanes)
                 if fetches(a):
                     toy_fetch_rows(block.rows, a.d_head, d_q, a.d_q_stride, 1)
-                if fetches(a) and first > 0:    # the next block's
-                    toy_fetch_rows(LANES_BLOCK, a.d_head, q - LANES_BLOCK * a.q_stride, a.q_stride, 0)
-                    toy_fetch_rows(LANES_BLOCK, a.d_head, d_out - LANES_BLOCK * a.d_out_stride, a.d_out_stride, 0)
+                    fetch_next_backward(a, pair, (h - kv_head * group) * blocks + unit, blocks)
                 copy_rest(a, &block, q, a.q_stride, q_rest)
                 copy_rest(a, &block, d_out, a.d_out_stride, d_out_rest)
                 memset(d_q_lanes, 0, size * sizeof(float))
