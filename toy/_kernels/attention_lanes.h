@@ -30,6 +30,13 @@
 #define TOY_LANES 0
 #endif
 
+typedef struct { const float *x; ptrdiff_t x_row, rows; int to_write; } toy_fetch_list;
+typedef struct {
+    toy_fetch_list lists[7];
+    int first, n;                    /* lists first .. n-1 are left */
+    ptrdiff_t columns, rows_a_tile;
+} toy_fetch;
+
 #if TOY_LANES
 
 #define TOY_BLOCK (2 * TOY_LANES) /* query rows of a block: two vectors, a left and a right one */
@@ -83,6 +90,23 @@ TOY_INLINE toy_lanes toy_exp2_of_negative(toy_lanes x) {
     return p * (toy_lanes)((toy_lane_bits)shifted << 23);
 }
 
+/* ---- what is needed next ---------------------------------------------------------------------------------------------- */
+
+/* Rows of matrices that will soon be read or written. Between the rows of a head lie those of the others, so the hardware does
+ * not see them coming; and all asked for at once they would stop the processor, which waits for a dozen lines at a time and
+ * no more. So `toy_multiply` asks for some after each tile. */
+TOY_INLINE void toy_fetch_some(toy_fetch *fetch) {
+    for (ptrdiff_t rows = fetch->rows_a_tile; rows > 0 && fetch->first < fetch->n; rows--) {
+        toy_fetch_list *list = &fetch->lists[fetch->first];
+        for (ptrdiff_t j = 0; j < fetch->columns; j += 16) {
+            if (list->to_write) __builtin_prefetch(list->x + j, 1, 3);
+            else __builtin_prefetch(list->x + j, 0, 2);
+        }
+        list->x += list->x_row;
+        if (--list->rows == 0) fetch->first++;
+    }
+}
+
 /* ---- products --------------------------------------------------------------------------------------------------------- */
 
 /* A tile of `toy_multiply`: its constants make the compiler unroll it and keep the sums in registers. */
@@ -112,7 +136,8 @@ TOY_INLINE void toy_tile(const int rows, const int columns, ptrdiff_t n, const f
 }
 
 TOY_INLINE void toy_multiply_columns(const int columns, ptrdiff_t rows, ptrdiff_t n, const float *a, ptrdiff_t a_row,
-                                     ptrdiff_t a_step, const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add) {
+                                     ptrdiff_t a_step, const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add,
+                                     toy_fetch *fetch) {
 #define TOY_TILES(ROWS) \
     toy_tile(ROWS, columns, n, a, a_row, a_step, b, b_step, c, c_row, add), rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row
     while (rows > 0) {
@@ -126,6 +151,7 @@ TOY_INLINE void toy_multiply_columns(const int columns, ptrdiff_t rows, ptrdiff_
         else if (rows >= 4) TOY_TILES(4);
         else if (rows >= 2) TOY_TILES(2);
         else TOY_TILES(1);
+        toy_fetch_some(fetch);
     }
 #undef TOY_TILES
 }
@@ -133,24 +159,14 @@ TOY_INLINE void toy_multiply_columns(const int columns, ptrdiff_t rows, ptrdiff_
 /* c (rows, columns * TOY_LANES) = a (rows, n) b (n, columns * TOY_LANES), or with `add` that much more; columns: 1 or 2.
  * Steps in elements: a_row from a row of a to the next, a_step from a column of it to the next (one of the two is 1). */
 static void toy_multiply(int columns, ptrdiff_t rows, ptrdiff_t n, const float *a, ptrdiff_t a_row, ptrdiff_t a_step,
-                         const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add) {
+                         const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add, toy_fetch *fetch) {
     if (a_row == 1) {
-        if (columns == 2) toy_multiply_columns(2, rows, n, a, 1, a_step, b, b_step, c, c_row, add);
-        else toy_multiply_columns(1, rows, n, a, 1, a_step, b, b_step, c, c_row, add);
+        if (columns == 2) toy_multiply_columns(2, rows, n, a, 1, a_step, b, b_step, c, c_row, add, fetch);
+        else toy_multiply_columns(1, rows, n, a, 1, a_step, b, b_step, c, c_row, add, fetch);
     } else {
-        if (columns == 2) toy_multiply_columns(2, rows, n, a, a_row, 1, b, b_step, c, c_row, add);
-        else toy_multiply_columns(1, rows, n, a, a_row, 1, b, b_step, c, c_row, add);
+        if (columns == 2) toy_multiply_columns(2, rows, n, a, a_row, 1, b, b_step, c, c_row, add, fetch);
+        else toy_multiply_columns(1, rows, n, a, a_row, 1, b, b_step, c, c_row, add, fetch);
     }
-}
-
-/* Ask for rows of n floats that will soon be read, or written: rows of a matrix with other heads between them are what the
- * hardware does not see coming. */
-static void toy_fetch_rows(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t x_row, int to_write) {
-    for (ptrdiff_t i = 0; i < rows; i++, x += x_row)
-        for (ptrdiff_t j = 0; j < n; j += 16) {
-            if (to_write) __builtin_prefetch(x + j, 1, 3);
-            else __builtin_prefetch(x + j, 0, 2);
-        }
 }
 
 /* ---- into lanes and out of them --------------------------------------------------------------------------------------- */
@@ -332,8 +348,8 @@ static void toy_d_scores(float *p, float *d_p, ptrdiff_t n, float scale, const f
 
 /* the names, for code that asks for TOY_LANES first */
 #define TOY_BLOCK 1
+#define TOY_TILE 1
 #define toy_multiply(...) ((void)0)
-#define toy_fetch_rows(...) ((void)0)
 #define toy_into_lanes(...) ((void)0)
 #define toy_out_of_lanes(...) ((void)0)
 #define toy_copy_rows(...) ((void)0)
