@@ -413,6 +413,7 @@ cdef class Buffer:
 
     cdef ggml_backend_buffer *buffer
     cdef readonly size_t nbytes
+    cdef size_t n_tensors  # persistent tensors in it
     cdef object keep_alive  # whatever owns the memory, when the buffer is a mapping
 
     def __dealloc__(self):
@@ -484,6 +485,7 @@ cdef class Leaf:
 
     cdef ggml_tensor *t
     cdef bint written
+    cdef bint released  # its memory was given back
     cdef int64_t low, high  # every element must be in low..high-1 (integer tensors)
     cdef str reason
     cdef int64_t seen_low, seen_high
@@ -986,9 +988,40 @@ cdef class Backend:
         self.pending.clear()
         for buffer, (_, placed) in zip(made, groups):
             ggml_backend_buffer_clear(buffer.buffer, 0)
+            buffer.n_tensors = len(placed)
             for leaf, offset in placed:
                 place(buffer, leaf.t, offset)
         return 0
+
+    def release_tensors(self, tensors):
+        """Give back the memory of persistent tensors, which are of no more use then; every graph of this backend is closed
+        first, because it may read them. A buffer goes when the last tensor in it does: those made between two calls of
+        `allocate` share one.
+
+        Raises ValueError for tensors that are not persistent, of this backend, and in memory; nothing is given back then.
+        """
+        self.check_idle()
+        cdef Tensor tensor
+        cdef Buffer buffer
+        tensors = list(tensors)
+        for tensor in tensors:
+            if tensor.owner is not self or tensor.leaf is None or tensor.t.buffer == NULL:
+                raise ValueError(f"release_tensors: {tensor!r} is no persistent tensor of this backend with memory")
+        for graph in list(self.graphs):
+            graph.close()
+        for tensor in tensors:
+            if tensor.leaf.released:
+                continue  # named twice
+            tensor.leaf.released = True
+            for buffer in self.buffers:
+                if buffer.buffer == tensor.t.buffer:
+                    buffer.n_tensors -= 1
+                    if buffer.n_tensors == 0:
+                        buffer.release()
+                        self.buffers.remove(buffer)
+                    break
+            tensor.t.buffer = NULL
+            tensor.t.data = NULL
 
     cdef list new_buffers(self, list sizes, int usage):
         """Buffers of these sizes on the device; MemoryError when they do not fit."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import ADAPTER, BACKEND, CHECKPOINT, MODEL, Phase, command, tell_checkpoint
+from toy.cli.base import ADAPTER, BACKEND, CHECKPOINT, MODEL, Phase, command, note, tell_checkpoint
 from toy.cli.progress import printable
 
 chats = click.Group()
@@ -85,7 +85,7 @@ class Terminal:
         except ValueError as error:
             return self._say(str(error))
         if n := self.conversation.forgotten:
-            click.echo(f"note: the context is full; the oldest {n} messages are left out", err=True)
+            note(f"the context is full; the oldest {n} messages are left out")
         try:
             for piece in pieces:
                 click.echo(shown(piece), nl=False)
