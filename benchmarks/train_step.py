@@ -202,7 +202,8 @@ def main():
     versions = ", ".join(f"{row.name} ({row.version})" for row in toy.backends() if row.name in contenders)
     print(f"Python {platform.python_version()}, {versions}, {threads} threads, model {model}\n")
     print(
-        f"{'shape':<10} {'contender':<12} {'median ms':>10} {'fastest':>9} {'/ PyTorch':>10} {'of limit':>9} {'peak MB':>9} {'/ PyTorch':>10}"
+        f"{'shape':<10} {'contender':<12} {'median ms':>10} {'fastest':>9} {'/ PyTorch':>10} {'of limit':>9} "
+        f"{'peak MB':>9} {'/ PyTorch':>10}"
     )
     figures = []
     for shape in arguments.shapes:

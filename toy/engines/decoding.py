@@ -43,7 +43,9 @@ class DeviceCache:
     @length.setter
     def length(self, value: int) -> None:
         if not 0 <= value <= len(self.ids):
-            raise ValueError(f"the length of a cache can be set to at most the {len(self.ids)} tokens in it, got {value}")
+            raise ValueError(
+                f"the length of a cache can be set to at most the {len(self.ids)} tokens in it, got {value}"
+            )
         del self.ids[value:]
 
 
