@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 ROWS_STEP = 256  # attention reads so many rows of the store, or a multiple
 PROMPT_STEP = 512  # tokens of a prompt that one run of a graph reads
-# on the CPU the compiled kernels read a prompt of at least so many tokens: they dequantise each weight once for all of them
-EAGER_PROMPT = 32
+# on the CPU the compiled kernels read what has at least so many tokens: they dequantise each weight once for all of them, where
+# ggml's product takes as long for each as for one (SmolLM2 Q4_1, one thread: 63 ms for 16 tokens against 150)
+EAGER_PROMPT = 8
 
 
 class DeviceCache:
@@ -50,7 +51,8 @@ class DeviceCache:
 class Decoder:
     """A language model to generate from, with `config`, `new_kv_cache` and `forward` as a `LanguageModel` has them.
 
-    model: the model on an eager op table; its parameters are shared. choice: a device of the backend ggml. Raises ValueError,
+    model: the model on an eager op table; its parameters are shared. choice: a device of the backend ggml; on "cpu" the compiled
+    kernels read longer prompts, on "cpu-native" and other devices ggml's operations compute everything. Raises ValueError,
     RuntimeError or MemoryError, with a sentence that says why, for a model that the device does not take.
 
     There is one store of keys and values: the text that was read last is in it. A cache of another text is read again when it
@@ -96,10 +98,10 @@ class Decoder:
             raise ValueError(f"a Decoder reads one sequence, token_ids (T,), got {ids.shape}")
         rows = np.ascontiguousarray(ids, np.int64)
         if self._in_store is not kv_cache:  # another text was read since
-            before, kv_cache.ids = kv_cache.ids, []
+            self._in_store, again = None, DeviceCache()
+            if kv_cache.ids:
+                self._read(np.array(kv_cache.ids, np.int64), again)
             self._in_store = kv_cache
-            if before:
-                self._read(np.array(before, np.int64), kv_cache)
         return self._read(rows, kv_cache), None
 
     def explain(self) -> "Explanation":
@@ -111,7 +113,7 @@ class Decoder:
     def _read(self, rows: np.ndarray, cache: DeviceCache) -> np.ndarray:
         """Read the tokens after those in the cache -> logits of the last one (1, V)."""
         logits = np.empty((0, 0), np.float32)
-        eager = self.on_cpu and len(rows) >= EAGER_PROMPT
+        eager = self.device == "cpu" and len(rows) >= EAGER_PROMPT
         step = len(rows) if eager else PROMPT_STEP
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
