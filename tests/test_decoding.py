@@ -302,3 +302,53 @@ def test_rows_are_written_into_half_precision():
         wanted = np.zeros((5, 3), np.float32)
         wanted[[3, 1]] = numbers.astype(np.float16)
         assert (target.download() == wanted).all()
+
+
+def test_repacked_weights_give_the_same_products():
+    generator = np.random.default_rng(0)
+    w = generator.normal(size=(64, 256)).astype(np.float32)
+    n_repacked = 0
+    with ggml_bridge.Backend("cpu", 1) as backend:
+        for dtype in ("q4_0", "q4_1", "q8_0", "q4_k", "q6_k", "iq4_nl"):
+            raw = ggml_bridge.quantize(w, dtype)
+            plain, packed = backend.mapped(aligned(raw), w.shape, dtype), backend.repacked(raw, w.shape, dtype)
+            if packed is None:
+                continue
+            n_repacked += 1
+            for rows in (1, 7):
+                g = backend.graph()
+                x = g.input((rows, 256))
+                products = [g.output(g.mul_mat(weight, x)) for weight in (plain, packed)]
+                g.allocate()
+                x.upload(generator.normal(size=(rows, 256)))
+                g.compute()
+                wanted, found = (product.download() for product in products)
+                assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+            g = backend.graph()
+            ids = g.input((1,), "i32")
+            for use in (
+                lambda g=g, packed=packed, ids=ids: g.get_rows(packed, ids),
+                lambda g=g, packed=packed: g.slice(packed, 0, 0, 8),
+                lambda g=g, packed=packed: g.reshape(packed, (128, 128)),
+                lambda g=g, packed=packed: g.cast(packed, "f32"),
+            ):
+                with pytest.raises(ValueError, match="repacked for products"):
+                    use()
+            with pytest.raises(ValueError, match="cannot be read back"):
+                packed.download()
+            with pytest.raises(ValueError):
+                packed.upload(raw)
+            with pytest.raises(ValueError):
+                packed.zero()
+        with pytest.raises(ValueError, match="takes 4608 bytes"):
+            backend.repacked(raw[:2], w[:32].shape, dtype)
+        assert backend.repacked(w, w.shape, "f32") is None  # there is nothing to repack
+    if ggml_bridge.load().x86_features() > 0:
+        assert n_repacked > 0
+
+
+def aligned(raw):
+    memory = np.empty(raw.nbytes + 32, np.uint8)
+    start = -memory.ctypes.data % 32
+    memory[start : start + raw.nbytes] = raw.reshape(-1)
+    return memory[start : start + raw.nbytes]
