@@ -1,7 +1,9 @@
 """The command line, as a user meets it."""
 
 import dataclasses
+import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -19,8 +21,10 @@ from single_thread import single_thread  # noqa: F401 (autouse)
 
 import toy
 from toy import training
+from toy.checks import gradcheck
 from toy.cli import progress as cli_progress
-from toy.files import read_checkpoint, read_events
+from toy.cli.base import quoted, say
+from toy.files import events, read_checkpoint, read_events
 
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(f"{i} squared is {i * i}, and then comes {i + 1}.\n" for i in range(300))
@@ -87,8 +91,11 @@ def test_training_prints_its_choices_and_its_progress_and_what_to_do_next(train,
     assert f"{len(set(TEXT))} (distinct characters" in lines["vocabulary"]
     assert f"{np.log(len(set(TEXT))):.3f}" in lines["ln(V)"]
     assert {"device", "threads", "tokens", "parameters", "steps", "learning rate", "directory"} <= lines.keys()
-    assert re.search(r"^step 20/40  loss \d\.\d{3}  val \d\.\d{3}  \S+ tok/s  \d:\d\d left$", out, re.MULTILINE)
-    assert re.search(r"^done: 40 steps in 0:\d\d, loss \d\.\d{3}, validation loss \d\.\d{3} nats per token$", out, re.M)
+    assert re.search(
+        r"^step 20/40  smoothed loss \d\.\d{3}  val \d\.\d{3}  \S+ tok/s  \d:\d\d left$", out, re.MULTILINE
+    )
+    done = r"^done: 40 steps in 0:\d\d\nloss      smoothed \d\.\d{3}, validation \d\.\d{3} nats per token$"
+    assert re.search(done, out, re.MULTILINE)
     assert "    | " in out
     for name in ("loss.png", "samples.txt", "weights", "config.json", "events.jsonl"):
         assert Path("run", name).exists()
@@ -366,8 +373,21 @@ def test_the_live_line_fits_the_terminal(columns):
     live = [line for line in lines if "━" in line]
     assert len(live) >= 2
     assert all(len(line) <= columns for line in lines if not line.startswith(("write", "directory")))
-    assert re.search(r"step 400/400 ━+ loss \d\.\d{3}  val \d\.\d{3}  \S+ tok/s  0:00 left", live[-1])
+    assert re.search(r"step 400/400 ━+ smoothed loss \d\.\d{3}  val \d\.\d{3}  \S+ tok/s  0:00 left", live[-1])
     assert any("│" in line or "    | " in line for line in lines)
+
+
+def test_in_a_narrow_terminal_the_speed_is_left_out():
+    progress = cli_progress.Progress(1200, 0, "image")
+    for event in (
+        events.Step(step=1200, loss=0.25, lr=1e-3, grad_norm=1.0, tokens=64, wall_us=2000),
+        events.Evaluation(step=1200, loss=0.3125, accuracy=0.991),
+    ):
+        progress.show(event)
+    numbers = progress._numbers()
+    assert numbers.startswith("smoothed loss 0.250  val 0.312  99.1 % right  32k img/s  0:0")
+    assert progress._numbers(len(numbers)) == numbers
+    assert progress._numbers(len(numbers) - 1) == numbers.replace("  32k img/s", "")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
@@ -477,21 +497,60 @@ def test_backends_says_when_toy_backend_is_wrong(toy_command, monkeypatch):
 
 
 def test_gradcheck_shows_a_row_per_gradient_and_fails_when_one_is_wrong(toy_command, monkeypatch):
-    from toy.checks import gradcheck
-
     rows = gradcheck.check_all(seed=0)
-    monkeypatch.setattr(gradcheck, "check_all", lambda seed: rows)
-    code, out, _ = toy_command("gradcheck")
+    monkeypatch.setattr(gradcheck, "chosen_checks", lambda seed, layers: [lambda: rows])
+    code, out, _ = toy_command("gradcheck", "--all")
     assert code == 0
     assert f"{len(rows)} gradients checked, none wrong" in out
     assert "central differences" in out
     assert out.count(" ok ") == len(rows)
     wrong = rows[0]._replace(rel_error=0.5, ok=False)
-    monkeypatch.setattr(gradcheck, "check_all", lambda seed: [wrong, *rows[1:]])
-    code, out, _ = toy_command("gradcheck")
+    monkeypatch.setattr(gradcheck, "chosen_checks", lambda seed, layers: [lambda: [wrong, *rows[1:]]])
+    code, out, _ = toy_command("gradcheck", "--all")
     assert code == 1
     assert "WRONG" in out
     assert "1 wrong" in out
+
+
+def test_gradcheck_shows_a_line_a_layer_with_its_worst_error(toy_command, monkeypatch):
+    row = gradcheck.Row("linear", "x", (5, 4), 1e-12, 1e-7, True)
+    rows = [row, row._replace(gradient="bias", rel_error=3e-9), row._replace(layer="gelu", rel_error=2e-11)]
+    twin = row._replace(layer="linear, compiled", gradient="weight", rel_error=4e-8, bar=2e-6)
+    shown = {"rows": [*rows, twin]}
+    monkeypatch.setattr(gradcheck, "chosen_checks", lambda seed, layers: [lambda: shown["rows"]])
+    code, out, _ = toy_command("gradcheck")
+    heading, linear, gelu, *_ = (line.split() for line in out.splitlines())
+    assert code == 0 and heading == ["layer", "error", "compiled", "worst", "in"]
+    assert linear == ["linear", "3.0e-09", "4.0e-08", "ok", "bias"] and gelu == ["gelu", "2.0e-11", "ok", "x"]
+    # what is wrong is named whatever else is large: a derivative, the compiled op, and a number that is none
+    for wrong, at in ((rows[0]._replace(rel_error=2e-7, ok=False), 0), (twin._replace(rel_error=1e-5, ok=False), 3)):
+        shown["rows"] = [wrong if i == at else kept for i, kept in enumerate([*rows, twin])]
+        code, out, _ = toy_command("gradcheck")
+        assert code == 1 and out.splitlines()[1].split()[-2:] == ["WRONG", wrong.gradient], out
+        assert f"gradcheck --layer {quoted(wrong.layer)};" in out
+    shown["rows"] = [row._replace(rel_error=math.nan, ok=False), *rows[1:]]
+    assert toy_command("gradcheck")[1].splitlines()[1].split() == ["linear", "nan", "WRONG", "x"]
+
+
+def test_gradcheck_fits_a_terminal_of_80_columns(toy_command):
+    code, out, _ = toy_command("gradcheck")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert len(out.splitlines()) < 40
+
+
+def test_gradcheck_of_some_layers(toy_command):
+    code, out, _ = toy_command("gradcheck", "--layer", "RMS_norm", "--layer", "swiglu")
+    layers = {line.split("  ")[0] for line in out.splitlines()[1:-4]}
+    twins = {"rms_norm, compiled", "swiglu, compiled"} if accelerated_is_there() else set()
+    assert code == 0 and layers == {"rms_norm", "swiglu"} | twins
+    alone, among_others = (gradcheck.check_all(0, layers) for layers in (["linear, no bias"], ["linear"]))
+    assert alone == [row for row in among_others if row.layer.startswith("linear, no bias")]  # the same numbers
+    code, _, err = toy_command("gradcheck", "--layer", "convolution")
+    assert code == 2 and one_sentence(err) and "'convolution'" in err and "rms_norm" in err
+
+
+def accelerated_is_there():
+    return importlib.util.find_spec("toy._kernels.norms") is not None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -516,6 +575,17 @@ def test_every_training_option_is_on_the_command_line(toy_command):
 
 def test_version(toy_command):
     assert toy_command("--version") == (0, f"toy, version {toy.__version__}\n", "")
+
+
+def test_in_a_terminal_a_sentence_is_broken_between_words_and_a_command_is_not(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    sentence, command = "toy: a b c d e f g h no-such-file.txt", "toy: go on with toy train lora --resume runs/a"
+    say(sentence)
+    assert capsys.readouterr().err == sentence + "\n"  # in a file it stays one line
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    say(sentence)
+    say(command)
+    assert capsys.readouterr().err == f"toy: a b c d e f g h\nno-such-file.txt\n{command}\n"
 
 
 def test_an_unknown_command_is_named(toy_command):

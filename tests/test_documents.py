@@ -176,7 +176,8 @@ def imported_names(path):
             yield from ((node.module, alias.name) for alias in node.names)
 
 
-SCRIPTS = sorted(path for folder in ("benchmarks", "examples", "notebooks") for path in (ROOT / folder).glob("*.[pi]*"))
+FOLDERS = ("benchmarks", "examples", "notebooks", "notebooks/lessons", "notebooks/solutions")
+SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.[pi]*"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")

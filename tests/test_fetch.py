@@ -7,6 +7,7 @@ import http.server
 import os
 import threading
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_what_a_killed_process_left_is_removed_later(index, cache):
 
 
 def test_without_pip(index, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.machinery.PathFinder", types.SimpleNamespace(find_spec=lambda name: None))
     with pytest.raises(FetchError, match="ensurepip"):
         fetch("tiny")
 

@@ -348,7 +348,8 @@ def test_kinds_of_pixels(tmp_path):
         read_image(path, 5, 2)
     big_endian = tmp_path / "image.tif"
     pillow.frombytes("I;16B", (5, 5), deep.astype(">u2").tobytes()).save(big_endian)
-    assert pillow.open(big_endian).mode == "I;16B"
+    with pillow.open(big_endian) as image:
+        assert image.mode == "I;16B"
     close(read_image(big_endian, 5, 1)[..., 0], deep / 65535)
 
 
@@ -498,10 +499,12 @@ def test_train_prints_what_it_does_and_leaves_its_pictures(run_folder):
     assert "3 (across, diagonal, down)" in lines["classes"]
     assert "vit: 1 layers, 2 heads, 16 wide (4 patches of 3 x 3)" in lines["model"]
     assert re.search(
-        r"^step  60/120  loss \d\.\d{3}  val \d\.\d{3}  \d+\.\d % right  \S+ img/s  \d:\d\d left$", out, re.M
+        r"^step  60/120  smoothed loss \d\.\d{3}  val \d\.\d{3}  \d+\.\d % right  \S+ img/s  \d:\d\d left$", out, re.M
     )
     assert re.search(
-        r"^done: 120 steps in 0:\d\d, loss \S+, validation loss \S+ nats per image, \d+\.\d % right$", out, re.M
+        r"^done: 120 steps in 0:\d\d\nloss      smoothed \S+, validation \S+ nats per image, \d+\.\d % right$",
+        out,
+        re.M,
     )
     assert re.fullmatch(r"try it    .*toy predict run IMAGE\.\.\.", out.splitlines()[-1])
     for name in ("loss.png", "confusion.png"):

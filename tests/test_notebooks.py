@@ -1,8 +1,10 @@
-"""The notebooks run from top to bottom, and what is committed is what they gave.
+"""The notebooks are made from their sources; those with solutions run from top to bottom, and show what they gave.
 
-The lesson on LoRA needs SmolLM2-135M in the cache. The one on llama.cpp runs without it too, and then shows less.
+In those for students every exercise is a blank, which its check does not let pass. The lesson on LoRA needs SmolLM2-135M in
+the cache. The one on llama.cpp runs without it too, and then shows less.
 """
 
+import ast
 import copy
 import importlib.util
 import json
@@ -11,6 +13,7 @@ import threading
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import PURE
 from fetch_test_data import COMMAND, smollm2
@@ -18,9 +21,18 @@ from nbclient import NotebookClient
 from processes import HOUR, kill_if_it_hangs
 
 import toy
+from toy.checks.exercises.tasks import TASKS
 
-NOTEBOOKS = sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
+FOLDER = Path(__file__).parents[1] / "notebooks"
+_spec = importlib.util.spec_from_file_location("generate", FOLDER / "generate.py")
+generate = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(generate)
+
+SOURCES = sorted(FOLDER.glob("lessons/*.py"))
+BLANKS = sorted(FOLDER.glob("*.ipynb"))
+NOTEBOOKS = sorted(FOLDER.glob("solutions/*.ipynb"))
 EXPECTED = {
+    "00_from_counting_to_training",
     "01_forward_by_hand",
     "02_backward_by_hand",
     "03_adamw_and_its_seven_numbers",
@@ -33,6 +45,7 @@ EXPECTED = {
 }
 MAX_BYTES = 500_000
 
+every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -71,8 +84,71 @@ def errors(notebook):
     return [output for _, cell_outputs in outputs(notebook) for output in cell_outputs if output.output_type == "error"]
 
 
+def exercises(notebook):
+    """{name of the exercise: (its cell for the answer, its check)}"""
+    cells = {cell.metadata.nbgrader.grade_id: cell for cell in notebook.cells if "nbgrader" in cell.metadata}
+    return {name: (cell, cells[f"{name}_check"]) for name, cell in cells.items() if cell.metadata.nbgrader.solution}
+
+
+def pictures(notebook):
+    """(the cell, its output) of every picture."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                yield cell, output
+
+
 def test_the_lessons_are_there():
-    assert {path.stem for path in NOTEBOOKS} >= EXPECTED
+    stems = {path.stem for path in SOURCES}
+    assert stems >= EXPECTED
+    assert {path.stem for path in BLANKS} == {path.stem for path in NOTEBOOKS} == stems
+
+
+@every_source
+@pytest.mark.parametrize("solved", [False, True], ids=["blanks", "solutions"])
+def test_is_what_the_generator_makes_of_its_source(source, solved):
+    committed = nbformat.read(generate.paths(source)[solved], as_version=4)
+    nbformat.validate(committed)
+    for cell in committed.cells:
+        if cell.cell_type == "code":
+            assert solved or (cell.outputs == [] and cell.execution_count is None)
+            cell.outputs, cell.execution_count = [], None
+    assert committed == generate.build(source, solved), "python notebooks/generate.py --run"
+
+
+@every_source
+def test_a_blank_does_not_pass_its_check_and_the_solution_does(source, capsys):
+    blanks, solutions = (exercises(generate.build(source, solved)) for solved in (False, True))
+    assert list(blanks) == list(solutions)
+    for name, (answer, check) in blanks.items():
+        assert TASKS[name].lesson == int(source.name[:2])
+        assert check.source == solutions[name][1].source and answer.source != solutions[name][0].source
+        names = {"np": np, "toy": toy}
+        exec(answer.source, names)
+        with pytest.raises(AssertionError):
+            exec(check.source, names)
+        assert "There is still a blank" in capsys.readouterr().out or "..." in answer.source
+        exec(solutions[name][0].source, names)
+        exec(check.source, names)
+        assert f"{name}: right" in capsys.readouterr().out
+
+
+@every_source
+def test_a_lesson_goes_on_without_the_answers(source):
+    """No other cell uses a function that the reader is to write: who leaves an exercise out can read on."""
+    notebook = generate.build(source, solved=False)
+    asked = set()
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        tree = ast.parse(re.sub(r"^%.*$", "", cell.source, flags=re.M))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if "nbgrader" in cell.metadata:
+            asked |= functions
+            continue
+        asked -= functions | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        assert not used & asked, cell.source
 
 
 @every_notebook
@@ -95,7 +171,7 @@ def test_says_nothing_about_the_machine_it_ran_on(path):
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"
     assert set(notebook.metadata.language_info) == {"name"}
-    assert not any(cell.metadata for cell in notebook.cells)
+    assert all(set(cell.metadata) <= {"nbgrader", "tags", "alt"} for cell in notebook.cells)
     text = re.sub(r'"image/png": "[^"]*"', "", json.dumps(notebook))
     assert not re.findall(r"/(?:home|root|Users|tmp|work|var|private|opt|usr)/\S*|[A-Z]:\\\\\S*", text)
 
@@ -115,10 +191,7 @@ def test_runs(path, tmp_path, monkeypatch):
     The numbers are not compared: they depend on the backend and on the text inside this Python.
     """
     skip_what_cannot_run(path.stem)
-    monkeypatch.setenv("PYTHONPATH", str(Path(toy.__file__).parents[1]))  # the toy that is tested, from any directory
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.delenv("MPLBACKEND", raising=False)
+    set_up(monkeypatch, tmp_path)
     committed = nbformat.read(path, as_version=4)
     notebook = copy.deepcopy(committed)
     for cell in notebook.cells:
@@ -126,7 +199,24 @@ def test_runs(path, tmp_path, monkeypatch):
             cell.outputs, cell.execution_count = [], None
     folder = tmp_path / "work"
     folder.mkdir()
+    execute(notebook, folder)
 
+    assert not errors(notebook)
+    for (source, before), (_, after) in zip(outputs(committed), outputs(notebook), strict=True):
+        assert shows_less_here(source) or kinds(after) == kinds(before), source
+    assert not list(folder.iterdir()), "a lesson leaves no files beside the notebook"
+
+
+def set_up(monkeypatch, tmp_path):
+    """The environment of a kernel."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(toy.__file__).parents[1]))  # the toy that is tested, from any directory
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+
+
+def execute(notebook, folder):
+    """Run all cells in a kernel, in this folder. Raises CellExecutionError where a cell does that is not to."""
     done = threading.Event()
     client = NotebookClient(
         notebook, kernel_name="python3", startup_timeout=HOUR, resources={"metadata": {"path": str(folder)}}
@@ -136,8 +226,3 @@ def test_runs(path, tmp_path, monkeypatch):
         client.execute()
     finally:
         done.set()
-
-    assert not errors(notebook)
-    for (source, before), (_, after) in zip(outputs(committed), outputs(notebook), strict=True):
-        assert shows_less_here(source) or kinds(after) == kinds(before), source
-    assert not list(folder.iterdir()), "a lesson leaves no files beside the notebook"

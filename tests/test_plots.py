@@ -43,7 +43,7 @@ def test_the_picture_shows_training_validation_and_the_uniform_guess(tmp_path):
     figure = draw_runs([load_curve(make_run(tmp_path / "run"))])
     (axes,) = figure.axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[0] == "training"
+    assert labels[0] == "training, smoothed"
     assert labels[1].startswith("validation, last 2.")
     assert labels[2] == f"uniform guess, ln 65 = {math.log(65):.2f}"
     assert axes.get_ylabel() == "loss (nats per token)"

@@ -19,6 +19,7 @@ would pass.
 
 import dataclasses
 import inspect
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -29,6 +30,8 @@ from toy.ops import reference
 
 DERIVATIVE_BAR = 1e-7  # per element, against central differences in float64
 TWIN_BAR = 2e-6  # of the largest element, compiled op against reference op in float32
+
+_TWIN = ", compiled"  # what the name of a layer ends with where the compiled op is compared
 
 # Below this fraction of the largest element of a gradient an error is measured in absolute terms: an element that is
 # small because large terms cancel in it carries the rounding error of those terms, in both numbers that are compared.
@@ -137,11 +140,11 @@ def embedding_case(rng, rows=6, vocab=5, d=4):
     return Case("embedding", "embedding", inputs, {"token_ids": token_ids}, parameters=("table",))
 
 
-def linear_case(rng, rows=5, d_in=4, d_out=3, bias=True):
-    inputs = {"x": rng.normal(size=(rows, d_in)), "weight": rng.normal(size=(d_out, d_in)) / np.sqrt(d_in)}
+def linear_case(rng, rows=5, n_in=4, n_out=3, bias=True):
+    inputs = {"x": rng.normal(size=(rows, n_in)), "weight": rng.normal(size=(n_out, n_in)) / np.sqrt(n_in)}
     if not bias:
         return Case("linear, no bias", "linear", inputs, parameters=("weight",))
-    return Case("linear", "linear", inputs | {"bias": rng.normal(size=d_out)}, parameters=("weight", "bias"))
+    return Case("linear", "linear", inputs | {"bias": rng.normal(size=n_out)}, parameters=("weight", "bias"))
 
 
 def rms_norm_case(rng, rows=4, d=6, eps=1e-5):
@@ -175,10 +178,10 @@ def attention_case(
         "v": rng.normal(size=(batch * t_k, kv * d_head)),
     }
     settings = {"batch": batch, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "causal": causal}
-    for name, value in (("window", window), ("softcap", softcap)):
+    for name, value, word in (("window", window, "window"), ("softcap", softcap, "cap")):
         if value is not None:
             settings[name] = value
-            kind += f", {name}"
+            kind += f", {word}"
     return Case(f"attention ({kind})", "attention", inputs, settings)
 
 
@@ -289,7 +292,7 @@ def check_twin(case, rng, ops):
     given_out, given_cache = forward(case, ops)
     expected = backward(case, reference, cotangent, expected_cache)
     given = backward(case, ops, cotangent, given_cache)
-    layer = f"{case.layer} [{ops.name}, f32]"
+    layer = case.layer + _TWIN
     yield _row(layer, "(output)", np.shape(expected_out), error_of_max(given_out, expected_out), TWIN_BAR)
     for name, gradient in expected.items():
         yield _row(layer, name, gradient.shape, error_of_max(given[name], gradient), TWIN_BAR)
@@ -348,17 +351,67 @@ def small_models():
     yield "Llama (LoRA on q)", Llama(llama, parameters=with_adapters, lora_scale=0.5, ops=reference)
 
 
-def check_all(seed=0):
-    """Every op, every model, and the compiled ops when they are built -> list of `Row`."""
-    rng = np.random.default_rng(seed)
-    cases = list(op_cases(rng))
-    rows = [row for case in cases for row in check_op(case, rng)]
-    rows += [row for name, model in small_models() for row in check_model(model, rng, layer=name)]
+def check_all(seed=0, layers=()):
+    """Every op, every model, and the compiled ops when they are built -> list of `Row`. layers: as `chosen_checks`."""
+    return [row for check in chosen_checks(seed, layers) for row in check()]
+
+
+def chosen_checks(seed=0, layers=()):
+    """A list of functions, each of which checks a layer and gives its rows.
+
+    layers: parts of the names of the layers to check, in capitals or not; none = all. Every layer has random numbers of its
+    own, so its rows are the same whichever others are checked. Raises ValueError for a part that is in no name.
+    """
+    checks = list(_checks(seed))
+    for part in layers:
+        if not any(part.lower() in name.lower() for name, _ in checks):
+            raise ValueError(f"no layer has {part!r} in its name; there are {', '.join(name for name, _ in checks)}")
+    return [check for name, check in checks if not layers or any(part.lower() in name.lower() for part in layers)]
+
+
+def _checks(seed):
+    """(name of a layer, function that gives its rows), in the order of the table."""
+    cases = list(op_cases(np.random.default_rng(seed)))
+
+    def of(name, check, *arguments, **named):
+        return name, partial(check, *arguments, rng=np.random.default_rng([seed, *name.encode()]), **named)
+
+    yield from (of(case.layer, check_op, case) for case in cases)
+    yield from (of(name, check_model, model, layer=name) for name, model in small_models())
     try:
         from toy.ops import accelerated
     except ImportError:
-        return rows
-    return rows + [row for case in cases for row in check_twin(case, rng, accelerated)]
+        return
+    yield from (of(case.layer + _TWIN, check_twin, case, ops=accelerated) for case in cases)
+
+
+class Summary(NamedTuple):
+    """What is said of a layer on one line."""
+
+    layer: str
+    worst: Row | None  # against central differences; None: not among the rows
+    compiled: Row | None  # the worst of the compiled op against the reference op, None: there is none
+    n_wrong: int
+
+    @property
+    def ok(self):
+        return self.n_wrong == 0
+
+
+def by_layer(rows):
+    """A `Summary` of each layer, its compiled twin in the same one, in the order of the rows. NaN is the worst error."""
+    layers: dict[str, list[Row]] = {}
+    for row in rows:
+        layers.setdefault(row.layer.removesuffix(_TWIN), []).append(row)
+
+    def worst(of_layer, twin):
+        those = [row for row in of_layer if row.layer.endswith(_TWIN) == twin]
+        return max(those, key=lambda row: (not row.ok, np.nan_to_num(row.rel_error, nan=np.inf)), default=None)
+
+    return [
+        Summary(layer, worst(of_layer, False), worst(of_layer, True), sum(not row.ok for row in of_layer))
+        for layer, of_layer in layers.items()
+    ]
 
 
 def _row(layer, gradient, shape, error, bar):

@@ -9,11 +9,13 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import click
 
+from toy.cli.help_text import Command, wrapped
 from toy.files import Run
 from toy.switch import BACKEND_NAMES
 
@@ -152,7 +154,7 @@ def drop_stdout():
     os.close(nothing)
 
 
-def command(group, name, kind=click.Command):
+def command(group, name, kind=Command):
     """A click command (of class `kind`) with --debug, whose body gets `debug` and ends quietly when nobody reads its output
     any more."""
 
@@ -191,9 +193,20 @@ def tell_checkpoint(model, step, wanted="last"):
     click.echo(f"checkpoint: step {step}, {words}", err=True)
 
 
-def note(sentence):
-    """Tell what a user should know, on stderr: stdout has the answer alone."""
-    click.echo(f"note: {sentence}", err=True)
+def note(sentence, err=True):
+    """Tell what a user should know, on stderr where stdout has the answer alone."""
+    say(f"note: {sentence}", err)
+
+
+def say(text, err=True):
+    """Print a paragraph; in a terminal in whole words, but for one with a command in it, which is to be copied."""
+    stream = sys.stderr if err else sys.stdout
+    if stream is not None and stream.isatty() and not _COMMAND.search(text):
+        text = "\n".join(wrapped(text, shutil.get_terminal_size().columns))
+    click.echo(text, err=err)
+
+
+_COMMAND = re.compile(r"(?<!^)\b(toy|pip|python3?) \w")
 
 
 def as_json(record, file=None):

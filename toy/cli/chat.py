@@ -96,7 +96,7 @@ class Terminal:
         except ValueError as error:
             return self._say(str(error))
         if n := self.conversation.forgotten:
-            click.echo(f"note: the context is full; the oldest {n} messages are left out", err=True)
+            note(f"the context is full; the oldest {n} messages are left out")
         try:
             for piece in pieces:
                 click.echo(shown(piece), nl=False)

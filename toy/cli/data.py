@@ -6,11 +6,12 @@ from pathlib import Path
 import click
 
 from toy.cli.base import Phase, as_json, command
+from toy.cli.help_text import Group
 from toy.cli.progress import printable
 from toy.trained.evaluate import token_bytes
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def data(context):
     """Look at what a model would be trained on."""

@@ -10,11 +10,12 @@ from pathlib import Path
 import click
 
 from toy.cli.base import JSON, Phase, as_json, command, program, quoted
+from toy.cli.help_text import Group
 
 WIDTH = 80
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def exercise(context):
     """Exercises that check themselves: write an op, and be told what is wrong.

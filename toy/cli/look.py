@@ -13,7 +13,7 @@ look = click.Group()
 @command(look, "look")
 @MODEL
 @ADAPTER
-@click.option("--prompt", required=True, help="Text that the model reads; @FILE: what is in a file, -: in stdin.")
+@click.option("--prompt", required=True, help="Text that the model reads; @FILE reads it from a file, - from stdin.")
 @click.option("--chat", is_flag=True, help="The prompt is a message, and the model is about to answer it.")
 @click.option(
     "--out", type=PATH, default="look.html", show_default=True, metavar="FILE.html", help="The file to write."

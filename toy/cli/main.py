@@ -23,7 +23,21 @@ from toy.cli import models as cli_models
 from toy.cli import places as cli_places
 from toy.cli import runs as cli_runs
 from toy.cli import train as cli_train
-from toy.cli.base import JSON, Failure, Phase, as_json, command, drop_stdout, in_words, named_stdout
+from toy.cli.base import (
+    JSON,
+    Failure,
+    Phase,
+    as_json,
+    command,
+    drop_stdout,
+    in_words,
+    named_stdout,
+    note,
+    program,
+    quoted,
+    say,
+)
+from toy.cli.help_text import Group
 from toy.config import VERSION
 from toy.files import RunWarning
 from toy.trained.adapters import AdapterWarning
@@ -57,10 +71,10 @@ def _run(arguments):
     except Failure as failure:
         if failure.debug and failure.__cause__ is not None:
             traceback.print_exception(failure.__cause__)
-        click.echo(f"toy: {failure.message}", err=True)
+        say(f"toy: {failure.message}")
         return failure.exit_code
     except click.ClickException as error:
-        click.echo(f"toy: {error.format_message()}", err=True)
+        say(f"toy: {error.format_message()}")
         return error.exit_code
     except click.Abort:
         return 128 + signal.SIGINT
@@ -77,22 +91,22 @@ def _showing(show_other):
 
     def show(message, category, *more, **named):
         if issubclass(category, _NOTES):
-            click.echo(f"note: {message}", err=True)
+            note(message)
         else:
             show_other(message, category, *more, **named)
 
     return show
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="toy")
 @click.pass_context
 def cli(context):
     """Learn how a transformer is trained, then train one fast.
 
     \b
-    toy train from-scratch            train on the Python documentation, about a minute
-    toy generate runs/NAME            let the trained model write
+    toy train from-scratch    train on Python's documentation, a minute or so
+    toy generate runs/NAME    let the trained model write
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -120,9 +134,10 @@ def backends(json_wanted, debug):
             choice = switch.resolve()
         with Phase(1, debug):
             rows = [row._asdict() | {"gflops": _gflops(row)} for row in switch.backends()]
-            devices = [{"name": d.name, "kind": d.kind, "description": d.description} for d in ggml_devices()]
+            names = ("name", "kind", "description", "memory_total", "memory_free")
+            devices = [{name: getattr(device, name) for name in names} for device in ggml_devices()]
             auto = {"backend": choice.backend, "reason": choice.reason}
-            return as_json({"backends": rows, "devices": devices, "auto": auto})
+            return as_json({"backends": rows, "devices": devices, "notices": ggml_notices(), "auto": auto})
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -138,7 +153,9 @@ def backends(json_wanted, debug):
         console.print(table)
         console.print("GFLOP/s: one matrix product of 512 x 512 by 512 x 512 in float32, the best of some.")
         for device in ggml_devices():
-            console.print(f"ggml device {device.name} ({device.kind}): {device.description}", markup=False)
+            console.print(f"ggml device {device.name} ({device.kind}): {described(device)}", markup=False)
+        for notice in ggml_notices():
+            console.print(notice, markup=False)
     with Phase(2, debug):  # TOY_BACKEND may name one that is not there
         choice = switch.resolve()
         console.print(f"--backend auto means {choice.backend} here ({choice.reason})", markup=False)
@@ -153,6 +170,21 @@ def ggml_devices():
     import ggml_bridge
 
     return ggml_bridge.devices() if ggml_bridge.available()[0] else []
+
+
+def ggml_notices():
+    """Sentences about what ggml has and found no device for, none where it is not available."""
+    import ggml_bridge
+
+    return ggml_bridge.notices() if ggml_bridge.available()[0] else []
+
+
+def described(device):
+    """A ggml device in words, with its memory where it tells that (what is free of a CPU's it does not tell)."""
+    total, free = (f"{size / 2**30:.1f} GiB" for size in (device.memory_total, device.memory_free))
+    if device.kind == "cpu" or not device.memory_total:
+        return f"{device.description}, {total}" if device.memory_total else device.description
+    return f"{device.description}, {total}, {free} of it free"
 
 
 def matmul_gflops(backend, n=512, seconds=0.2):
@@ -170,36 +202,68 @@ def matmul_gflops(backend, n=512, seconds=0.2):
 
 
 @command(cli, "gradcheck")
+@click.option("--all", "every", is_flag=True, help="A line for every gradient, not for every layer.")
+@click.option(
+    "--layer",
+    "layers",
+    metavar="NAME",
+    multiple=True,
+    help="Only layers with NAME in their name, and a line for every gradient; may be given several times.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the random inputs.")
 @JSON
-def gradcheck(seed, json_wanted, debug):
-    """Compare every hand-written backward with central differences. Ends with 1 when one is wrong."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def gradcheck(every, layers, seed, json_wanted, debug):
+    """Compare every hand-written backward with central differences. Ends with 1 when one is wrong.
 
+    A line is a layer with its worst error: an op, a whole model, or an op of the compiled kernels. The error is relative, and
+    right where it is below the bar.
+
+    \b
+    toy gradcheck                    all layers, in seconds
+    toy gradcheck --layer attention  each of its gradients
+    """
     from toy.checks import gradcheck as checks
 
+    with Phase(2, debug):
+        chosen = checks.chosen_checks(seed, layers)
     with Phase(1, debug):
-        rows = checks.check_all(seed=seed)
-        if json_wanted:
-            ok = all(row.ok for row in rows)
-            as_json({"ok": bool(ok), "seed": seed, "gradients": [_plain_row(row) for row in rows]})
-            return 0 if ok else 1
-        table = Table("layer", "gradient", "error", "bar", "")
-        for row, following in zip(rows, [*rows[1:], None]):
-            verdict = "ok" if row.ok else "[bold red]WRONG[/]"
-            last_of_its_kind = following is not None and following.bar != row.bar
-            error, bar = f"{row.rel_error:.1e}", f"{row.bar:.0e}"
-            table.add_row(escape(row.layer), escape(row.gradient), error, bar, verdict, end_section=last_of_its_kind)
-        console = Console(highlight=False)
-        console.print(table)
-        console.print(f"bar {checks.DERIVATIVE_BAR:.0e}: against central differences of the forward, in float64")
-        if rows[-1].bar == checks.TWIN_BAR:
-            console.print(f"bar {checks.TWIN_BAR:.0e}: the compiled op against the reference op, in float32")
+        rows = [row for check in chosen for row in check()]
         wrong = sum(not row.ok for row in rows)
-        console.print(f"{len(rows)} gradients checked, {wrong or 'none'} wrong")
+        if json_wanted:
+            as_json({"ok": not wrong, "seed": seed, "gradients": [_plain_row(row) for row in rows]})
+        else:
+            _show_gradients(rows, every or layers)
     return 1 if wrong else 0
+
+
+def _show_gradients(rows, every):
+    """every: a line for each row, otherwise for each layer."""
+    from toy.checks import gradcheck as checks
+
+    verdicts = {True: "ok", False: "WRONG"}
+    if every:
+        lines = [("layer", "error", "bar", "", "gradient")]
+        lines += [(r.layer, f"{r.rel_error:.1e}", f"{r.bar:.0e}", verdicts[bool(r.ok)], r.gradient) for r in rows]
+    else:
+        lines = [("layer", "error", "compiled", "", "worst in")]
+        for layer, worst, compiled, n_wrong in checks.by_layer(rows):
+            errors = (f"{row.rel_error:.1e}" if row else "" for row in (worst, compiled))
+            worst_in = max((row for row in (worst, compiled) if row), key=lambda row: (not row.ok, row is worst))
+            lines.append((layer, *errors, verdicts[n_wrong == 0], worst_in.gradient))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        text = "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip()
+        click.secho(text, fg="red" if verdicts[False] in line else None)
+    against = f"central differences of the forward in float64, right below {checks.DERIVATIVE_BAR:.0e}"
+    twins = f"the compiled op against that of numpy in float32, right below {checks.TWIN_BAR:.0e}"
+    click.echo(f"\nerror: against {against}")
+    if any(row.bar == checks.TWIN_BAR for row in rows):
+        click.echo(f"compiled: {twins}")
+    wrong = [row for row in rows if not row.ok]
+    click.echo(f"{len(rows)} gradients checked, {len(wrong) or 'none'} wrong")
+    if not every:
+        layer = wrong[0].layer if wrong else "attention"
+        click.echo(f"each of a layer: {program()} gradcheck --layer {quoted(layer)}; every one: --all")
 
 
 def _plain_row(row):
@@ -209,7 +273,7 @@ def _plain_row(row):
 
 @command(cli, "selftest")
 @click.option(
-    "--device", default="cpu", show_default=True, help="cpu, cpu-native, metal, vulkan or another ggml device."
+    "--device", default="cpu", show_default=True, help="cpu, cpu-native, cuda, metal, vulkan or another ggml device."
 )
 @click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Of each loss curve.")
 @JSON

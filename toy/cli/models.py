@@ -46,7 +46,7 @@ models = click.Group()
 @command(models, "generate")
 @MODEL
 @ADAPTER
-@click.option("--prompt", help="Text to go on from; @FILE: what is in a file, -: in stdin. [default: a new line]")
+@click.option("--prompt", help="Text to go on from; @FILE reads it from a file, - from stdin. [default: a new line]")
 @click.option("--special", is_flag=True, help="Special tokens written in the prompt, <|im_end|> say, are tokens.")
 @click.option("--chat", is_flag=True, help="The prompt is a message, and the model answers it.")
 @click.option("--system", metavar="TEXT", help="With --chat: a system message before it; @FILE and - as in --prompt.")

@@ -45,7 +45,7 @@ class Progress:
 
         self.steps, self.first_step, self.unit = steps, first_step, unit
         self.step, self.validation, self.accuracy = first_step, None, None
-        self.losses, self.rates = Recent(), Recent()  # of the last steps
+        self.losses, self.rates = Recent(), Recent()  # of the last steps: one step's loss jumps with its batch
         self.started = self.last_line = time.monotonic()
         self.console = Console(highlight=False)
         self.bar = None
@@ -91,24 +91,28 @@ class Progress:
         return f"step {self.step:>{len(str(self.steps))}}/{self.steps}  {self._numbers()}"
 
     def summary(self, steps):
-        numbers = [f"loss {self.losses.mean():.3f}"] if self.losses.count else []
-        numbers += [f"validation loss {self.validation:.3f}"] if self.validation is not None else []
+        numbers = [f"smoothed {self.losses.mean():.3f}"] if self.losses.count else []
+        numbers += [f"validation {self.validation:.3f}"] if self.validation is not None else []
         right = f", {100 * self.accuracy:.1f} % right" if self.accuracy is not None else ""
         seconds = time.monotonic() - self.started
-        return f"done: {steps} steps in {clock(seconds)}, {', '.join(numbers)} nats per {self.unit}{right}"
+        done = f"done: {steps} steps in {clock(seconds)}"
+        return f"{done}\n{'loss':<10}{', '.join(numbers)} nats per {self.unit}{right}" if numbers else done
 
-    def _numbers(self):
+    def _numbers(self, room=None):
+        """room: columns there are for them, None = as many as they take. Where they are too few the speed is left out."""
         numbers = []
         if self.losses.count:
-            numbers.append(f"loss {self.losses.mean():.3f}")
+            numbers.append(f"smoothed loss {self.losses.mean():.3f}")
         if self.validation is not None:
             numbers.append(f"val {self.validation:.3f}")
         if self.accuracy is not None:
             numbers.append(f"{100 * self.accuracy:.1f} % right")
         if self.rates.count:
-            numbers.append(f"{compact(1e6 / self.rates.mean())} {_SHORT.get(self.unit, self.unit)}/s")
             seconds = (time.monotonic() - self.started) / (self.step - self.first_step)
-            numbers.append(f"{clock(seconds * (self.steps - self.step))} left")
+            left = f"{clock(seconds * (self.steps - self.step))} left"
+            speed = f"{compact(1e6 / self.rates.mean())} {_SHORT.get(self.unit, self.unit)}/s"
+            whole = "  ".join([*numbers, speed, left])
+            numbers += [speed, left] if room is None or len(whole) <= room else [left]
         return "  ".join(numbers)
 
     def _print(self, text):
@@ -119,10 +123,12 @@ class Progress:
 
     def _refresh(self):
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.step, line=self._numbers())
+            room = self.console.width - len(f"step {self.step}/{self.steps} {'':{_NARROWEST_BAR}} ")
+            self.bar.update(self.task, completed=self.step, line=self._numbers(room))
             self.bar.refresh()
 
 
+_NARROWEST_BAR = 6  # columns
 _SHORT = {"token": "tok", "image": "img"}
 
 

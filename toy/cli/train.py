@@ -15,7 +15,8 @@ import click
 from click.core import ParameterSource
 
 from toy import switch
-from toy.cli.base import Phase, as_json, command, program, quoted
+from toy.cli.base import Phase, as_json, command, note, program, quoted
+from toy.cli.help_text import Command, Group
 from toy.cli.progress import EncodingBar, Progress, show_choices
 from toy.cli.ranks import as_ranks
 from toy.files.runs import DamagedCheckpointError, new_folder
@@ -28,7 +29,7 @@ _WIDEST_CHOICES = 40  # characters
 SECTIONS = (DATA, MODEL, STEPS, REPORTS, MACHINE)
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def train(context):
     """Train a model: from random weights, or from one that exists."""
@@ -50,7 +51,7 @@ class Names(click.ParamType):
         return value if isinstance(value, tuple) else tuple(word.strip() for word in value.split(",") if word.strip())
 
 
-class RecipeCommand(click.Command):
+class RecipeCommand(Command):
     """A command whose help shows its options in the sections of `toy.training.options`."""
 
     sections: typing.ClassVar[dict[str, str]] = {}  # name of a parameter -> its section
@@ -225,7 +226,7 @@ def _train(kind, where, dry_run, debug, options, ranks=None, on_event=None):
         r = job.recipe
         kernels = switch.missing_kernels_notice(switch.Resolved(r.backend, r.device, r.backend_reason))
         for notice in (*([kernels] if kernels else []), *job.notices()):
-            click.echo(f"note: {notice}")
+            note(notice, err=False)
         if dry_run:
             click.echo("a dry run: nothing was trained and nothing written")
             return 0

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import time
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ class IdArray:
         self._file: Any = None
         if path is not None:
             self._file = open(path, "rb")  # noqa: SIM115 (stays open: the file may be renamed or deleted meanwhile)
+            weakref.finalize(self, self._file.close)
             self._n = os.fstat(self._file.fileno()).st_size // np.dtype(kind).itemsize
             if not self._n:  # nothing cannot be mapped
                 self._array = np.zeros(0, kind)

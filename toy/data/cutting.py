@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from toy.data.records import Place
-from toy.data.tokenizers import UnknownCharacterError
+from toy.data.tokenizers import UnknownCharacterError, not_among
 
 BLOCK = 2**18  # characters encoded at a time: the tokenizers library takes some hundred bytes for each
 LONGEST = 2**21  # characters: a text without a certain place for so long is cut all the same, and that is told
@@ -67,10 +67,7 @@ class BlockEncoder:
             at = next((i for i, character in enumerate(text) if character not in known), None)
             if not known or at is None:
                 raise
-            raise UnknownCharacterError(
-                f"{self._where} has the character {text[at]!r} (U+{ord(text[at]):04X}) at offset {self._offset + at}, "
-                f"which is not among the {len(known)} characters of the training text"
-            ) from error
+            raise not_among(len(known), self._where, text[at], self._offset + at) from error
 
     def _place(self, text):
         """Where to cut the text, 0 to wait for more of it."""

@@ -14,7 +14,23 @@ KINDS = ("char", "bytes", "bpe")  # what can be made from a text
 
 
 class UnknownCharacterError(ValueError):
-    """A text has a character that the tokenizer has no id for."""
+    """A text has a character that the tokenizer has no id for. fault: the sentence without what to do about it."""
+
+    def __init__(self, fault: str, advice: str | None = None) -> None:
+        super().__init__(fault if advice is None else f"{fault}: {advice}")
+        self.fault = fault
+
+
+ANY_TEXT = "train with --tokenizer bytes, which has a token for any text"
+
+
+def not_among(characters: int, what: object, character: str, offset: int) -> UnknownCharacterError:
+    """The error about a character of `what` that is not in a vocabulary of so many characters."""
+    return UnknownCharacterError(
+        f"{what} has the character {character!r} (U+{ord(character):04X}) at offset {offset}, "
+        f"which is not among the {characters} characters of the training text",
+        f"leave it out, or {ANY_TEXT}",
+    )
 
 
 class Tokenizer(Protocol):
@@ -104,10 +120,7 @@ class CharTokenizer(_WithoutSpecialTokens):
         unknown = self._sorted_codes[places] != codes
         if unknown.any():
             offset = int(unknown.argmax())
-            raise UnknownCharacterError(
-                f"the {what} has the character {text[offset]!r} (U+{ord(text[offset]):04X}) at offset {offset}, "
-                f"which is not among the {self.vocab_size} characters of the training text"
-            )
+            raise not_among(self.vocab_size, f"the {what}", text[offset], offset)
         return self._order[places].astype(np.int32)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:

