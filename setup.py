@@ -341,10 +341,12 @@ def project_urls(repository):
 
 
 def long_description(repository):
-    """README.md; its links to files of the repository, which lead nowhere on a package index, lead to the published ones."""
+    """README.md; its links to files of the repository, which lead nowhere on a package index, lead to the published ones, and
+    its pictures are loaded from there."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
     if not repository:
         return text
+    text = re.sub(r"(!\[[^\]]*)\]\((?![a-z]+:)([^)\s]+)\)", rf"\1]({repository}/raw/v{version()}/\2)", text)
     return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", rf"]({repository}/blob/v{version()}/\1)", text)
 
 

@@ -26,17 +26,19 @@ Nothing here ends the process: what ggml would abort on raises TypeError, ValueE
 Own C kernels go into a graph with `Graph.custom`; kernel.pxd says how.
 
 Importing this package loads nothing. `available()` tells whether ggml can be used; `load()` raises `LoadError`
-with the reason. TOY_GGML_DIR names a ggml build of your own; TOY_GGML_LOG=1 prints what ggml logs.
+with the reason. TOY_GGML_DIR names a ggml build of your own (`python -m ggml_bridge.build cuda` makes one);
+TOY_GGML_LOG=1 prints what ggml logs.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from ggml_bridge.library import available, devices, find_device, load, quantize, start, version
+from ggml_bridge.library import available, devices, find_device, load, notices, quantize, start, version
 from ggml_bridge.loading import LoadError
 from ggml_bridge.records import Device, Explanation, Node, Source
 
 if TYPE_CHECKING:
     from ggml_bridge.core import Backend, Graph, Tensor
+    from ggml_bridge.cuda import cuda_unsupported
     from ggml_bridge.metal import metal_unsupported
     from ggml_bridge.session import Session
 
@@ -51,10 +53,12 @@ __all__ = [
     "Source",
     "Tensor",
     "available",
+    "cuda_unsupported",
     "devices",
     "find_device",
     "load",
     "metal_unsupported",
+    "notices",
     "quantize",
     "version",
 ]
@@ -67,6 +71,10 @@ def __getattr__(name: str) -> Any:
         from ggml_bridge.session import Session
 
         return Session
+    if name == "cuda_unsupported":
+        from ggml_bridge.cuda import cuda_unsupported
+
+        return cuda_unsupported
     if name == "metal_unsupported":
         from ggml_bridge.metal import metal_unsupported
 

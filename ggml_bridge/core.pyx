@@ -19,7 +19,10 @@ from libc.string cimport memcpy, memset
 
 from ggml_bridge.functions cimport *
 
+from ggml_bridge.cards import KEPT_FREE as _KEPT_FREE
+from ggml_bridge.cards import check_architecture as _check_architecture
 from ggml_bridge.loading import LoadError
+from ggml_bridge.loading import why_missing as _why_missing
 from ggml_bridge.machine import memory_limit as _memory_limit
 from ggml_bridge.records import Device, Explanation, Node, Source
 
@@ -37,6 +40,7 @@ cdef unsigned POLL = 1
 
 cdef bint is_bound = False
 cdef bint has_backends = False
+cdef str said_at_start = ""  # ggml's last complaint while it looked for devices
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,14 +106,17 @@ def check_layout():
 
 def load_backends(directory):
     """Register the backends: those linked into libggml and those that lie as modules in its directory."""
-    global has_backends
+    global has_backends, said_at_start
     need_library()
     if has_backends:
         return
     cdef bytes path = os.fsencode(directory)
-    ggml_backend_load_all_from_path(path)
-    cdef ggml_backend_reg *cpu = NULL
     cdef size_t i
+    bridge_message[0] = 0
+    ggml_backend_load_all_from_path(path)
+    ggml_backend_dev_count()
+    said_at_start = bridge_message.decode("utf-8", "replace")
+    cdef ggml_backend_reg *cpu = NULL
     for i in range(ggml_backend_reg_count()):
         if ggml_backend_reg_name(ggml_backend_reg_get(i)) == b"CPU":
             cpu = ggml_backend_reg_get(i)
@@ -157,18 +164,44 @@ def devices():
     return [device_record(ggml_backend_dev_get(i)) for i in range(ggml_backend_dev_count())]
 
 
+def backends():
+    """{name of a registered backend: what it says of itself, {"ARCHS": "750,900", ...}}."""
+    need_library()
+    cdef size_t i
+    cdef ggml_backend_reg *reg
+    cdef ggml_backend_get_features_t get_features
+    cdef ggml_backend_feature *feature
+    found = {}
+    for i in range(ggml_backend_reg_count()):
+        reg = ggml_backend_reg_get(i)
+        features = found[ggml_backend_reg_name(reg).decode("utf-8", "replace")] = {}
+        get_features = <ggml_backend_get_features_t>ggml_backend_reg_get_proc_address(reg, b"ggml_backend_get_features")
+        feature = get_features(reg) if get_features != NULL else NULL
+        while feature != NULL and feature.name != NULL:
+            features[feature.name.decode("utf-8", "replace")] = feature.value.decode("utf-8", "replace")
+            feature += 1
+    return found
+
+
+def said_when_started():
+    """ggml's last complaint while it looked for devices, "" when it had none."""
+    return said_at_start
+
+
 cdef ggml_backend_device *find_device(name) except NULL:
-    """A device by its name, its backend's name ("metal" is ggml's MTL) or its kind; upper and lower case are the same."""
+    """A device by its name, its backend's name ("metal" is ggml's MTL) or its kind; upper and lower case are the same, and
+    "cuda:1" is CUDA1."""
     if not isinstance(name, str):
         raise TypeError(f"device must be a string, not {type(name).__name__}")
-    wanted = {"metal": "mtl"}.get(name.lower(), name.lower())
+    wanted = {"metal": "mtl"}.get(name.lower(), name.lower().replace(":", ""))
     found = devices()
     for key in ("name", "backend", "kind"):
         for i, device in enumerate(found):
             if getattr(device, key).lower() == wanted:
                 return ggml_backend_dev_get(i)
     listing = ", ".join(f"{device.name!r} ({device.backend}, {device.description})" for device in found)
-    raise ValueError(f"device {name!r} was not found; the devices of this ggml: {listing}")
+    why = _why_missing(wanted, backends(), found, said_at_start)
+    raise ValueError(f"device {name!r} was not found; the devices of this ggml: {listing}" + (f"; {why}" if why else ""))
 
 
 def device(name):
@@ -380,6 +413,7 @@ cdef class Buffer:
 
     cdef ggml_backend_buffer *buffer
     cdef readonly size_t nbytes
+    cdef size_t n_tensors  # persistent tensors in it
     cdef object keep_alive  # whatever owns the memory, when the buffer is a mapping
 
     def __dealloc__(self):
@@ -451,6 +485,7 @@ cdef class Leaf:
 
     cdef ggml_tensor *t
     cdef bint written
+    cdef bint released  # its memory was given back
     cdef int64_t low, high  # every element must be in low..high-1 (integer tensors)
     cdef str reason
     cdef int64_t seen_low, seen_high
@@ -723,6 +758,7 @@ cdef class Backend:
     cdef ggml_threadpool *pool
     cdef readonly str device_name
     cdef readonly str kind
+    cdef bint ends_when_full  # whether the device's kernels take memory of their own, and end the process without it
     cdef int threads
     cdef runner_t runner
     cdef readonly bint closed
@@ -748,12 +784,15 @@ cdef class Backend:
         record = device_record(self.device)
         self.device_name = record.name
         self.kind = record.kind
+        self.ends_when_full = record.backend in ("CUDA", "ROCm")
         self.threads = default_threads() if n_threads is None else check_threads(n_threads)
         self.blocks = []
         self.buffers = []
         self.pending = []
         self.graphs = weakref.WeakSet()
         self.pid = os.getpid()
+        if record.backend == "CUDA":
+            _check_architecture(record, backends()["CUDA"].get("ARCHS", ""))  # its kernels would end the process
         self.backend = ggml_backend_dev_init(self.device, NULL)
         if self.backend == NULL:
             raise RuntimeError(f"device {record.name!r} could not be opened" + said())
@@ -949,9 +988,40 @@ cdef class Backend:
         self.pending.clear()
         for buffer, (_, placed) in zip(made, groups):
             ggml_backend_buffer_clear(buffer.buffer, 0)
+            buffer.n_tensors = len(placed)
             for leaf, offset in placed:
                 place(buffer, leaf.t, offset)
         return 0
+
+    def release_tensors(self, tensors):
+        """Give back the memory of persistent tensors, which are of no more use then; every graph of this backend is closed
+        first, because it may read them. A buffer goes when the last tensor in it does: those made between two calls of
+        `allocate` share one.
+
+        Raises ValueError for tensors that are not persistent, of this backend, and in memory; nothing is given back then.
+        """
+        self.check_idle()
+        cdef Tensor tensor
+        cdef Buffer buffer
+        tensors = list(tensors)
+        for tensor in tensors:
+            if tensor.owner is not self or tensor.leaf is None or tensor.t.buffer == NULL:
+                raise ValueError(f"release_tensors: {tensor!r} is no persistent tensor of this backend with memory")
+        for graph in list(self.graphs):
+            graph.close()
+        for tensor in tensors:
+            if tensor.leaf.released:
+                continue  # named twice
+            tensor.leaf.released = True
+            for buffer in self.buffers:
+                if buffer.buffer == tensor.t.buffer:
+                    buffer.n_tensors -= 1
+                    if buffer.n_tensors == 0:
+                        buffer.release()
+                        self.buffers.remove(buffer)
+                    break
+            tensor.t.buffer = NULL
+            tensor.t.data = NULL
 
     cdef list new_buffers(self, list sizes, int usage):
         """Buffers of these sizes on the device; MemoryError when they do not fit."""
@@ -962,6 +1032,11 @@ cdef class Backend:
         limit = _memory_limit(total) if self.kind == "cpu" else total
         if total and wanted > limit:
             raise MemoryError(f"{wanted:,} bytes are needed on {self.device_name}, which has {limit:,}")
+        if self.ends_when_full and wanted + _KEPT_FREE > free_bytes:
+            raise MemoryError(
+                f"{wanted:,} bytes are needed on {self.device_name}, which has {free_bytes:,} free of {total:,} and needs "
+                f"{_KEPT_FREE:,} to compute: take a smaller batch or context, or end what else uses the card"
+            )
         made = []
         cdef Buffer buffer
         for size in sizes:

@@ -92,6 +92,12 @@ cdef extern from "functions.h" nogil:
     struct ggml_backend_reg:
         pass
 
+    struct ggml_backend_feature:
+        const char *name
+        const char *value
+
+    ctypedef ggml_backend_feature *(*ggml_backend_get_features_t)(ggml_backend_reg *reg)
+
     struct ggml_tensor:
         ggml_type type
         ggml_backend_buffer *buffer

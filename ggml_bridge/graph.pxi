@@ -165,6 +165,8 @@ cdef class Graph:
         tensor.check_open()
         if tensor.owner is not self and tensor.owner is not self.backend:
             raise ValueError(f"{op}: {what} = {tensor!r} belongs to another session")
+        if tensor.leaf is not None and tensor.leaf.released:
+            raise ValueError(f"{op}: the memory of {what} = {tensor!r} was given back (release_tensors)")
         return tensor
 
     cdef Tensor arg_f32(self, value, str op, str what):
@@ -761,9 +763,14 @@ cdef class Graph:
     def set_rows(self, target, rows, ids):
         """Write rows into target: target (V, D), rows (N, D), ids i32 (N,); or per batch with a leading axis.
 
-        Rows must not be named twice (their order is not defined). Returns target as it is afterwards.
+        target is f32, or a persistent f16 tensor, where the rows are rounded. Rows must not be named twice (their order is
+        not defined). Returns target as it is afterwards.
         """
-        cdef Tensor x = self.arg_writable(target, "set_rows", "target")
+        cdef Tensor x = self.arg(target, "set_rows", "target")
+        if x.t.type == GGML_TYPE_F16 and x.is_persistent and x.leaf is not None:
+            self.transposes.pop(<uintptr_t>root_of(x.t), None)
+        else:
+            x = self.arg_writable(target, "set_rows", "target")
         cdef Tensor y = self.arg_f32(rows, "set_rows", "rows")
         cdef Tensor i = self.arg(ids, "set_rows", "ids")
         if x.t.ne[0] != y.t.ne[0] or x.t.ne[2] != y.t.ne[2] or x.t.ne[3] != y.t.ne[3]:

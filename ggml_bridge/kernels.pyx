@@ -441,10 +441,10 @@ POOL = runner_capsule(run_on_pool)
 NAMES = {id(value): name.lower() for name, value in dict(globals()).items() if type(value).__name__ == "PyCapsule"}
 
 
-def attention_scratch_floats(t_k, softcap=0.0):
-    """Floats of scratch that one thread of the attention kernels needs for t_k keys; softcap: 0 = none."""
+def attention_scratch_floats(t_q, t_k, d_head, softcap=0.0):
+    """Floats of scratch that one thread of the attention kernels needs for these sizes; softcap: 0 = none."""
     cdef Attention a
-    a.t_k, a.softcap = t_k, softcap
+    a.t_q, a.t_k, a.d_head, a.softcap = t_q, t_k, d_head, softcap
     return attention_scratch(&a)
 
 

@@ -39,7 +39,7 @@ def _open() -> tuple[ModuleType, Path]:
     if missing:
         raise LoadError(
             f"the prebuilt ggml needs {', '.join(missing)}, which this processor lacks; build ggml here: "
-            "pip install --force-reinstall --no-binary libggml-python libggml-python==0.20.2.post1 "
+            f"pip install --force-reinstall --no-binary libggml-python {loading.SOURCES} "
             "-C cmake.define.GGML_NATIVE=ON"
         )
     core._bind(loading.addresses(loading.open_libraries(directory), core.function_names()))
@@ -87,3 +87,9 @@ def devices() -> list[Device]:
 def find_device(name: str) -> Device:
     """The `Device` of a name, a backend's name ("metal") or a kind ("gpu"). Raises ValueError, listing those there are."""
     return start().device(name)
+
+
+def notices() -> list[str]:
+    """Sentences about backends of this ggml, such as CUDA, that found no device, and what to do. Raises LoadError."""
+    core = start()
+    return loading.notices(core.backends(), core.devices(), core.said_when_started())

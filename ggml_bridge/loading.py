@@ -5,10 +5,13 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from ggml_bridge.records import Device
+
 INSTALL = "pip install 'libggml-python>=0.20.2,<0.21'"
+SOURCES = "libggml-python==0.20.2.post1"  # what is compiled here, where the wheel does not do
 
 X86_FEATURES = {1: "AVX2", 2: "FMA", 4: "F16C"}  # the bits of core.x86_features()
 
@@ -132,3 +135,38 @@ def check_version(headers: str, library: str) -> None:
             f"either compile it again: {how_to_rebuild()}; or take the library it was compiled for: "
             f"pip install 'libggml-python=={headers}.*'"
         )
+
+
+# backends that `python -m ggml_bridge.build` can add -> what it takes for them to find a device
+_ADDED = {
+    "CUDA": "install NVIDIA's driver (`nvidia-smi` then lists the card), as new as the CUDA toolkit it was built with",
+    "Vulkan": "install a Vulkan driver (`vulkaninfo` then lists the device); GGML_VK_VISIBLE_DEVICES=0 shows a software one",
+}
+
+
+def why_missing(wanted: str, backends: Collection[str], devices: Sequence[Device], said: str) -> str:
+    """Why a device is not there and what to do, in a clause; "" where nothing is known of it.
+
+    wanted: the device's name in lower case; backends: names of those that are registered; devices: those found; said:
+    ggml's complaint when it looked for them.
+    """
+    for backend in _ADDED:
+        name = backend.lower()
+        if wanted.startswith(name) and not any(device.backend == backend for device in devices):
+            if backend in backends:
+                return f"its {_found_none(backend, said)}"
+            return (
+                f"it was built without {backend}: `python -m ggml_bridge.build {name}` builds one that has it, and then "
+                "TOY_GGML_DIR names it"
+            )
+    return ""
+
+
+def _found_none(backend: str, said: str) -> str:
+    return f"{backend} found no device{f' (ggml: {said})' if said else ''}: {_ADDED[backend]}"
+
+
+def notices(backends: Collection[str], devices: Sequence[Device], said: str) -> list[str]:
+    """A sentence for each backend of this ggml that found no device; arguments as of `why_missing`."""
+    busy = {device.backend for device in devices}
+    return [f"ggml's {_found_none(name, said)}" for name in _ADDED if name in backends and name not in busy]

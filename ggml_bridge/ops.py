@@ -140,7 +140,7 @@ def softcap_backward(g: Graph, d_out: Tensor, t: Tensor, x: Tensor) -> tuple[Ten
 
 def silu(g: Graph, x: Tensor) -> tuple[Tensor, None]:
     """x * sigmoid(x)."""
-    return g.silu(x), None
+    return g.silu(contiguous(g, x)), None
 
 
 def silu_backward(g: Graph, d_out: Tensor, cache: None, x: Tensor) -> tuple[Tensor]:
@@ -153,7 +153,8 @@ def swiglu(g: Graph, gate: Tensor, up: Tensor) -> tuple[Tensor, None]:
 
 
 def swiglu_backward(g: Graph, d_out: Tensor, cache: None, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return g.silu_back(g.mul(d_out, up), contiguous(g, gate)), g.mul(d_out, g.silu(gate))
+    gate = contiguous(g, gate)
+    return g.silu_back(g.mul(d_out, up), gate), g.mul(d_out, g.silu(gate))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,6 +215,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x_hat, eps = cache
     d_x_hat = g.mul(d_out, gamma)
+    x = contiguous(g, x)  # CUDA takes no mean of rows with gaps, as the class tokens of a ViT have
     centred = g.sub(x, g.mean(x))
     std = g.sqrt(g.scale(g.mean(g.sqr(centred)), 1.0, eps))  # (N, 1)
     # the mean and the std both depend on every element of the row: one projection for each

@@ -45,6 +45,7 @@ def on_table(table, record, arrays, parameters=(), integers=None, n_threads=1, l
         graph.allocate()
         if table == "graph-native":
             assert ggml_bridge.metal_unsupported(graph) == []
+            assert ggml_bridge.cuda_unsupported(graph) == []
         for name, weight in weights.items():
             weight.upload(arrays[name])
         fed = {role: array for role, (array, _) in integers.items()}

@@ -508,7 +508,9 @@ def test_the_native_graph_is_one_piece_that_metal_runs(bases, kind):
         recipe = realize(("ggml", "cpu-native"), gguf, **{**ALL, "targets": targets})
         assert recipe.engine.explain().splits == 1
         assert ggml_bridge.metal_unsupported(recipe.engine._training("integers").graph) == []
+        assert ggml_bridge.cuda_unsupported(recipe.engine._training("integers").graph) == []
         assert ggml_bridge.metal_unsupported(recipe.engine._forward(None).graph) == []
+        assert ggml_bridge.cuda_unsupported(recipe.engine._forward(None).graph) == []
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def value_and_gradients(verbs, arrays, ids=None, n_threads=1):
             s.opt_step_adamw(param, hp)
         s.realize_backward()
         assert ggml_bridge.metal_unsupported(s) == []
+        assert ggml_bridge.cuda_unsupported(s) == []
         s.graph_reset()
         c = normal(1, rows * columns)
         s.upload_row_major(cotangent, c)
@@ -283,6 +284,7 @@ def test_cross_entropy_against_torch(labels):
     with ggml_bridge.Session(n_threads=1) as s:
         w, x, t_labels, loss, gradient, hp = classifier(s, dense=values.ndim == 2)
         assert ggml_bridge.metal_unsupported(s) == []
+        assert ggml_bridge.cuda_unsupported(s) == []
         s.upload_row_major(w, weights)
         s.graph_reset()
         s.upload_row_major(x, activations)

@@ -6,8 +6,8 @@ import hashlib
 import http.server
 import os
 import threading
-import types
 import time
+import types
 import zipfile
 from pathlib import Path
 

@@ -85,8 +85,10 @@ def test_every_native_node_is_one_that_metal_runs(model, options, labels):
 
     recipe = realize(model, "cpu-native", **options)
     assert ggml_bridge.metal_unsupported(recipe.engine._training(labels).graph) == []
+    assert ggml_bridge.cuda_unsupported(recipe.engine._training(labels).graph) == []
     for kind in (None, labels):
         assert ggml_bridge.metal_unsupported(recipe.engine._forward(kind).graph) == []
+        assert ggml_bridge.cuda_unsupported(recipe.engine._forward(kind).graph) == []
 
 
 def test_the_metal_check_notices(model):

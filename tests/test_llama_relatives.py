@@ -465,8 +465,10 @@ def test_the_native_graph_is_one_piece_that_metal_runs(relative, tmp_path):
         ):
             graph = recipe.engine._training("integers").graph
             assert ggml_bridge.metal_unsupported(graph) == []
+            assert ggml_bridge.cuda_unsupported(graph) == []
             assert recipe.engine.explain().splits == 1
             assert ggml_bridge.metal_unsupported(recipe.engine._forward(None).graph) == []
+            assert ggml_bridge.cuda_unsupported(recipe.engine._forward(None).graph) == []
 
 
 def test_token_by_token_is_all_at_once(ops, relative):

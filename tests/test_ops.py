@@ -24,7 +24,7 @@ WIDTHS = st.sampled_from(
 )  # around the widths of SIMD registers
 OWN_SHAPES = {
     "embedding": st.fixed_dictionaries({"rows": ROWS, "vocab": ROWS, "d": WIDTHS}),
-    "linear": st.fixed_dictionaries({"rows": ROWS, "d_in": WIDTHS, "d_out": WIDTHS, "bias": st.booleans()}),
+    "linear": st.fixed_dictionaries({"rows": ROWS, "n_in": WIDTHS, "n_out": WIDTHS, "bias": st.booleans()}),
     "rms_norm": st.fixed_dictionaries({"rows": ROWS, "d": WIDTHS, "eps": st.sampled_from([1e-5, 1e-6, 1e-2])}),
     "layer_norm": st.fixed_dictionaries({"rows": ROWS, "d": WIDTHS, "eps": st.sampled_from([1e-5, 1e-6, 1e-2])}),
     "rope": st.fixed_dictionaries(
@@ -63,7 +63,7 @@ OWN_SHAPES = {
 }
 OWN_BIG_SHAPES = {  # enough work for several threads and for whole blocks of every kernel
     "embedding": {"rows": 700, "vocab": 50, "d": 130},
-    "linear": {"rows": 301, "d_in": 257, "d_out": 190},
+    "linear": {"rows": 301, "n_in": 257, "n_out": 190},
     "rms_norm": {"rows": 515, "d": 387},
     "layer_norm": {"rows": 515, "d": 387},
     "rope": {"rows": 600, "n_heads": 6, "d_head": 66},

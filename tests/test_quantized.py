@@ -314,6 +314,7 @@ def with_ops(table, n_threads, record):
         graph.allocate()
         if table == "graph-native":
             assert ggml_bridge.metal_unsupported(graph) == []
+            assert ggml_bridge.cuda_unsupported(graph) == []
         for tensor, value in ops.feeds:
             value = value(kept) if callable(value) else value
             tensor.upload(np.ascontiguousarray(value, np.int32 if tensor.dtype == "i32" else np.float32))

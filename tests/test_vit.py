@@ -447,8 +447,10 @@ def test_every_native_node_is_one_that_metal_runs(options, labels):
 
     recipe = realize(("ggml", "cpu-native"), keep_gradients=False, **options)
     assert ggml_bridge.metal_unsupported(recipe.engine._training(labels).graph) == []
+    assert ggml_bridge.cuda_unsupported(recipe.engine._training(labels).graph) == []
     for kind in (None, labels):
         assert ggml_bridge.metal_unsupported(recipe.engine._forward(kind).graph) == []
+        assert ggml_bridge.cuda_unsupported(recipe.engine._forward(kind).graph) == []
     kernels = realize(("ggml", "cpu"), keep_gradients=False, **options)
     assert ggml_bridge.metal_unsupported(kernels.engine._training(labels).graph)  # the check can find something
 

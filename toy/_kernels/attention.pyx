@@ -5,12 +5,17 @@ The scores of one head are computed a block of query rows at a time in a scratch
 for the keys that the block may see: with a causal mask that is about half the work. The (T, T) probabilities are
 never stored; the forward keeps the largest score of every row, and the backward recomputes the probabilities (the
 idea of FlashAttention, Dao et al. 2022).
+
+Both kernels are here twice. `*_in_lanes` has the queries of a block side by side in vectors (attention_lanes.h) and does the
+products itself: at these sizes, some tens of rows and columns, sgemm takes longer to pack its operands than to multiply
+them. `*_by_sgemm` is for few queries, which would fill few lanes, and for CPUs whose vectors the compiler does not know.
 """
 
 cimport cython
 from libc.limits cimport INT_MAX
 from libc.math cimport INFINITY, sqrt, tanhf
-from libc.string cimport memset
+from libc.stdint cimport uintptr_t
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -32,8 +37,26 @@ cdef extern from "simd_math.h" nogil:
     float toy_row_dot(const float* x, const float* y, Py_ssize_t n)
     float toy_row_exp(const float* x, float scale, float shift, float* y, Py_ssize_t n)
 
+cdef extern from "attention_lanes.h" nogil:
+    const int LANES "TOY_LANES"          # of a vector; 0: there are none of the functions
+    const int LANES_BLOCK "TOY_BLOCK"    # query rows of a block: two vectors
+    void toy_multiply(int columns, Py_ssize_t rows, Py_ssize_t n, const float* a, Py_ssize_t a_row, Py_ssize_t a_step,
+                      const float* b, Py_ssize_t b_step, float* c, Py_ssize_t c_row, int add)
+    void toy_fetch_rows(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, int to_write)
+    void toy_into_lanes(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, float* lanes)
+    void toy_out_of_lanes(Py_ssize_t rows, Py_ssize_t n, const float* lanes, const float* factors,
+                          float* x, Py_ssize_t x_row)
+    void toy_hide_keys(float* scores, Py_ssize_t n, Py_ssize_t key, Py_ssize_t first, Py_ssize_t last, float value)
+    void toy_largest_scores(const float* scores, Py_ssize_t n, float* largest)
+    void toy_exp_scores(float* scores, Py_ssize_t n, float scale, const float* largest, float* total)
+    void toy_exp_scores_and_expect(float* scores, const float* d_p, Py_ssize_t n, float scale, const float* largest,
+                                   float* total, float* expected)
+    void toy_d_scores(float* p, float* d_p, Py_ssize_t n, float scale, const float* inverse, const float* expected)
+
 cdef enum:
-    BLOCK = 64    # query rows a block: enough for sgemm to be fast, few enough for the scores to stay in cache
+    BLOCK = 64          # query rows a block by sgemm: enough for it to be fast, few enough for the scores to stay in cache
+    CHUNK = 96          # keys at a time in lanes: their scores, 12 KB at most, stay in the first cache
+    FEWEST_QUERIES = 5  # that are worth a vector of lanes
 
 
 cdef inline Py_ssize_t visible_keys(const Attention* a, Py_ssize_t query) noexcept nogil:
@@ -71,12 +94,30 @@ cdef inline Py_ssize_t hide_rest(float* row, Py_ssize_t seen) noexcept nogil:
     return end
 
 
+cdef inline bint is_in_lanes(const Attention* a) noexcept nogil:
+    return LANES > 0 and a.t_q >= FEWEST_QUERIES
+
+
+cdef inline bint packs(const Attention* a) noexcept nogil:
+    """Whether a head's keys and values are copied together: more than one block reads them.
+
+    Rows of a fused product are far apart, each in a page of its own and many in the same places of the cache.
+    """
+    return a.t_q > LANES_BLOCK
+
+
 cdef Py_ssize_t attention_scratch(const Attention* a) noexcept nogil:
-    return (3 if a.softcap > 0 else 2) * BLOCK * ((a.t_k + 15) // 16 * 16)
+    cdef Py_ssize_t of_scores = 3 if a.softcap > 0 else 2    # matrices
+    if is_in_lanes(a):
+        # scores; keys and values; queries, outputs and a gradient; what `add_queries` wants; up to a cache line
+        return (
+            of_scores * a.t_k * LANES_BLOCK + (2 * a.t_k * a.d_head if packs(a) else 0) + 3 * a.d_head * LANES_BLOCK
+            + (2 * LANES_BLOCK + CHUNK) * LANES + 16
+        )
+    return of_scores * BLOCK * ((a.t_k + 15) // 16 * 16)
 
 
-cdef void attention_forward(void* args, int ith, int nth) noexcept nogil:
-    cdef Attention* a = <Attention*> args
+cdef void forward_by_sgemm(Attention* a, int ith, int nth) noexcept nogil:
     cdef Py_ssize_t blocks = (a.t_q + BLOCK - 1) // BLOCK
     cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
     cdef Py_ssize_t units = a.batch * a.n_heads * blocks
@@ -120,8 +161,7 @@ cdef void attention_forward(void* args, int ith, int nth) noexcept nogil:
         blas.multiply_nn(rows, a.d_head, keys, scores, width, v, a.v_stride, 0.0, out, a.out_stride)
 
 
-cdef void attention_backward_(void* args, int ith, int nth) noexcept nogil:
-    cdef Attention* a = <Attention*> args
+cdef void backward_by_sgemm(Attention* a, int ith, int nth) noexcept nogil:
     cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
     cdef Py_ssize_t pairs = a.batch * a.n_kv_heads
     cdef Py_ssize_t blocks = (a.t_q + BLOCK - 1) // BLOCK
@@ -200,6 +240,395 @@ cdef void attention_backward_(void* args, int ith, int nth) noexcept nogil:
                 blas.multiply_tn(
                     keys, a.d_head, rows, p, width, d_out, a.d_out_stride, 1.0, d_v + start * a.d_v_stride, a.d_v_stride
                 )
+
+
+# ---- queries in lanes ----------------------------------------------------------------------------------------------------
+
+cdef struct Block:
+    Py_ssize_t first, rows, columns      # query rows first .. first+rows-1, in one or two columns of LANES
+    Py_ssize_t[2] start, end             # keys that some query of the column sees
+    Py_ssize_t[2] all_start, all_end     # keys that all of them see
+    Py_ssize_t chunks                    # from start[0] on, CHUNK keys each
+
+cdef struct Band:
+    Py_ssize_t column, columns, start, end    # keys start .. end-1 for one column of queries or for both
+
+
+cdef void find_block(const Attention* a, Py_ssize_t first, Block* block) noexcept nogil:
+    cdef Py_ssize_t column, low, high
+    block.first, block.rows = first, min(a.t_q - first, <Py_ssize_t> LANES_BLOCK)
+    block.columns = 1 if block.rows <= LANES else 2
+    for column in range(block.columns):
+        low = first + column * LANES
+        high = min(first + block.rows, low + LANES) - 1
+        block.start[column], block.end[column] = first_key(a, low), visible_keys(a, high)
+        block.all_start[column], block.all_end[column] = first_key(a, high), visible_keys(a, low)
+    block.chunks = (block.end[block.columns - 1] - block.start[0] + CHUNK - 1) // CHUNK
+
+
+cdef void find_bands(const Block* block, Py_ssize_t start, Py_ssize_t end, Band* bands) noexcept nogil:
+    """Three bands, of which some may be empty: keys that only the left column sees, that both see, only the right one."""
+    cdef Py_ssize_t left = max(start, block.start[0]), left_end = min(end, block.end[0]), right, right_end
+    if block.columns == 1:
+        bands[0], bands[1], bands[2] = Band(0, 1, left, left_end), Band(0, 2, 0, 0), Band(1, 1, 0, 0)
+        return
+    right, right_end = max(start, block.start[1]), min(end, block.end[1])
+    bands[0] = Band(0, 1, left, min(right, left_end))
+    bands[1] = Band(0, 2, right, left_end)
+    bands[2] = Band(1, 1, max(right, left_end), right_end)
+
+
+cdef void dot_keys(const Attention* a, const Band* bands, const float* lanes, const float* k, Py_ssize_t k_stride,
+                   float* out, Py_ssize_t base) noexcept nogil:
+    """out (keys from base on, LANES_BLOCK): each key's product with each query. lanes: (d_head, LANES_BLOCK)."""
+    cdef Py_ssize_t i
+    cdef const Band* band
+    for i in range(3):
+        band = bands + i
+        if band.start < band.end:
+            toy_multiply(
+                <int> band.columns, band.end - band.start, a.d_head, k + band.start * k_stride, k_stride, 1,
+                lanes + band.column * LANES, LANES_BLOCK,
+                out + (band.start - base) * LANES_BLOCK + band.column * LANES, LANES_BLOCK, 0,
+            )
+
+
+cdef void add_keys(const Attention* a, const Band* bands, const float* weights, Py_ssize_t base,
+                   const float* k, Py_ssize_t k_stride, float* lanes) noexcept nogil:
+    """lanes (d_head, LANES_BLOCK) += the sum of the keys, each times its weight for the query."""
+    cdef Py_ssize_t i
+    cdef const Band* band
+    for i in range(3):
+        band = bands + i
+        if band.start < band.end:
+            toy_multiply(
+                <int> band.columns, a.d_head, band.end - band.start, k + band.start * k_stride, 1, k_stride,
+                weights + (band.start - base) * LANES_BLOCK + band.column * LANES, LANES_BLOCK,
+                lanes + band.column * LANES, LANES_BLOCK, 1,
+            )
+
+
+cdef void add_queries(const Attention* a, const Block* block, const Band* bands, const float* weights, Py_ssize_t base,
+                      const float* q, Py_ssize_t q_stride, const float* q_rest, float* sums,
+                      float* d_k, Py_ssize_t d_k_stride, bint add) noexcept nogil:
+    """d_k (+)= for each key the sum of the queries, each times its weight for the key; without `add` it is written.
+
+    q_rest: (LANES_BLOCK, LANES) what of the queries is after the last whole vector, then zeros. sums: (CHUNK, LANES) scratch.
+    """
+    cdef Py_ssize_t i, j, low, rows, column, whole = a.d_head // LANES * LANES, rest = a.d_head - whole
+    cdef const Band* band
+    cdef const float* of_band
+    cdef float* row
+    for i in range(3):
+        band = bands + i
+        if band.start >= band.end:
+            continue
+        low = band.column * LANES    # the first query of the band
+        rows = min(block.rows, low + band.columns * LANES) - low
+        of_band = weights + (band.start - base) * LANES_BLOCK + low
+        column = 0
+        while column < whole:
+            toy_multiply(
+                2 if column + LANES < whole else 1, band.end - band.start, rows, of_band, LANES_BLOCK, 1,
+                q + low * q_stride + column, q_stride, d_k + band.start * d_k_stride + column, d_k_stride, add,
+            )
+            column += 2 * LANES
+        if rest > 0:
+            toy_multiply(
+                1, band.end - band.start, rows, of_band, LANES_BLOCK, 1, q_rest + low * LANES, LANES, sums, LANES, 0
+            )
+            for j in range(band.end - band.start):
+                row = d_k + (band.start + j) * d_k_stride + whole
+                for column in range(rest):
+                    row[column] = row[column] + sums[j * LANES + column] if add else sums[j * LANES + column]
+
+
+cdef void copy_rest(const Attention* a, const Block* block, const float* q, Py_ssize_t q_stride,
+                    float* q_rest) noexcept nogil:
+    """What of each row is after the last whole vector, as `add_queries` wants it."""
+    cdef Py_ssize_t i, j, whole = a.d_head // LANES * LANES
+    if whole < a.d_head:
+        memset(q_rest, 0, LANES_BLOCK * LANES * sizeof(float))
+        for i in range(block.rows):
+            for j in range(a.d_head - whole):
+                q_rest[i * LANES + j] = q[i * q_stride + whole + j]
+
+
+cdef Band column_keys(const Block* block, Py_ssize_t column, Py_ssize_t start, Py_ssize_t end) noexcept nogil:
+    """Of the keys start .. end-1 those that some query of the column sees."""
+    cdef Py_ssize_t low = max(start, block.start[column])
+    return Band(column, 1, low, max(low, min(end, block.end[column])))
+
+
+cdef void hide_keys(const Attention* a, const Block* block, float* scores, Py_ssize_t base, Py_ssize_t start,
+                    Py_ssize_t end, float value) noexcept nogil:
+    """Put `value` for the keys start .. end-1 where a query does not see them, in what its column has of them."""
+    cdef Py_ssize_t column, first, last, low, high
+    cdef Band keys
+    for column in range(block.columns):
+        keys = column_keys(block, column, start, end)
+        # of the first lane, as if there were keys before the first one: each lane after it sees one key further
+        last = visible_keys(a, block.first + column * LANES) - 1
+        first = last - a.window + 1 if a.window else -LANES
+        low = min(keys.end, block.all_start[column])
+        if keys.start < low:
+            toy_hide_keys(
+                scores + (keys.start - base) * LANES_BLOCK + column * LANES, low - keys.start, keys.start, first, last, value
+            )
+        high = max(keys.start, block.all_end[column])
+        if high < keys.end:
+            toy_hide_keys(
+                scores + (high - base) * LANES_BLOCK + column * LANES, keys.end - high, high, first, last, value
+            )
+
+
+cdef void find_scores(const Attention* a, const Block* block, const Band* bands, const float* q, const float* k,
+                      Py_ssize_t k_stride, Py_ssize_t start, Py_ssize_t end, float scale, float* scores, float* slopes) noexcept nogil:
+    """The scores of the keys start .. end-1, and the slopes of their cap unless that is NULL or there is no cap."""
+    cdef Py_ssize_t base = block.start[0], column, j, i
+    cdef float one = 1.0
+    cdef float* row
+    cdef Band keys
+    dot_keys(a, bands, q, k, k_stride, scores, base)
+    if a.softcap > 0:
+        for column in range(block.columns):
+            keys = column_keys(block, column, start, end)
+            for j in range(keys.start, keys.end):
+                row = scores + (j - base) * LANES_BLOCK + column * LANES
+                cap_scores(row, LANES, scale, a.softcap)
+                if slopes != NULL:
+                    for i in range(LANES):
+                        slopes[(j - base) * LANES_BLOCK + column * LANES + i] = (
+                            one - (row[i] / a.softcap) * (row[i] / a.softcap)
+                        )
+    if a.causal:
+        hide_keys(a, block, scores, base, start, end, -INFINITY)
+
+
+cdef void pack(const Attention* a, const float** k, Py_ssize_t* stride, float* copy) noexcept nogil:
+    """Copy a head's keys or values (t_k, d_head) together, where that pays; *k and *stride then are the copy's."""
+    cdef Py_ssize_t i
+    if packs(a):
+        for i in range(a.t_k):
+            memcpy(copy + i * a.d_head, k[0] + i * stride[0], a.d_head * sizeof(float))
+        k[0], stride[0] = copy, a.d_head
+
+
+cdef inline float* align(float* x) noexcept nogil:
+    return <float*> ((<uintptr_t> x + 63) // 64 * 64)
+
+
+cdef void fetch_next(const Attention* a, Py_ssize_t unit, Py_ssize_t blocks) noexcept nogil:
+    """Ask for the queries of a unit of the forward, and for its share of the keys and values of the next head."""
+    cdef Py_ssize_t h = unit // blocks % a.n_heads, b = unit // blocks // a.n_heads, first = unit % blocks * LANES_BLOCK
+    cdef Py_ssize_t group = a.n_heads // a.n_kv_heads, pair = unit // (blocks * group) + 1, share, start, rows
+    if b < a.batch:
+        toy_fetch_rows(
+            min(a.t_q - first, <Py_ssize_t> LANES_BLOCK), a.d_head,
+            a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head, a.q_stride, 0,
+        )
+    if pair < a.batch * a.n_kv_heads and packs(a):
+        share = (a.t_k + blocks * group - 1) // (blocks * group)
+        start = unit % (blocks * group) * share
+        rows = min(share, a.t_k - start)
+        b, h = pair // a.n_kv_heads, pair % a.n_kv_heads
+        toy_fetch_rows(rows, a.d_head, a.k + (b * a.t_k + start) * a.k_stride + h * a.d_head, a.k_stride, 0)
+        toy_fetch_rows(rows, a.d_head, a.v + (b * a.t_k + start) * a.v_stride + h * a.d_head, a.v_stride, 0)
+
+
+cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
+    cdef Py_ssize_t blocks = (a.t_q + LANES_BLOCK - 1) // LANES_BLOCK
+    cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
+    cdef Py_ssize_t units = a.batch * a.n_heads * blocks
+    cdef Py_ssize_t unit, b, h, i, chunk, start, end, column
+    cdef float scale = <float> (1.0 / sqrt(<double> a.d_head))
+    cdef float of_score = 1.0 if a.softcap > 0 else scale
+    cdef float one = 1.0
+    cdef float* q_lanes = align(a.scratch + ith * attention_scratch(a))    # (d_head, LANES_BLOCK)
+    cdef float* out_lanes = q_lanes + a.d_head * LANES_BLOCK               # (d_head, LANES_BLOCK)
+    cdef float* k_copy = out_lanes + a.d_head * LANES_BLOCK
+    cdef float* v_copy = k_copy + (a.t_k * a.d_head if packs(a) else 0)
+    cdef float* scores = v_copy + (a.t_k * a.d_head if packs(a) else 0)    # (keys, LANES_BLOCK)
+    cdef float* column_scores
+    cdef float[32] largest    # of each lane
+    cdef float[32] total
+    cdef float* out
+    cdef const float* q
+    cdef const float* k = NULL
+    cdef const float* v = NULL
+    cdef Py_ssize_t k_stride = 0, v_stride = 0, pair = -1
+    cdef Block block
+    cdef Band[3] bands
+    cdef Band keys
+    for unit in range(slice_start(units, 1, ith, nth), slice_start(units, 1, ith + 1, nth)):
+        h = unit // blocks % a.n_heads
+        b = unit // blocks // a.n_heads
+        find_block(a, unit % blocks * LANES_BLOCK, &block)
+        if pair != b * a.n_kv_heads + h // group:
+            pair, k_stride, v_stride = b * a.n_kv_heads + h // group, a.k_stride, a.v_stride
+            k = a.k + b * a.t_k * k_stride + h // group * a.d_head
+            v = a.v + b * a.t_k * v_stride + h // group * a.d_head
+            pack(a, &k, &k_stride, k_copy)
+            pack(a, &v, &v_stride, v_copy)
+        q = a.q + (b * a.t_q + block.first) * a.q_stride + h * a.d_head
+        out = a.out + (b * a.t_q + block.first) * a.out_stride + h * a.d_head
+        toy_into_lanes(block.rows, a.d_head, q, a.q_stride, q_lanes)
+        toy_fetch_rows(block.rows, a.d_head, out, a.out_stride, 1)
+        fetch_next(a, unit + 1, blocks)
+        for i in range(LANES_BLOCK):
+            largest[i], total[i] = -INFINITY, 0
+        for chunk in range(block.chunks):
+            start, end = block.start[0] + chunk * CHUNK, block.start[0] + (chunk + 1) * CHUNK
+            find_bands(&block, start, end, bands)
+            find_scores(a, &block, bands, q_lanes, k, k_stride, start, end, scale, scores, NULL)
+            for column in range(block.columns):
+                keys = column_keys(&block, column, start, end)
+                column_scores = scores + (keys.start - block.start[0]) * LANES_BLOCK + column * LANES
+                toy_largest_scores(column_scores, keys.end - keys.start, largest + column * LANES)
+        memcpy(a.largest + (b * a.n_heads + h) * a.t_q + block.first, largest, block.rows * sizeof(float))
+        memset(out_lanes, 0, a.d_head * LANES_BLOCK * sizeof(float))
+        for chunk in range(block.chunks):
+            start, end = block.start[0] + chunk * CHUNK, block.start[0] + (chunk + 1) * CHUNK
+            for column in range(block.columns):
+                keys = column_keys(&block, column, start, end)
+                column_scores = scores + (keys.start - block.start[0]) * LANES_BLOCK + column * LANES
+                toy_exp_scores(
+                    column_scores, keys.end - keys.start, of_score, largest + column * LANES, total + column * LANES
+                )
+            find_bands(&block, start, end, bands)
+            add_keys(a, bands, scores, block.start[0], v, v_stride, out_lanes)
+        for i in range(LANES_BLOCK):
+            total[i] = one / total[i]
+        toy_out_of_lanes(block.rows, a.d_head, out_lanes, total, out, a.out_stride)
+
+
+cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
+    cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
+    cdef Py_ssize_t pairs = a.batch * a.n_kv_heads
+    cdef Py_ssize_t blocks = (a.t_q + LANES_BLOCK - 1) // LANES_BLOCK
+    cdef Py_ssize_t pair, b, kv_head, h, unit, first, chunk, start, end, column, base, i, j
+    cdef Py_ssize_t k_stride, v_stride, size = a.d_head * LANES_BLOCK
+    cdef float scale = <float> (1.0 / sqrt(<double> a.d_head))
+    cdef float of_score = 1.0 if a.softcap > 0 else scale
+    cdef float one = 1.0
+    cdef float* q_lanes = align(a.scratch + ith * attention_scratch(a))    # (d_head, LANES_BLOCK)
+    cdef float* d_out_lanes = q_lanes + size                               # (d_head, LANES_BLOCK)
+    cdef float* d_q_lanes = d_out_lanes + size                             # (d_head, LANES_BLOCK)
+    cdef float* q_rest = d_q_lanes + size                                  # (LANES_BLOCK, LANES)
+    cdef float* d_out_rest = q_rest + LANES_BLOCK * LANES                  # (LANES_BLOCK, LANES)
+    cdef float* sums = d_out_rest + LANES_BLOCK * LANES                    # (CHUNK, LANES)
+    cdef float* k_copy = sums + CHUNK * LANES
+    cdef float* v_copy = k_copy + (a.t_k * a.d_head if packs(a) else 0)
+    cdef float* p = v_copy + (a.t_k * a.d_head if packs(a) else 0)    # (keys, LANES_BLOCK) scores, exponentials, probabilities
+    cdef float* d_p = p + a.t_k * LANES_BLOCK        # (keys, LANES_BLOCK) their gradient, then that of the scores
+    cdef float* slopes = d_p + a.t_k * LANES_BLOCK   # (keys, LANES_BLOCK) of the cap, where there is one
+    cdef float* slope
+    cdef float[32] largest    # of each lane
+    cdef float[32] total
+    cdef float[32] expected
+    cdef const float* q
+    cdef const float* k
+    cdef const float* v
+    cdef const float* d_out
+    cdef float* d_q
+    cdef float* d_k
+    cdef float* d_v
+    cdef Block block
+    cdef bint add
+    cdef Band[3] bands
+    cdef Band keys
+    for pair in range(slice_start(pairs, 1, ith, nth), slice_start(pairs, 1, ith + 1, nth)):
+        b = pair // a.n_kv_heads
+        kv_head = pair % a.n_kv_heads
+        k_stride, v_stride = a.k_stride, a.v_stride
+        k = a.k + b * a.t_k * k_stride + kv_head * a.d_head
+        v = a.v + b * a.t_k * v_stride + kv_head * a.d_head
+        pack(a, &k, &k_stride, k_copy)
+        pack(a, &v, &v_stride, v_copy)
+        d_k = a.d_k + b * a.t_k * a.d_k_stride + kv_head * a.d_head
+        d_v = a.d_v + b * a.t_k * a.d_v_stride + kv_head * a.d_head
+        # The last block sees all keys, if there is no window: it comes first and writes, so that nothing need be zeroed.
+        add = a.window > 0
+        if add:
+            for i in range(a.t_k):
+                memset(d_k + i * a.d_k_stride, 0, a.d_head * sizeof(float))
+                memset(d_v + i * a.d_v_stride, 0, a.d_head * sizeof(float))
+        for h in range(kv_head * group, (kv_head + 1) * group):
+            for unit in range(blocks):
+                first = (blocks - 1 - unit) * LANES_BLOCK
+                find_block(a, first, &block)
+                base = block.start[0]
+                q = a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head
+                d_out = a.d_out + (b * a.t_q + first) * a.d_out_stride + h * a.d_head
+                d_q = a.d_q + (b * a.t_q + first) * a.d_q_stride + h * a.d_head
+                toy_into_lanes(block.rows, a.d_head, q, a.q_stride, q_lanes)
+                toy_into_lanes(block.rows, a.d_head, d_out, a.d_out_stride, d_out_lanes)
+                toy_fetch_rows(block.rows, a.d_head, d_q, a.d_q_stride, 1)
+                if first > 0:    # the next block's
+                    toy_fetch_rows(LANES_BLOCK, a.d_head, q - LANES_BLOCK * a.q_stride, a.q_stride, 0)
+                    toy_fetch_rows(LANES_BLOCK, a.d_head, d_out - LANES_BLOCK * a.d_out_stride, a.d_out_stride, 0)
+                copy_rest(a, &block, q, a.q_stride, q_rest)
+                copy_rest(a, &block, d_out, a.d_out_stride, d_out_rest)
+                memset(d_q_lanes, 0, size * sizeof(float))
+                for i in range(LANES_BLOCK):
+                    largest[i], total[i], expected[i] = 0, 0, 0
+                memcpy(largest, a.largest + (b * a.n_heads + h) * a.t_q + first, block.rows * sizeof(float))
+                for chunk in range(block.chunks):
+                    start, end = base + chunk * CHUNK, base + (chunk + 1) * CHUNK
+                    find_bands(&block, start, end, bands)
+                    find_scores(a, &block, bands, q_lanes, k, k_stride, start, end, scale, p, slopes)
+                    dot_keys(a, bands, d_out_lanes, v, v_stride, d_p, base)
+                    if a.causal:
+                        hide_keys(a, &block, d_p, base, start, end, 0)
+                    for column in range(block.columns):
+                        keys = column_keys(&block, column, start, end)
+                        i = (keys.start - base) * LANES_BLOCK + column * LANES
+                        toy_exp_scores_and_expect(
+                            p + i, d_p + i, keys.end - keys.start, of_score, largest + column * LANES,
+                            total + column * LANES, expected + column * LANES,
+                        )
+                # d_scores = p (d_p - sum(d_p p)). That sum is also d_out . out, but rounded otherwise: a query that looks
+                # at one key alone would then get a gradient from rounding instead of 0.
+                for i in range(LANES_BLOCK):
+                    total[i] = one / total[i]
+                    expected[i] *= total[i]
+                for chunk in range(block.chunks):
+                    start, end = base + chunk * CHUNK, base + (chunk + 1) * CHUNK
+                    for column in range(block.columns):
+                        keys = column_keys(&block, column, start, end)
+                        i = (keys.start - base) * LANES_BLOCK + column * LANES
+                        toy_d_scores(
+                            p + i, d_p + i, keys.end - keys.start, scale, total + column * LANES, expected + column * LANES
+                        )
+                        if a.softcap > 0:
+                            for j in range(keys.start, keys.end):
+                                slope = slopes + (j - base) * LANES_BLOCK + column * LANES
+                                for i in range(LANES):
+                                    d_p[(j - base) * LANES_BLOCK + column * LANES + i] *= slope[i]
+                    find_bands(&block, start, end, bands)
+                    add_keys(a, bands, d_p, base, k, k_stride, d_q_lanes)
+                    add_queries(a, &block, bands, d_p, base, q, a.q_stride, q_rest, sums, d_k, a.d_k_stride, add)
+                    add_queries(a, &block, bands, p, base, d_out, a.d_out_stride, d_out_rest, sums, d_v, a.d_v_stride, add)
+                add = True
+                for i in range(LANES_BLOCK):
+                    total[i] = 1
+                toy_out_of_lanes(block.rows, a.d_head, d_q_lanes, total, d_q, a.d_q_stride)
+
+
+cdef void attention_forward(void* args, int ith, int nth) noexcept nogil:
+    cdef Attention* a = <Attention*> args
+    if is_in_lanes(a):
+        forward_in_lanes(a, ith, nth)
+    else:
+        forward_by_sgemm(a, ith, nth)
+
+
+cdef void attention_backward_(void* args, int ith, int nth) noexcept nogil:
+    cdef Attention* a = <Attention*> args
+    if is_in_lanes(a):
+        backward_in_lanes(a, ith, nth)
+    else:
+        backward_by_sgemm(a, ith, nth)
 
 
 FORM = "attention: q (B*Tq, n_heads*d_head), k and v (B*Tk, n_kv_heads*d_head), n_heads a multiple of n_kv_heads"

@@ -140,11 +140,11 @@ def embedding_case(rng, rows=6, vocab=5, d=4):
     return Case("embedding", "embedding", inputs, {"token_ids": token_ids}, parameters=("table",))
 
 
-def linear_case(rng, rows=5, d_in=4, d_out=3, bias=True):
-    inputs = {"x": rng.normal(size=(rows, d_in)), "weight": rng.normal(size=(d_out, d_in)) / np.sqrt(d_in)}
+def linear_case(rng, rows=5, n_in=4, n_out=3, bias=True):
+    inputs = {"x": rng.normal(size=(rows, n_in)), "weight": rng.normal(size=(n_out, n_in)) / np.sqrt(n_in)}
     if not bias:
         return Case("linear, no bias", "linear", inputs, parameters=("weight",))
-    return Case("linear", "linear", inputs | {"bias": rng.normal(size=d_out)}, parameters=("weight", "bias"))
+    return Case("linear", "linear", inputs | {"bias": rng.normal(size=n_out)}, parameters=("weight", "bias"))
 
 
 def rms_norm_case(rng, rows=4, d=6, eps=1e-5):

@@ -134,9 +134,10 @@ def backends(json_wanted, debug):
             choice = switch.resolve()
         with Phase(1, debug):
             rows = [row._asdict() | {"gflops": _gflops(row)} for row in switch.backends()]
-            devices = [{"name": d.name, "kind": d.kind, "description": d.description} for d in ggml_devices()]
+            names = ("name", "kind", "description", "memory_total", "memory_free")
+            devices = [{name: getattr(device, name) for name in names} for device in ggml_devices()]
             auto = {"backend": choice.backend, "reason": choice.reason}
-            return as_json({"backends": rows, "devices": devices, "auto": auto})
+            return as_json({"backends": rows, "devices": devices, "notices": ggml_notices(), "auto": auto})
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -152,7 +153,9 @@ def backends(json_wanted, debug):
         console.print(table)
         console.print("GFLOP/s: one matrix product of 512 x 512 by 512 x 512 in float32, the best of some.")
         for device in ggml_devices():
-            console.print(f"ggml device {device.name} ({device.kind}): {device.description}", markup=False)
+            console.print(f"ggml device {device.name} ({device.kind}): {described(device)}", markup=False)
+        for notice in ggml_notices():
+            console.print(notice, markup=False)
     with Phase(2, debug):  # TOY_BACKEND may name one that is not there
         choice = switch.resolve()
         console.print(f"--backend auto means {choice.backend} here ({choice.reason})", markup=False)
@@ -167,6 +170,21 @@ def ggml_devices():
     import ggml_bridge
 
     return ggml_bridge.devices() if ggml_bridge.available()[0] else []
+
+
+def ggml_notices():
+    """Sentences about what ggml has and found no device for, none where it is not available."""
+    import ggml_bridge
+
+    return ggml_bridge.notices() if ggml_bridge.available()[0] else []
+
+
+def described(device):
+    """A ggml device in words, with its memory where it tells that (what is free of a CPU's it does not tell)."""
+    total, free = (f"{size / 2**30:.1f} GiB" for size in (device.memory_total, device.memory_free))
+    if device.kind == "cpu" or not device.memory_total:
+        return f"{device.description}, {total}" if device.memory_total else device.description
+    return f"{device.description}, {total}, {free} of it free"
 
 
 def matmul_gflops(backend, n=512, seconds=0.2):
@@ -255,7 +273,7 @@ def _plain_row(row):
 
 @command(cli, "selftest")
 @click.option(
-    "--device", default="cpu", show_default=True, help="cpu, cpu-native, metal, vulkan or another ggml device."
+    "--device", default="cpu", show_default=True, help="cpu, cpu-native, cuda, metal, vulkan or another ggml device."
 )
 @click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Of each loss curve.")
 @JSON

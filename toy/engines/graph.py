@@ -11,18 +11,15 @@ import numpy.typing as npt
 from toy.adamw import without_decay
 from toy.config import ModelConfig, RecipeOptions
 from toy.engines.base import AddUp, Arrays, Engine, Moments, Piece
-from toy.engines.weights import Weights
+from toy.engines.weights import Weights, borrow
 from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.ops.graph import CpuGraphOps, NativeGraphOps, Slot
-from toy.quantized import Leaf
 from toy.switch import Resolved, num_threads
 
 if TYPE_CHECKING:
     from ggml_bridge import Explanation, Tensor
 
 NATIVE_ON_CPU = "cpu-native"  # the device name for ggml's own operations on the CPU
-
-_MAPPED_ALIGNMENT = 32  # bytes, what ggml asks of memory it did not make
 
 # ggml's threads meet after every node, spinning; below this many operations in a step one thread is faster than two
 WORTH_TWO_THREADS = 3e7
@@ -68,7 +65,7 @@ class GraphEngine(Engine):
         if options.weight_dtype != "f32":
             self.computed = {name: tensor(shape, name=f"{name} {options.weight_dtype}") for name, shape in own.items()}
         self.bridge.allocate()
-        borrowed = {name: self._borrow(name, leaf) for name, leaf in self.weights.borrowed.items()}
+        borrowed = {name: borrow(self.bridge, leaf, name) for name, leaf in self.weights.borrowed.items()}
         self.tensors = borrowed | self.computed  # every parameter of the model
         self._graphs: dict[Any, Any] = {}  # training graphs by the kind of labels, others by ("forward", kind)
         self._training("integers")
@@ -76,17 +73,6 @@ class GraphEngine(Engine):
             array = np.empty(shape, np.float32)
             self.weights.fill(name, array)
             self._upload(name, array)
-
-    def _borrow(self, name: str, leaf: Leaf) -> "Tensor":
-        """A borrowed parameter as a tensor: in place where the device reads the host's memory, otherwise a copy as it is."""
-        data, dtype = (leaf, "f32") if isinstance(leaf, np.ndarray) else (leaf.raw, leaf.type.lower())
-        if data.ctypes.data % _MAPPED_ALIGNMENT:
-            memory = np.empty(data.nbytes + _MAPPED_ALIGNMENT, np.uint8)
-            start = -memory.ctypes.data % _MAPPED_ALIGNMENT
-            aligned = memory[start : start + data.nbytes]
-            aligned[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-            data = aligned
-        return self.bridge.mapped(data, leaf.shape, dtype, name=name)
 
     def _free_memory(self) -> int | None:
         if self.device.startswith("cpu"):

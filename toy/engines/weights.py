@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from toy.config import ModelConfig, RecipeOptions
 from toy.models import model_for
 from toy.models.parameters import Shapes, initialize_array
 from toy.quantized import Leaf
+
+if TYPE_CHECKING:
+    from ggml_bridge import Backend, Tensor
 
 Fill = Callable[[str, np.ndarray], None]  # fill(name, out) writes the values of a parameter into `out`
 
@@ -105,3 +108,18 @@ def random_fill(config: ModelConfig, options: RecipeOptions) -> Fill:
         initialize_array(name, out, stds[name], options.seed, options.init_scale)
 
     return fill
+
+
+_MAPPED_ALIGNMENT = 32  # bytes, what ggml asks of memory it did not make
+
+
+def borrow(bridge: "Backend", leaf: Leaf, name: str) -> "Tensor":
+    """A parameter as a read-only tensor: in place where the device reads the host's memory, otherwise a copy as it is."""
+    data, dtype = (leaf, "f32") if isinstance(leaf, np.ndarray) else (leaf.raw, leaf.type.lower())
+    if data.ctypes.data % _MAPPED_ALIGNMENT:
+        memory = np.empty(data.nbytes + _MAPPED_ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _MAPPED_ALIGNMENT
+        aligned = memory[start : start + data.nbytes]
+        aligned[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        data = aligned
+    return bridge.mapped(data, leaf.shape, dtype, name=name)

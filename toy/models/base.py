@@ -203,19 +203,12 @@ class LanguageModel(Model):
         shape, and no cache (None): for a large vocabulary they are most of the memory of a long prompt.
         Raises ValueError for ids outside the vocabulary, sequences longer than the context, and a batch with a cache.
         """
-        token_ids = plain_array("token_ids", token_ids)
-        if token_ids.ndim not in (1, 2) or token_ids.size == 0 or token_ids.dtype.kind not in "iu":
-            raise ValueError(f"token_ids must be integers (B, T) or (T,), got {token_ids.dtype} {token_ids.shape}")
+        n_past = kv_cache.length if kv_cache is not None else 0
+        token_ids = checked_ids(self.config, token_ids, n_past)
         batch = token_ids.shape[0] if token_ids.ndim == 2 else 1
         t_seq = token_ids.shape[-1]
         if kv_cache is not None and batch != 1:
             raise ValueError(f"a key/value cache holds one sequence, got a batch of {batch}: make one cache a sequence")
-        n_past = kv_cache.length if kv_cache is not None else 0
-        if n_past + t_seq > self.config.context_length:
-            raise ValueError(
-                f"{n_past + t_seq} tokens do not fit the context of {self.config.context_length}: shorten the sequence"
-            )
-        check_range("token_ids", token_ids, 0, self.config.vocab_size)
         positions = np.arange(n_past, n_past + t_seq) if positions is None else plain_array("positions", positions)
         if positions.shape != (t_seq,) or positions.dtype.kind not in "iu":
             raise ValueError(f"positions must be integers {(t_seq,)}, got {positions.dtype} {positions.shape}")
@@ -247,6 +240,21 @@ class LanguageModel(Model):
 
     def new_kv_cache(self) -> "KeyValueCache":
         return KeyValueCache(self.config.n_layers, self.config.context_length)
+
+
+def checked_ids(config: LanguageModelConfig, token_ids: npt.ArrayLike, n_past: int = 0) -> np.ndarray:
+    """token_ids (B, T) or (T,), as an array that a model can read after n_past tokens. Raises ValueError for ids outside the
+    vocabulary, and for sequences longer than the context."""
+    token_ids = plain_array("token_ids", token_ids)
+    if token_ids.ndim not in (1, 2) or token_ids.size == 0 or token_ids.dtype.kind not in "iu":
+        raise ValueError(f"token_ids must be integers (B, T) or (T,), got {token_ids.dtype} {token_ids.shape}")
+    t_seq = token_ids.shape[-1]
+    if n_past + t_seq > config.context_length:
+        raise ValueError(
+            f"{n_past + t_seq} tokens do not fit the context of {config.context_length}: shorten the sequence"
+        )
+    check_range("token_ids", token_ids, 0, config.vocab_size)
+    return token_ids
 
 
 class KeyValueCache:

@@ -6,7 +6,7 @@
     logits = RMSNorm(x) W_out^T                (W_out = E when tied)
 
 The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = d_model, F = d_ff, V = vocab_size,
-H = n_heads * d_head, K = n_kv_heads * d_head. Every matrix goes through `project`, where a bias and LoRA adapters may join.
+H = n_heads, G = n_kv_heads. Every matrix goes through `project`, where a bias and LoRA adapters may join.
 
 Its relatives (Qwen, Granite, Gemma, ...) are this model with fields of the config set. What such a field adds stands in
 `place` (queries and keys before attention), `leave` (what goes to the residual stream) and `scaled`; on a plain Llama they do
@@ -192,17 +192,17 @@ class Llama(LanguageModel):
         """x: (N, D) -> x (N, D), cache."""
         ops, c, scale = self.ops, self.config, self.lora_scale
         h, attn_norm = self.normed(x, getattr(block, "attn_norm", None))  # (N, D)
-        q, attn_q = project(ops, h, block.attn_q, scale)  # (N, H)
-        k, attn_k = project(ops, h, block.attn_k, scale)  # (N, K)
-        v, attn_v = project(ops, h, block.attn_v, scale)  # (N, K)
-        q, place_q = self.place(layer, q, getattr(block, "attn_q_norm", None), positions, c.n_heads)  # (N, H)
-        k, place_k = self.place(layer, k, getattr(block, "attn_k_norm", None), positions, c.n_kv_heads)  # (N, K)
-        q = self.scaled(q, self.query_scale)  # (N, H)
+        q, attn_q = project(ops, h, block.attn_q, scale)  # (N, H*d_head)
+        k, attn_k = project(ops, h, block.attn_k, scale)  # (N, G*d_head)
+        v, attn_v = project(ops, h, block.attn_v, scale)  # (N, G*d_head)
+        q, place_q = self.place(layer, q, getattr(block, "attn_q_norm", None), positions, c.n_heads)  # (N, H*d_head)
+        k, place_k = self.place(layer, k, getattr(block, "attn_k_norm", None), positions, c.n_kv_heads)
+        q = self.scaled(q, self.query_scale)  # (N, H*d_head)
         if kv_cache is not None:
-            k, v = kv_cache.extend(layer, k, v)  # (T_past + T, K)
+            k, v = kv_cache.extend(layer, k, v)  # (T_past + T, G*d_head)
         a, attention = ops.attention(
             q, k, v, batch, c.n_heads, c.n_kv_heads, causal=True, window=self.window(layer), softcap=c.attention_softcap
-        )  # (N, H)
+        )  # (N, H*d_head)
         a, attn_output = project(ops, a, block.attn_output, scale)  # (N, D)
         a, post_attention_norm = self.leave(a, getattr(block, "post_attention_norm", None))  # (N, D)
         x = ops.add(x, a)  # (N, D)
@@ -283,11 +283,11 @@ class Llama(LanguageModel):
         d_x = ops.add(d_x, d_h)  # the residual stream and the branch
 
         d_a = self.leave_backward(d_x, cache.post_attention_norm, getattr(grads, "post_attention_norm", None))  # (N, D)
-        d_a = project_backward(ops, d_a, cache.attn_output, grads.attn_output, scale)  # (N, H)
-        d_q, d_k, d_v = ops.attention_backward(d_a, cache.attention)  # (N, H), (N, K), (N, K)
-        d_q = self.scaled(d_q, self.query_scale)  # (N, H)
-        d_q = self.place_backward(d_q, cache.place_q, getattr(grads, "attn_q_norm", None), c.n_heads)  # (N, H)
-        d_k = self.place_backward(d_k, cache.place_k, getattr(grads, "attn_k_norm", None), c.n_kv_heads)  # (N, K)
+        d_a = project_backward(ops, d_a, cache.attn_output, grads.attn_output, scale)  # (N, H*d_head)
+        d_q, d_k, d_v = ops.attention_backward(d_a, cache.attention)  # (N, H*d_head), (N, G*d_head), (N, G*d_head)
+        d_q = self.scaled(d_q, self.query_scale)  # (N, H*d_head)
+        d_q = self.place_backward(d_q, cache.place_q, getattr(grads, "attn_q_norm", None), c.n_heads)  # (N, H*d_head)
+        d_k = self.place_backward(d_k, cache.place_k, getattr(grads, "attn_k_norm", None), c.n_kv_heads)
         d_h = project_backward(ops, d_q, cache.attn_q, grads.attn_q, scale)  # (N, D)
         d_h = ops.add(d_h, project_backward(ops, d_k, cache.attn_k, grads.attn_k, scale))  # h was read three times
         d_h = ops.add(d_h, project_backward(ops, d_v, cache.attn_v, grads.attn_v, scale))

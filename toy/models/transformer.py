@@ -5,7 +5,8 @@
                 x = x + W_ff2 gelu(W_ff1 RMSNorm(x))
     logits = RMSNorm(x) E^T                    (the embedding E is used twice: "tied")
 
-Letters in the shapes: N = B*T rows (one per token), D = d_model, F = d_ff, V = vocab_size, H = n_heads * d_head.
+Letters in the shapes: N = B*T rows (one per token), D = d_model, F = d_ff, V = vocab_size,
+H = n_heads.
 The ops are in `toy/ops/reference.py`, each with its own backward. The backward below calls them in reverse order: read it
 from the bottom of `forward_rows` upwards. Where two paths of the forward meet (`add`), their gradients part; where one value
 was used twice, the gradients of its uses are summed.
@@ -181,12 +182,12 @@ class TransformerLM(LanguageModel):
         """x: (N, D) -> x (N, D), cache."""
         ops, heads = self.ops, self.config.n_heads
         h, norm1 = ops.rms_norm(x, block.norm1_gamma, NORM_EPS)  # (N, D)
-        q, q_cache = ops.linear(h, block.w_q)  # (N, H)
-        k, k_cache = ops.linear(h, block.w_k)  # (N, H)
-        v, v_cache = ops.linear(h, block.w_v)  # (N, H)
+        q, q_cache = ops.linear(h, block.w_q)  # (N, H*d_head)
+        k, k_cache = ops.linear(h, block.w_k)  # (N, H*d_head)
+        v, v_cache = ops.linear(h, block.w_v)  # (N, H*d_head)
         if kv_cache is not None:
-            k, v = kv_cache.extend(layer, k, v)  # (T_past + T, H)
-        a, attention = ops.attention(q, k, v, batch, heads, causal=True)  # (N, H)
+            k, v = kv_cache.extend(layer, k, v)  # (T_past + T, H*d_head)
+        a, attention = ops.attention(q, k, v, batch, heads, causal=True)  # (N, H*d_head)
         a, o_cache = ops.linear(a, block.w_o)  # (N, D)
         x = ops.add(x, a)  # (N, D)
 
@@ -230,8 +231,8 @@ class TransformerLM(LanguageModel):
         d_h = ops.rms_norm_backward(d_h, cache.norm2, grads.norm2_gamma)  # (N, D)
         d_x = ops.add(d_x, d_h)  # the residual stream and the branch
 
-        d_a = ops.linear_backward(d_x, cache.w_o, grads.w_o)  # (N, H)
-        d_q, d_k, d_v = ops.attention_backward(d_a, cache.attention)  # (N, H) each
+        d_a = ops.linear_backward(d_x, cache.w_o, grads.w_o)  # (N, H*d_head)
+        d_q, d_k, d_v = ops.attention_backward(d_a, cache.attention)  # (N, H*d_head) each
         d_h = ops.linear_backward(d_q, cache.q, grads.w_q)  # (N, D)
         d_h = ops.add(d_h, ops.linear_backward(d_k, cache.k, grads.w_k))  # h was read three times
         d_h = ops.add(d_h, ops.linear_backward(d_v, cache.v, grads.w_v))

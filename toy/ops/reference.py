@@ -12,6 +12,25 @@ Conventions, the same in every op table:
 * The arithmetic is done in the dtype of the inputs: float32 for training, float64 for checking derivatives.
 * The weight of `embedding` and `linear` may be a `toy.quantized.QuantizedMatrix`. It is frozen, and exactly the numbers that
   its bytes stand for; the activations are not rounded.
+
+The letters of all shapes and formulas, here, in the models and in the lessons; a file names those that it adds:
+
+    symbol   meaning                                                             in the code
+    B        sequences (or images) in a batch                                    batch, t_batch
+    T        tokens in a sequence; Tq and Tk where queries and keys differ       t_seq
+    N        rows, one per token: N = B*T
+    V        tokens in the vocabulary, or classes                                vocab_size, n_classes
+    D        width: columns of the residual stream                               d_model
+    F        width inside the MLP                                                d_ff
+    H        heads, of queries                                                   n_heads
+    G        key/value heads: G = H, or fewer, each shared by H/G query heads    n_kv_heads
+    d_head   columns of one head; all heads side by side are H*d_head wide       d_head
+    L        blocks                                                              n_layers
+    P        patches of an image, of C numbers each                              n_patches
+    r        columns of an adapter's two thin matrices                           rank
+    d_x      the gradient of the loss with respect to x, in the shape of x       d_x
+
+`d_model`, `d_ff` and `d_head` are widths, called so in the papers; every other `d_...` is a gradient.
 """
 
 import itertools

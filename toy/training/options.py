@@ -121,7 +121,12 @@ class RunOptions:
         choices=tuple(RECOMPUTE), resumable=True, alone="on",
     )  # fmt: skip
     backend: str = option("auto", f"One of {', '.join(BACKEND_NAMES)}.", MACHINE, resumable=True)
-    device: str = option("auto", "Device of the backend.", MACHINE, resumable=True)
+    device: str = option(
+        "auto",
+        "Device of the backend: of ggml cpu, cuda, metal, vulkan, or a name of `toy backends`.",
+        MACHINE,
+        resumable=True,
+    )
     threads: int | None = option(
         None, "Threads of BLAS and the kernels.", MACHINE, shown="the backend's own choice", resumable=True, at_least=1,
         at_most=MOST_THREADS,

@@ -12,11 +12,11 @@ def _ids_and_table(rng):
 
 
 def _linear(rng):
-    for n, d_in, d_out in ((5, 4, 3), (4, 4, 4), (1, 2, 5)):
+    for n, n_in, n_out in ((5, 4, 3), (4, 4, 4), (1, 2, 5)):
         yield {
-            "x": rng.normal(size=(n, d_in)),
-            "weight": rng.normal(size=(d_out, d_in)),
-            "bias": rng.normal(size=d_out),
+            "x": rng.normal(size=(n, n_in)),
+            "weight": rng.normal(size=(n_out, n_in)),
+            "bias": rng.normal(size=n_out),
         }
 
 

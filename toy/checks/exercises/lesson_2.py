@@ -23,10 +23,10 @@ def _embedding_backward(d_out, cache, d_table):
 
 
 def _linear(rng):
-    for n, d_in, d_out in ((5, 4, 3), (4, 4, 4), (1, 2, 5)):
-        _, cache = reference.linear(rng.normal(size=(n, d_in)), rng.normal(size=(d_out, d_in)))
-        gradients = {"d_weight": rng.normal(size=(d_out, d_in)), "d_bias": rng.normal(size=d_out)}
-        yield {"d_y": rng.normal(size=(n, d_out)), "cache": cache} | gradients
+    for n, n_in, n_out in ((5, 4, 3), (4, 4, 4), (1, 2, 5)):
+        _, cache = reference.linear(rng.normal(size=(n, n_in)), rng.normal(size=(n_out, n_in)))
+        gradients = {"d_weight": rng.normal(size=(n_out, n_in)), "d_bias": rng.normal(size=n_out)}
+        yield {"d_y": rng.normal(size=(n, n_out)), "cache": cache} | gradients
 
 
 def _linear_backward(d_y, cache, d_weight, d_bias):

@@ -4,9 +4,9 @@ from toy.checks.exercises.engine import GRADIENT_BAR, Mistake, Task, derivatives
 
 
 def _layers(rng, names):
-    for n, d_in, d_out, rank in ((5, 4, 3, 2), (3, 3, 3, 3), (1, 2, 5, 1)):
-        shapes = {"d_y": (n, d_out), "x": (n, d_in), "weight": (d_out, d_in)}
-        shapes |= {"a": (rank, d_in), "b": (d_out, rank), "d_a": (rank, d_in), "d_b": (d_out, rank)}
+    for n, n_in, n_out, rank in ((5, 4, 3, 2), (3, 3, 3, 3), (1, 2, 5, 1)):
+        shapes = {"d_y": (n, n_out), "x": (n, n_in), "weight": (n_out, n_in)}
+        shapes |= {"a": (rank, n_in), "b": (n_out, rank), "d_a": (rank, n_in), "d_b": (n_out, rank)}
         yield {name: 8.0 if name == "alpha" else rng.normal(size=shapes[name]) for name in names}
 
 

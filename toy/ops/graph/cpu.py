@@ -300,9 +300,8 @@ class CpuGraphOps(GraphOps):
         numbers = struct.pack("5qd", batch, n_heads, n_kv_heads, int(causal), window or 0, softcap or 0.0)
         check_attention(q, k, v, batch, n_heads, n_kv_heads, causal, window, softcap)
         largest = self.graph.blank((batch * n_heads, q.shape[0] // batch))  # q.k of each query and head
-        scratch = self._shared(
-            self.n_threads * self.kernels.attention_scratch_floats(k.shape[0] // batch, softcap or 0.0)
-        )
+        sizes = q.shape[0] // batch, k.shape[0] // batch, q.shape[1] // n_heads
+        scratch = self._shared(self.n_threads * self.kernels.attention_scratch_floats(*sizes, softcap or 0.0))
         inputs = [q, k, v, largest, scratch]
         out = self._node(self.kernels.ATTENTION, inputs, q.shape, params=numbers, writes=[largest, scratch])
         return out, (inputs, numbers)

@@ -149,9 +149,9 @@ class NativeGraphOps(GraphOps):
         g, n_kv_heads = self.graph, n_kv_heads or n_heads
         check_attention(q, k, v, batch, n_heads, n_kv_heads, causal, window, softcap)
         width = q.shape[1]
-        q = self._to_heads(q, batch, n_heads)  # (B, H, Tq, d)
-        k = self._to_heads(k, batch, n_kv_heads)  # (B, K, Tk, d)
-        v = self._to_heads(v, batch, n_kv_heads)  # (B, K, Tk, d)
+        q = self._to_heads(q, batch, n_heads)  # (B, H, Tq, d_head)
+        k = self._to_heads(k, batch, n_kv_heads)  # (B, G, Tk, d_head)
+        v = self._to_heads(v, batch, n_kv_heads)  # (B, G, Tk, d_head)
         mask = self._mask(q.shape[2], k.shape[2], window) if causal else None
         scores, slope, factor = g.mul_mat(k, q), None, q.shape[3] ** -0.5  # (B, H, Tq, Tk)
         if softcap is not None:
@@ -159,22 +159,22 @@ class NativeGraphOps(GraphOps):
             p, kept = rules.softmax(g, capped, mask)
         else:
             p, kept = rules.softmax(g, scores, mask, factor)
-        out = g.mul_mat(g.transposed(v), p)  # (B, H, Tq, d)
+        out = g.mul_mat(g.transposed(v), p)  # (B, H, Tq, d_head)
         return self._from_heads(out, width), (q, k, v, p, scores, kept, slope)
 
     def attention_backward(self, d_out, cache):
         g = self.graph
         q, k, v, p, scores, kept, slope = cache
         (batch, n_heads), n_kv_heads = q.shape[:2], k.shape[1]
-        d_out = self._to_heads(d_out, batch, n_heads)  # (B, H, Tq, d)
+        d_out = self._to_heads(d_out, batch, n_heads)  # (B, H, Tq, d_head)
         d_p = g.mul_mat(v, d_out)  # (B, H, Tq, Tk)
         (d_scores,) = rules.softmax_backward(g, d_p, kept, scores)  # (B, H, Tq, Tk)
         if slope is not None:
             d_scores = g.scale(rules.softcap_backward(g, d_scores, slope, scores)[0], q.shape[3] ** -0.5)
-        d_q = g.mul_mat(g.transposed(k), d_scores)  # (B, H, Tq, d)
-        d_k = g.mul_mat(g.transposed(q), g.transposed(d_scores))  # (B, H, Tk, d)
-        d_v = g.mul_mat(g.transposed(d_out), g.transposed(p))  # (B, H, Tk, d)
-        d_k, d_v = (self._sum_groups(d, n_kv_heads) for d in (d_k, d_v))  # (B, K, Tk, d)
+        d_q = g.mul_mat(g.transposed(k), d_scores)  # (B, H, Tq, d_head)
+        d_k = g.mul_mat(g.transposed(q), g.transposed(d_scores))  # (B, H, Tk, d_head)
+        d_v = g.mul_mat(g.transposed(d_out), g.transposed(p))  # (B, H, Tk, d_head)
+        d_k, d_v = (self._sum_groups(d, n_kv_heads) for d in (d_k, d_v))  # (B, G, Tk, d_head)
         return tuple(self._from_heads(d, d.shape[1] * d.shape[3]) for d in (d_q, d_k, d_v))
 
     def _to_heads(self, x, batch, heads):
@@ -189,7 +189,7 @@ class NativeGraphOps(GraphOps):
         return self.graph.reshape(self.graph.cont(self.graph.permute(x, (0, 2, 1, 3))), (rows, width))
 
     def _sum_groups(self, x, n_kv_heads):
-        """(B, H, T, d) -> (B, K, T, d): the query heads of a group share one key/value head."""
+        """(B, H, T, d_head) -> (B, G, T, d_head): the query heads of a group share one key/value head."""
         batch, heads, t, d = x.shape
         group = heads // n_kv_heads
         if group == 1:

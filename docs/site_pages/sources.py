@@ -1,0 +1,114 @@
+"""Pieces of the sources, found by name: what a page shows of the code is the code."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+from site_pages.repository import ROOT
+from toy.ops import reference
+
+_RULE = re.compile(r"^# -{60,}$")
+_COMPILED = re.compile(r"^(?:cdef|cpdef|def)\s.*?(\w+)\(", re.M)
+
+
+def ops():
+    """The names of the ops, in the order of the reference table; a backward belongs to its forward."""
+    return [
+        name
+        for name, value in vars(reference).items()
+        if inspect.isfunction(value)
+        and value.__module__ == reference.__name__
+        and not name.startswith("_")
+        and not name.endswith("_backward")
+    ]
+
+
+def has_backward(op):
+    return hasattr(reference, f"{op}_backward")
+
+
+def headings():
+    """{op: the comment of the section of reference.py that it stands in}: its formula and where it is from."""
+    lines = inspect.getsource(reference).splitlines()
+    found, heading = {}, ""
+    for i, line in enumerate(lines):
+        if _RULE.match(line) and i and lines[i - 1].startswith("# ") and not _RULE.match(lines[i - 1]):
+            first = max(k for k in range(i) if _RULE.match(lines[k]))
+            heading = " ".join(text.removeprefix("# ") for text in lines[first + 1 : i])
+        elif line.startswith("def "):
+            found[line[4 : line.index("(")]] = heading
+    return found
+
+
+def caches():
+    """{op: the name of its cache class}, by what its forward is said to return."""
+    found = {}
+    for op in ops():
+        returned = str(inspect.signature(getattr(reference, op)).return_annotation)
+        names = re.findall(r"\b(\w+Cache)\b", returned)
+        if names and hasattr(reference, names[0]):
+            found[op] = names[0]
+    return found
+
+
+def numpy_source(op):
+    """The cache, the forward and the backward of an op, as they stand in toy/ops/reference.py."""
+    names = [caches().get(op), op, f"{op}_backward"]
+    return "\n\n".join(
+        inspect.getsource(getattr(reference, name)) for name in names if name and hasattr(reference, name)
+    )
+
+
+def kernels(op):
+    """[(file, source)]: the compiled functions of an op that do its arithmetic, from toy/_kernels."""
+    root = op.removesuffix("_step")  # adamw_step: adamw_update
+    others = [name for name in ops() if name != op and name.startswith(op + "_")]
+    result = []
+    for path in sorted((ROOT / "toy" / "_kernels").glob("*.pyx")):
+        text = path.read_text(encoding="utf-8")
+        pieces = [
+            body
+            for name, body in compiled_functions(text)
+            if (name == op or name.startswith(root + "_")) and not name.startswith(tuple(others))
+        ]
+        arithmetic = [body for body in pieces if body.startswith("cdef void")] or pieces
+        if arithmetic:
+            result.append((path.relative_to(ROOT).as_posix(), "\n\n".join(arithmetic)))
+    return result
+
+
+def compiled_functions(text):
+    """[(name, source)] of the functions of a Cython file, each up to the next line that is not indented."""
+    found = []
+    for start in _COMPILED.finditer(text):
+        lines = text[start.start() :].splitlines()
+        end = next(
+            (i for i, line in enumerate(lines[1:], 1) if line and not line[0].isspace() and line[0] != ")"), len(lines)
+        )
+        body = "\n".join(lines[:end]).rstrip()
+        if ":\n" in body + "\n":
+            found.append((start[1], body + "\n"))
+    return found
+
+
+def accelerated_source(op):
+    """The op where toy/ops/accelerated.py defines it in Python, an empty string where it takes a kernel as it is."""
+    text = (ROOT / "toy" / "ops" / "accelerated.py").read_text(encoding="utf-8")
+    wanted = (op, f"{op}_backward")
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+    return "\n\n".join(ast.get_source_segment(text, node) + "\n" for node in nodes)
+
+
+def graph_sources(op):
+    """[(spelling, file, source)]: how an op is recorded for the CPU and for other devices."""
+    from toy.ops.graph import cpu, native
+
+    result = []
+    for spelling, table in (("cpu", cpu.CpuGraphOps), ("native", native.NativeGraphOps)):
+        methods = [getattr(table, name) for name in (op, f"{op}_backward") if hasattr(table, name)]
+        if methods:
+            file = Path(inspect.getsourcefile(methods[0])).resolve()
+            text = "\n".join(inspect.cleandoc("\n" + inspect.getsource(method)) + "\n" for method in methods)
+            result.append((spelling, file.relative_to(Path(cpu.__file__).resolve().parents[3]).as_posix(), text))
+    return result

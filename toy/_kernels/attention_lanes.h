@@ -1,0 +1,298 @@
+/* Attention of a block of query rows with one query in each lane of a vector.
+ *
+ * Scores, probabilities and their gradients of a block are matrices (keys, TOY_BLOCK): a row for each key, in it one number
+ * for each query of the block. In this form the largest score of a query, the sum of its exponentials and everything else
+ * that the softmax does goes down a column: no sum inside a vector. The queries themselves, their outputs and gradients are
+ * transposed, (d_head, TOY_BLOCK); keys and values are read where they lie, a number at a time. So all five products of a
+ * training step have one shape, numbers times vectors, and `toy_multiply` does them without packing anything.
+ *
+ * Every element of a product is one chain of fused multiply-adds in the order of the sum, whatever tile it falls into: the
+ * backward finds the same scores as the forward, bit by bit.
+ *
+ * TOY_LANES is 0 where the compiler has no vector types or is told to use no fused multiply-add: sgemm, which picks its
+ * instructions when it runs, is then faster.
+ */
+#ifndef TOY_ATTENTION_LANES_H
+#define TOY_ATTENTION_LANES_H
+
+#include "simd_math.h"
+
+#if defined(__GNUC__) && defined(__AVX512F__)
+#include <immintrin.h>
+#define TOY_LANES 16
+#elif defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define TOY_LANES 8
+#elif defined(__GNUC__) && defined(__aarch64__)
+#include <arm_neon.h>
+#define TOY_LANES 4
+#else
+#define TOY_LANES 0
+#endif
+
+#if TOY_LANES
+
+#define TOY_BLOCK (2 * TOY_LANES) /* query rows of a block: two vectors, a left and a right one */
+
+/* Rows of the largest tile. Its sums fill the registers: 12 x 2 of 32, or 6 x 2 of the 16 that AVX2 has; a vector to
+ * multiply with and its numbers take some of the others. Fewer sums than 8 would wait for each other. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TOY_TILE 12
+#else
+#define TOY_TILE 6
+#endif
+
+typedef float toy_lanes __attribute__((vector_size(4 * TOY_LANES)));
+typedef int32_t toy_lane_bits __attribute__((vector_size(4 * TOY_LANES)));
+typedef float toy_lanes_anywhere __attribute__((vector_size(4 * TOY_LANES), aligned(4), may_alias));
+
+TOY_INLINE toy_lanes toy_get(const float *x) { return *(const toy_lanes_anywhere *)x; }
+TOY_INLINE void toy_put(float *x, toy_lanes v) { *(toy_lanes_anywhere *)x = v; }
+TOY_INLINE toy_lanes toy_all(float x) { return x - (toy_lanes){0}; }
+
+/* lane by lane x > y ? x : y: a NaN in x is passed over */
+TOY_INLINE toy_lanes toy_larger(toy_lanes x, toy_lanes y) {
+#if defined(__AVX512F__)
+    return (toy_lanes)_mm512_max_ps((__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+    return (toy_lanes)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+    const toy_lane_bits take = x > y;
+    return (toy_lanes)((take & (toy_lane_bits)x) | (~take & (toy_lane_bits)y));
+#endif
+}
+
+/* 2^x for x <= 0 and for the little above it that rounding makes, error below 1.5 ulp; 2^0 = 1, NaN -> NaN, 0 below -126.5
+ * (no denormal numbers: the products that follow would be slow on them).
+ *
+ * x = n + f with an integer n and |f| <= 1/2; 2^f = 1 + f ln 2 + (f ln 2)^2 q(f ln 2) with the q of `toy_exp`. The integer is
+ * in the low bits of x + 1.5 * 2^23 + 127, so that moved up they are the exponent of 2^n, for n = -127 the number 0. */
+TOY_INLINE toy_lanes toy_exp2_of_negative(toy_lanes x) {
+    const double ln2 = 0.693147180559945309;
+    const float round_to_exponent = 12582912.0f + 127.0f;
+    x = toy_larger(toy_all(-127.0f), x); /* in this order a NaN stays */
+    const toy_lanes shifted = x + round_to_exponent;
+    const toy_lanes f = x - (shifted - round_to_exponent);
+    toy_lanes p = toy_all((float)(1.3814592e-3 * ln2 * ln2 * ln2 * ln2 * ln2 * ln2));
+    p = p * f + (float)(8.3687166e-3 * ln2 * ln2 * ln2 * ln2 * ln2);
+    p = p * f + (float)(4.1668389e-2 * ln2 * ln2 * ln2 * ln2);
+    p = p * f + (float)(1.6666521e-1 * ln2 * ln2 * ln2);
+    p = p * f + (float)(4.9999994e-1 * ln2 * ln2);
+    p = p * f + (float)ln2;
+    p = p * f + 1.0f;
+    return p * (toy_lanes)((toy_lane_bits)shifted << 23);
+}
+
+/* ---- products --------------------------------------------------------------------------------------------------------- */
+
+/* A tile of `toy_multiply`: its constants make the compiler unroll it and keep the sums in registers. */
+TOY_INLINE void toy_tile(const int rows, const int columns, ptrdiff_t n, const float *a, ptrdiff_t a_row, ptrdiff_t a_step,
+                         const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add) {
+    toy_lanes sums[TOY_TILE][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < columns; j++) sums[i][j] = (toy_lanes){0};
+    for (ptrdiff_t k = 0; k < n; k++, a += a_step, b += b_step) {
+        const toy_lanes left = toy_get(b), right = columns == 2 ? toy_get(b + TOY_LANES) : left;
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            const float number = a[i * a_row];
+            sums[i][0] += number * left;
+            if (columns == 2) sums[i][1] += number * right;
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < columns; j++) {
+            float *place = c + i * c_row + j * TOY_LANES;
+            toy_put(place, add ? toy_get(place) + sums[i][j] : sums[i][j]);
+        }
+}
+
+TOY_INLINE void toy_multiply_columns(const int columns, ptrdiff_t rows, ptrdiff_t n, const float *a, ptrdiff_t a_row,
+                                     ptrdiff_t a_step, const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add) {
+#define TOY_TILES(ROWS) \
+    toy_tile(ROWS, columns, n, a, a_row, a_step, b, b_step, c, c_row, add), rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row
+    while (rows > 0) {
+        /* the last rows in two tiles of about the same height, not in one that is full and one that is nearly empty */
+#if TOY_TILE == 12
+        if (rows >= 12 && rows != 16) TOY_TILES(12);
+        else if (rows >= 8) TOY_TILES(8);
+#else
+        if (rows >= 6 && rows != 8) TOY_TILES(6);
+#endif
+        else if (rows >= 4) TOY_TILES(4);
+        else if (rows >= 2) TOY_TILES(2);
+        else TOY_TILES(1);
+    }
+#undef TOY_TILES
+}
+
+/* c (rows, columns * TOY_LANES) = a (rows, n) b (n, columns * TOY_LANES), or with `add` that much more; columns: 1 or 2.
+ * Steps in elements: a_row from a row of a to the next, a_step from a column of it to the next (one of the two is 1). */
+static void toy_multiply(int columns, ptrdiff_t rows, ptrdiff_t n, const float *a, ptrdiff_t a_row, ptrdiff_t a_step,
+                         const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add) {
+    if (a_row == 1) {
+        if (columns == 2) toy_multiply_columns(2, rows, n, a, 1, a_step, b, b_step, c, c_row, add);
+        else toy_multiply_columns(1, rows, n, a, 1, a_step, b, b_step, c, c_row, add);
+    } else {
+        if (columns == 2) toy_multiply_columns(2, rows, n, a, a_row, 1, b, b_step, c, c_row, add);
+        else toy_multiply_columns(1, rows, n, a, a_row, 1, b, b_step, c, c_row, add);
+    }
+}
+
+/* Ask for rows of n floats that will soon be read, or written: rows of a matrix with other heads between them are what the
+ * hardware does not see coming. */
+static void toy_fetch_rows(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t x_row, int to_write) {
+    for (ptrdiff_t i = 0; i < rows; i++, x += x_row)
+        for (ptrdiff_t j = 0; j < n; j += 16) {
+            if (to_write) __builtin_prefetch(x + j, 1, 3);
+            else __builtin_prefetch(x + j, 0, 2);
+        }
+}
+
+/* ---- into lanes and out of them --------------------------------------------------------------------------------------- */
+
+typedef float toy_four __attribute__((vector_size(16)));
+typedef float toy_four_anywhere __attribute__((vector_size(16), aligned(4), may_alias));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define TOY_SHUFFLE(x, y, i, j, k, l) __builtin_shufflevector(x, y, i, j, k, l)
+#else
+typedef int32_t toy_four_places __attribute__((vector_size(16)));
+#define TOY_SHUFFLE(x, y, i, j, k, l) __builtin_shuffle(x, y, (toy_four_places){i, j, k, l})
+#endif
+
+TOY_INLINE toy_four toy_get_four(const float *x) { return *(const toy_four_anywhere *)x; }
+TOY_INLINE void toy_put_four(float *x, toy_four v) { *(toy_four_anywhere *)x = v; }
+TOY_INLINE void toy_turn_four(toy_four rows[4]) {
+    const toy_four a = TOY_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5), b = TOY_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
+    const toy_four c = TOY_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7), d = TOY_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+    rows[0] = TOY_SHUFFLE(a, b, 0, 1, 4, 5);
+    rows[1] = TOY_SHUFFLE(a, b, 2, 3, 6, 7);
+    rows[2] = TOY_SHUFFLE(c, d, 0, 1, 4, 5);
+    rows[3] = TOY_SHUFFLE(c, d, 2, 3, 6, 7);
+}
+
+/* x (rows, n) -> lanes (n, TOY_BLOCK), with 0 in the lanes after the last row */
+static void toy_into_lanes(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t x_row, float *TOY_RESTRICT lanes) {
+    const ptrdiff_t whole = rows / 4 * 4, whole_n = n / 4 * 4;
+    if (rows < TOY_BLOCK) memset(lanes, 0, (size_t)(n * TOY_BLOCK) * sizeof(float));
+    for (ptrdiff_t i = 0; i < whole; i += 4) {
+        for (ptrdiff_t j = 0; j < whole_n; j += 4) {
+            toy_four four[4];
+            for (int l = 0; l < 4; l++) four[l] = toy_get_four(x + (i + l) * x_row + j);
+            toy_turn_four(four);
+            for (int l = 0; l < 4; l++) toy_put_four(lanes + (j + l) * TOY_BLOCK + i, four[l]);
+        }
+        for (ptrdiff_t j = whole_n; j < n; j++)
+            for (int l = 0; l < 4; l++) lanes[j * TOY_BLOCK + i + l] = x[(i + l) * x_row + j];
+    }
+    for (ptrdiff_t i = whole; i < rows; i++)
+        for (ptrdiff_t j = 0; j < n; j++) lanes[j * TOY_BLOCK + i] = x[i * x_row + j];
+}
+
+/* lanes (n, TOY_BLOCK), each lane times its factor -> x (rows, n) */
+static void toy_out_of_lanes(ptrdiff_t rows, ptrdiff_t n, const float *lanes, const float *factors,
+                             float *TOY_RESTRICT x, ptrdiff_t x_row) {
+    const ptrdiff_t whole = rows / 4 * 4, whole_n = n / 4 * 4;
+    for (ptrdiff_t i = 0; i < whole; i += 4) {
+        const toy_four factor = toy_get_four(factors + i);
+        for (ptrdiff_t j = 0; j < whole_n; j += 4) {
+            toy_four four[4];
+            for (int l = 0; l < 4; l++) four[l] = factor * toy_get_four(lanes + (j + l) * TOY_BLOCK + i);
+            toy_turn_four(four);
+            for (int l = 0; l < 4; l++) toy_put_four(x + (i + l) * x_row + j, four[l]);
+        }
+        for (ptrdiff_t j = whole_n; j < n; j++)
+            for (int l = 0; l < 4; l++) x[(i + l) * x_row + j] = factor[l] * lanes[j * TOY_BLOCK + i + l];
+    }
+    for (ptrdiff_t i = whole; i < rows; i++)
+        for (ptrdiff_t j = 0; j < n; j++) x[i * x_row + j] = factors[i] * lanes[j * TOY_BLOCK + i];
+}
+
+/* ---- softmax, down a column of TOY_LANES queries ------------------------------------------------------------------------
+ * `scores`, `p`, `d_p`: the first of n keys of that column, TOY_BLOCK floats from one key to the next */
+
+/* Put `value` where a query does not see the key: lane i sees the keys first + i .. last + i, and the rows are the keys
+ * key, key + 1, ... */
+static void toy_hide_keys(float *scores, ptrdiff_t n, ptrdiff_t key, ptrdiff_t first, ptrdiff_t last, float value) {
+    toy_lane_bits lane;
+    for (int i = 0; i < TOY_LANES; i++) lane[i] = i;
+    const toy_lane_bits bits = (toy_lane_bits)toy_all(value);
+    for (ptrdiff_t j = 0; j < n; j++, key++, scores += TOY_BLOCK) {
+        const int below = (int)(key - last < TOY_LANES ? key - last : TOY_LANES); /* lanes before it do not see so far */
+        const int above = (int)(key - first < TOY_LANES ? key - first : TOY_LANES); /* lanes after it have it behind them */
+        const toy_lane_bits hide = (lane < below) | (lane > above);
+        toy_put(scores, (toy_lanes)((hide & bits) | (~hide & (toy_lane_bits)toy_get(scores))));
+    }
+}
+
+/* largest: (TOY_LANES,), of it and the scores the larger */
+static void toy_largest_scores(const float *scores, ptrdiff_t n, float *largest) {
+    toy_lanes most = toy_get(largest), other = most;
+    for (; n >= 2; n -= 2, scores += 2 * TOY_BLOCK) {
+        most = toy_larger(toy_get(scores), most);
+        other = toy_larger(toy_get(scores + TOY_BLOCK), other);
+    }
+    if (n) most = toy_larger(toy_get(scores), most);
+    toy_put(largest, toy_larger(most, other));
+}
+
+/* scores -> exp(scale (score - largest)); their sums are added to total (TOY_LANES,) */
+static void toy_exp_scores(float *scores, ptrdiff_t n, float scale, const float *largest, float *total) {
+    const float to_powers_of_two = (float)(scale * 1.44269504088896341);
+    const toy_lanes shift = toy_get(largest);
+    toy_lanes sum = {0};
+    for (ptrdiff_t j = 0; j < n; j++, scores += TOY_BLOCK) {
+        const toy_lanes p = toy_exp2_of_negative((toy_get(scores) - shift) * to_powers_of_two);
+        toy_put(scores, p);
+        sum += p;
+    }
+    toy_put(total, toy_get(total) + sum);
+}
+
+/* the same, and the sums of p d_p are added to expected (TOY_LANES,) */
+static void toy_exp_scores_and_expect(float *scores, const float *d_p, ptrdiff_t n, float scale, const float *largest,
+                                      float *total, float *expected) {
+    const float to_powers_of_two = (float)(scale * 1.44269504088896341);
+    const toy_lanes shift = toy_get(largest);
+    toy_lanes sum = {0}, dot = {0};
+    for (ptrdiff_t j = 0; j < n; j++, scores += TOY_BLOCK, d_p += TOY_BLOCK) {
+        const toy_lanes p = toy_exp2_of_negative((toy_get(scores) - shift) * to_powers_of_two);
+        toy_put(scores, p);
+        sum += p;
+        dot += p * toy_get(d_p);
+    }
+    toy_put(total, toy_get(total) + sum);
+    toy_put(expected, toy_get(expected) + dot);
+}
+
+/* p -> p inverse, the probabilities; d_p -> p (d_p - expected) scale, the gradient of the scores before they were scaled */
+static void toy_d_scores(float *p, float *d_p, ptrdiff_t n, float scale, const float *inverse, const float *expected) {
+    const toy_lanes factor = toy_get(inverse), mean = toy_get(expected);
+    for (ptrdiff_t j = 0; j < n; j++, p += TOY_BLOCK, d_p += TOY_BLOCK) {
+        const toy_lanes probability = toy_get(p) * factor;
+        toy_put(p, probability);
+        toy_put(d_p, probability * (toy_get(d_p) - mean) * scale);
+    }
+}
+
+#else
+
+/* the names, for code that asks for TOY_LANES first */
+#define TOY_BLOCK 1
+#define toy_multiply(...) ((void)0)
+#define toy_fetch_rows(...) ((void)0)
+#define toy_into_lanes(...) ((void)0)
+#define toy_out_of_lanes(...) ((void)0)
+#define toy_hide_keys(...) ((void)0)
+#define toy_largest_scores(...) ((void)0)
+#define toy_exp_scores(...) ((void)0)
+#define toy_exp_scores_and_expect(...) ((void)0)
+#define toy_d_scores(...) ((void)0)
+
+#endif
+#endif

@@ -1,0 +1,248 @@
+"""Decoding as a ggml graph of its own: a language model that goes on from a text, one token after the other.
+
+A `Decoder` generates what `toy.models.generation` samples from. The weights stay in their GGUF type; on the CPU they stay where
+they lie, mapped from the file. The keys and values of the tokens read so far are on the device, in a store that grows with the
+text. One graph reads one token; it serves until attention needs more rows of the store (`ROWS_STEP`).
+
+Its products are ggml's own: for quantised weights ggml rounds the activations to 8-bit integers, as llama.cpp does, so that a
+text is llama.cpp's text. Where the eager op table computes with the same weights in float32 it is exact, and slower.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from toy.engines.weights import borrow
+from toy.models.base import LanguageModel, checked_ids
+from toy.models.parameters import ParameterTree
+from toy.ops.graph.decoding import DecodingOps, RecordedCache, Store, Weight
+from toy.quantized import Leaf, QuantizedMatrix
+from toy.switch import Resolved, num_threads, usable_processors
+
+if TYPE_CHECKING:
+    from ggml_bridge import Explanation
+
+ROWS_STEP = 256  # attention reads so many rows of the store, or a multiple
+PROMPT_STEP = 512  # tokens of a prompt that one run of a graph reads
+# on the CPU the compiled kernels read a prompt of at least so many tokens: they dequantise each weight once for all of them
+EAGER_PROMPT = 32
+
+
+class DeviceCache:
+    """The tokens that a `Decoder` has read of one text. `length`: how many; it may be set to fewer, to go on from there."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @length.setter
+    def length(self, value: int) -> None:
+        if not 0 <= value <= len(self.ids):
+            raise ValueError(f"the length of a cache can be set to at most the {len(self.ids)} tokens in it, got {value}")
+        del self.ids[value:]
+
+
+class Decoder:
+    """A language model to generate from, with `config`, `new_kv_cache` and `forward` as a `LanguageModel` has them.
+
+    model: the model on an eager op table; its parameters are shared. choice: a device of the backend ggml. Raises ValueError,
+    RuntimeError or MemoryError, with a sentence that says why, for a model that the device does not take.
+
+    There is one store of keys and values: the text that was read last is in it. A cache of another text is read again when it
+    is gone on from.
+    """
+
+    def __init__(self, model: LanguageModel, choice: Resolved) -> None:
+        import ggml_bridge
+
+        self.eager, self.config, self.device = model, model.config, choice.device
+        self.on_cpu = choice.device.startswith("cpu")
+        threads = (num_threads() or usable_processors()) if self.on_cpu else None
+        self.bridge = ggml_bridge.Backend("cpu" if self.on_cpu else choice.device, threads)
+        self.weights = {
+            name: Weight(leaf, partial(borrow, self.bridge, leaf, name)) for name, leaf in model.parameters.items()
+        }
+        self.rounds_activations = any(is_rounded(weight.leaf) for weight in self.weights.values())
+        self._store: Store | None = None
+        self._in_store: DeviceCache | None = None  # whose keys and values those are
+        self._graphs: dict[bool, _DecodingGraph] = {}  # by whether it reads one token
+        try:
+            self._recorded(1, 1)  # what the device does not run is told now
+        except BaseException:
+            self.bridge.close()
+            raise
+
+    def close(self) -> None:
+        """Free the device's memory. Nothing can be called after it."""
+        self.bridge.close()
+
+    def new_kv_cache(self) -> DeviceCache:
+        return DeviceCache()
+
+    def forward(
+        self, token_ids: npt.ArrayLike, *, kv_cache: DeviceCache, last_only: bool = True
+    ) -> tuple[np.ndarray, None]:
+        """token_ids: int (T,), which go on from the cache -> logits of the last one (1, V), None. Errors as
+        `LanguageModel.forward`; last_only: nothing else is to be had."""
+        if not last_only:
+            raise ValueError("a Decoder gives the logits of the last position: set last_only, or take the model itself")
+        ids = checked_ids(self.config, token_ids, kv_cache.length)
+        if ids.ndim != 1:
+            raise ValueError(f"a Decoder reads one sequence, token_ids (T,), got {ids.shape}")
+        rows = np.ascontiguousarray(ids, np.int64)
+        if self._in_store is not kv_cache:  # another text was read since
+            before, kv_cache.ids = kv_cache.ids, []
+            self._in_store = kv_cache
+            if before:
+                self._read(np.array(before, np.int64), kv_cache)
+        return self._read(rows, kv_cache), None
+
+    def explain(self) -> "Explanation":
+        """What reads one token: the nodes, the number of splits, and the bytes; str() is a table."""
+        return self._recorded(1, max(1, len(self._in_store.ids) if self._in_store else 1)).graph.explain()
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read(self, rows: np.ndarray, cache: DeviceCache) -> np.ndarray:
+        """Read the tokens after those in the cache -> logits of the last one (1, V)."""
+        logits = np.empty((0, 0), np.float32)
+        eager = self.on_cpu and len(rows) >= EAGER_PROMPT
+        step = len(rows) if eager else PROMPT_STEP
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            positions = np.arange(cache.length, cache.length + len(part))
+            if eager:
+                logits = self._read_eagerly(part, positions)
+            else:
+                recorded = self._recorded(len(part), cache.length + len(part))
+                logits = recorded.run(token_ids=part, positions=positions)
+            cache.ids.extend(part.tolist())
+        return logits
+
+    def _read_eagerly(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        self._reserve(positions[-1] + 1)
+        x, *_ = self.eager.hidden_rows(rows, positions, 1, _StoredCache(self._store, positions[0]), keep_cache=False)
+        logits, *_ = self.eager.unembed_rows(x[-1:])
+        return np.asarray(logits)
+
+    def _recorded(self, n: int, length: int) -> "_DecodingGraph":
+        """The graph that reads n tokens, the last of which is the length-th of its text."""
+        self._reserve(length)
+        n_rows = padded(length)
+        recorded = self._graphs.get(n == 1)
+        if recorded is None or (recorded.n, recorded.n_rows) != (n, n_rows):
+            if recorded is not None:
+                recorded.graph.close()
+            self._graphs.pop(n == 1, None)
+            self._graphs[n == 1] = recorded = _DecodingGraph(self, n, n_rows)
+        return recorded
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def _reserve(self, length: int) -> None:
+        """Make the store hold so many tokens; what is in it stays. It grows by doubling, up to the context."""
+        store, rows = self._store, padded(length)
+        if store is not None and rows <= store.rows:
+            return
+        rows = max(rows, min(2 * store.rows if store else 0, padded(self.config.context_length)))
+        kept = []
+        if store is not None:
+            kept = [(k.download(), v.download().reshape(-1, store.rows)) for k, v in zip(store.keys, store.values)]
+            self._store, self._graphs = None, {}
+            self.bridge.release_tensors([*store.keys, *store.values])
+        dtype = "f16" if self.rounds_activations else "f32"
+        width = self._width()
+        layers = range(self.config.n_layers)
+        made = Store(
+            [self.bridge.persistent((rows, width), dtype, f"keys {i}") for i in layers],
+            [self.bridge.persistent((width * rows, 1), dtype, f"values {i}") for i in layers],
+            rows,
+        )
+        self.bridge.allocate()
+        for layer, (keys, values) in enumerate(kept):
+            write_rows(made, layer, 0, keys, values.T)
+        self._store = made
+
+    def _width(self) -> int:
+        """Numbers in the key of a token, in all heads."""
+        return getattr(self.config, "n_kv_heads", self.config.n_heads) * self.config.d_head
+
+
+class _DecodingGraph:
+    """The recorded forward of n tokens, with attention over n_rows rows of the store."""
+
+    def __init__(self, decoder: Decoder, n: int, n_rows: int) -> None:
+        eager, config = decoder.eager, decoder.config
+        self.n, self.n_rows, self.graph = n, n_rows, decoder.bridge.graph()
+        ops = DecodingOps(self.graph, n)
+        token_ids = ops.integers("token_ids", n, config.vocab_size)
+        positions = ops.integers("positions", n, config.context_length)
+        model = type(eager).from_config(
+            config, ops=ops, parameters=ParameterTree(decoder.weights), lora_scale=eager.lora_scale
+        )
+        cache = RecordedCache(ops, decoder._store, n_rows)
+        x, *_ = model.hidden_rows(token_ids, positions, 1, cache, keep_cache=False)  # (n, D)
+        logits, *_ = model.unembed_rows(x if n == 1 else self.graph.slice(x, 0, n - 1, n))  # (1, V)
+        self.logits = self.graph.output(logits)
+        self.graph.allocate()
+        self.feeds = []
+        for tensor, value in ops.feeds:
+            if callable(value):
+                self.feeds.append((tensor, value))
+            else:
+                tensor.upload(value)
+
+    def run(self, **arrays: np.ndarray) -> np.ndarray:
+        for tensor, function in self.feeds:
+            tensor.upload(function(arrays))
+        self.graph.compute()
+        return self.logits.download()
+
+
+class _StoredCache:
+    """The key/value cache of a forward on an eager op table, in a decoder's store. length: tokens in it already."""
+
+    def __init__(self, store: Store, length: int) -> None:
+        self.store, self.length = store, int(length)
+
+    def extend(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """k, v: of the new tokens (T, width) -> all keys and values so far (length + T, width)."""
+        if self.length:
+            past = read_rows(self.store, layer, self.length)
+            k, v = (np.concatenate(pair) for pair in zip(past, (k, v)))
+        write_rows(self.store, layer, self.length, k[self.length :], v[self.length :])
+        return k, v
+
+
+def read_rows(store: Store, layer: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of the first `end` tokens, float32 (end, width) each."""
+    keys, values = store.keys[layer].download(), store.values[layer].download()
+    return keys[:end], np.ascontiguousarray(values.reshape(-1, store.rows)[:, :end].T)
+
+
+def write_rows(store: Store, layer: int, begin: int, keys: np.ndarray, values: np.ndarray) -> None:
+    """Write keys and values (T, width) as those of the tokens begin, begin + 1, ...; rows after them are zero."""
+    width = keys.shape[1]
+    all_keys, all_values = np.zeros((store.rows, width), np.float32), np.zeros((width, store.rows), np.float32)
+    if begin:
+        past_keys, past_values = read_rows(store, layer, begin)
+        all_keys[:begin], all_values[:, :begin] = past_keys, past_values.T
+    end = begin + len(keys)
+    all_keys[begin:end], all_values[:, begin:end] = keys, values.T
+    store.keys[layer].upload(all_keys)
+    store.values[layer].upload(all_values.reshape(-1, 1))
+
+
+def padded(length: int) -> int:
+    """The number of the store's rows that attention reads for a text of so many tokens."""
+    return -(-length // ROWS_STEP) * ROWS_STEP
+
+
+def is_rounded(leaf: Leaf) -> bool:
+    """Whether ggml rounds the activations that this weight is multiplied with."""
+    return isinstance(leaf, QuantizedMatrix) and leaf.type != "F32"
