@@ -204,7 +204,7 @@ class LanguageModel(Model):
         self.lora_scale = lora_scale
 
     def forward_rows(self, token_ids: Array, positions: Array, batch: int, kv_cache: Any = None) -> tuple[Array, Any]:
-        """token_ids, positions: int (N,) -> logits (N, V), `Cache`. kv_cache: a `KeyValueCache`, or what extends as it does."""
+        """token_ids, positions: int (N,) -> logits (N, V), `Cache`. kv_cache: what extends as a `KeyValueCache` does."""
         x, embed_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
         logits, unembed_cache = self.unembed_rows(x)  # (N, V)
         return logits, Cache(embed_cache, block_caches, unembed_cache)

@@ -28,7 +28,7 @@ The letters of all shapes and formulas, here, in the models and in the lessons; 
     d_head   columns of one head; all heads side by side are H*d_head wide       d_head
     L        blocks                                                              n_layers
     P        patches of an image, of C numbers each                              n_patches
-    r        columns of an adapter's two thin matrices                           rank
+    r        rank of an adapter, whose matrices are (r, in) and (out, r)          rank
     d_x      the gradient of the loss with respect to x, in the shape of x       d_x
 
 `d_model`, `d_ff` and `d_head` are widths, called so in the papers; every other `d_...` is a gradient.
