@@ -67,7 +67,7 @@ cdef extern from "attention_lanes.h" nogil:
 cdef enum:
     BLOCK = 64          # query rows a block by sgemm: enough for it to be fast, few enough for the scores to stay in cache
     CHUNK = 96          # keys at a time in lanes: their scores, 12 KB at most, stay in the first cache
-    FEWEST_QUERIES = 5  # that are worth a vector of lanes
+    FEWEST_QUERIES = 5  # that are worth a vector of lanes, if the keys are few too; else those that fill half of one
 
 
 cdef inline Py_ssize_t visible_keys(const Attention* a, Py_ssize_t query) noexcept nogil:
@@ -106,7 +106,7 @@ cdef inline Py_ssize_t hide_rest(float* row, Py_ssize_t seen) noexcept nogil:
 
 
 cdef inline bint is_in_lanes(const Attention* a) noexcept nogil:
-    return LANES > 0 and a.t_q >= FEWEST_QUERIES
+    return LANES > 0 and (2 * a.t_q > LANES or (a.t_q >= FEWEST_QUERIES and a.t_k <= 2 * a.t_q))
 
 
 cdef inline bint packs(const Attention* a) noexcept nogil:
