@@ -263,6 +263,12 @@ def test_the_table_of_lessons_has_every_lesson():
         assert lessons.notebooks()[number].stem == name
 
 
+def test_headings_go_down_one_level_at_a_time():
+    above = []
+    assert lessons.without_gaps("# a\n```\n# code\n```\n#### b\n#### c", above) == "# a\n```\n# code\n```\n## b\n## c"
+    assert lessons.without_gaps("##### d\n## e", above) == "### d\n## e" and above == [1, 2]
+
+
 def test_a_session_has_90_minutes_and_its_exercises_are_there():
     text = (course.FOLDER / "syllabus.md").read_text(encoding="utf-8")
     sessions = re.split(r"^## Session ", text, flags=re.M)[1:]

@@ -12,28 +12,23 @@ def pages():
     from toy.cli.main import cli
 
     lines = ["# The command line", "", "What each command says with `--help`.", ""]
-    for words, command in commands("toy", cli):
+    for words, text in commands("toy", cli):
         lines += [
             "#" * (2 + min(words.count(" "), 1)) + f" `{words}`",
             "",
             "```text",
-            help_text(words, command),
+            text,
             "```",
             "",
         ]
     return {"command_line.md": "\n".join(lines)}
 
 
-def commands(words, command):
-    """(words to type, command) of a command and everything below it."""
-    yield words, command
-    if isinstance(command, click.Group):
-        with click.Context(command, info_name=words) as context:
-            for name in command.list_commands(context):
-                yield from commands(f"{words} {name}", command.get_command(context, name))
-
-
-def help_text(words, command):
-    home = os.path.expanduser("~")
-    with click.Context(command, info_name=words, terminal_width=WIDTH, max_content_width=WIDTH) as context:
-        return command.get_help(context).replace(home, "~").rstrip()
+def commands(name, command, parent=None):
+    """(words to type, what --help says) of a command and everything below it."""
+    width = {"terminal_width": WIDTH, "max_content_width": WIDTH}
+    with click.Context(command, parent, info_name=name, **width, **command.context_settings) as context:
+        yield context.command_path, command.get_help(context).replace(os.path.expanduser("~"), "~").rstrip()
+        if isinstance(command, click.Group):
+            for below in command.list_commands(context):
+                yield from commands(below, command.get_command(context, below), context)

@@ -76,11 +76,12 @@ def pages(where):
 
 def for_the_site(notebook, number, path, row, where):
     """A notebook as a page: its links lead to pages, below its heading stands what it needs, at its end its exercises."""
-    pages = []
+    pages, headings = [], []
     for cell in notebook["cells"]:
         cell = {**cell, "metadata": {}}
         if cell["cell_type"] == "markdown":
-            cell["source"] = relink(source(cell), {name: f"../{page}" for name, page in where.items()})
+            text = without_gaps(source(cell), headings)
+            cell["source"] = relink(text, {name: f"../{page}" for name, page in where.items()})
         else:
             cell["metadata"] = {"mystnb": {"image": of_picture(cell["outputs"], number)}}
         pages.append(cell)
@@ -89,13 +90,29 @@ def for_the_site(notebook, number, path, row, where):
     tasks = [task for task in TASKS.values() if task.lesson == number]
     if tasks:
         listed = "\n".join(f"* `{task.signature}`: {task.statement}" for task in tasks)
-        text = f"## Exercises that check themselves\n\n`toy exercise show NAME` writes a file with blanks, " \
+        text = f"## All its exercises\n\n`toy exercise show NAME` writes a file with blanks, " \
                f"`toy exercise check NAME FILE` says what is right.\n\n{listed}\n"  # fmt: skip
         pages.append({"cell_type": "markdown", "metadata": {}, "source": text})
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for cell in pages:
         cell.pop("id", None)
     return {"cells": pages, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
+
+
+def without_gaps(text, above):
+    """Markdown whose headings go down one level at a time, as those who hear a page want it.
+
+    above: the levels of the headings that it stands below, in the notebook; it is changed to what follows stands below.
+    """
+    lines, fenced = [], False
+    for line in text.split("\n"):
+        fenced ^= line.startswith("```")
+        if not fenced and (heading := re.match(r"(#+) ", line)):
+            level = len(heading[1])
+            above[:] = [*(other for other in above if other < level), level]
+            line = "#" * len(above) + line[level:]
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def of_picture(outputs, number):

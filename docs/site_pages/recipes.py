@@ -29,15 +29,17 @@ def page(name, start):
         if paragraph.startswith("\b"):  # for click: lines that stay as they are
             parts += ["```text", paragraph.removeprefix("\b").strip(), "```", ""]
         else:
-            parts += [" ".join(paragraph.split()), ""]
+            parts += [as_markdown(" ".join(paragraph.split())), ""]
     recipe = start.recipe_class
     parts += ["## In Python", "", f"{text_of(recipe)}", ""]
     method = inspect.signature(recipe.realize)
-    arguments = ", ".join(str(argument) for key, argument in method.parameters.items() if key != "self")
+    arguments = [plain(str(argument)) for key, argument in method.parameters.items() if key != "self"]
     parts += [
         "```python",
         f"recipe = toy.recipes.{recipe.__name__}()",
-        f"recipe.realize({plain(arguments)})",
+        "recipe.realize(",
+        *(f"    {argument}," for argument in arguments),
+        ")",
         "```",
         "",
     ]

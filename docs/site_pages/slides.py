@@ -1,13 +1,12 @@
 """The slides of the four sessions: docs/slides/session_N.md, each as one HTML file that needs no network.
 
-A line `---` begins a new slide. A picture is a file of docs/, or `lesson N: words`: the picture of the cell of lesson N
-in whose code these words stand.
+A line `---` begins a new slide. A picture is an SVG file of docs/, or `lesson N: words`: the picture of the cell of lesson N
+in whose code these words stand. `FILE.svg: X Y WIDTH HEIGHT` is a part of a drawing.
 """
 
 import base64
 import itertools
 import re
-from pathlib import Path
 from string import Template
 
 from site_pages import lessons
@@ -60,9 +59,11 @@ def rendered(path):
 def picture(source, path):
     """A picture as an address that holds all of it."""
     if not (wanted := re.fullmatch(r"lesson (\d+): (.+)", source)):
-        data = (ROOT / "docs" / source).read_bytes()
-        kind = {"svg": "svg+xml"}.get(Path(source).suffix[1:], Path(source).suffix[1:])
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        name, _, part = source.partition(": ")
+        data = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        if part:
+            data = re.sub(r'viewBox="[^"]*"', f'viewBox="{part}"', data, count=1)
+        return f"data:image/svg+xml;base64,{base64.b64encode(data.encode()).decode()}"
     notebook = lessons.read(lessons.notebooks()[int(wanted[1])])
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code" and wanted[2] in lessons.source(cell):
