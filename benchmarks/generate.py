@@ -38,13 +38,13 @@ def toy_contender(path, prompt, n_new, backend):
     return run
 
 
-def llama_cpp_contender(path, prompt, n_new, threads):
-    """The same of llama.cpp, on the CPU."""
+def llama_cpp_contender(path, prompt, n_new, threads, gpu_layers=0):
+    """The same of llama.cpp, on the CPU; gpu_layers: how many blocks are on the GPU, where it was built with one."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
     settings.model.path = str(path)
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = len(prompt) + n_new + 8, 1, 0
+    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = len(prompt) + n_new + 8, 1, gpu_layers
     settings.warmup, settings.fit_params, settings.verbosity = False, False, -1
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

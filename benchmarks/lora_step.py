@@ -25,13 +25,14 @@ def make_batch(vocab_size, context, batch):
     return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
 
 
-def toy_step(backend, arguments):
+def toy_recipe(backend, arguments, device="auto"):
+    """-> (the recipe, a function that makes one training step and returns the loss)."""
     import toy
     from toy.files.places import find_model
 
     gguf = toy.GGUF.open(find_model(arguments.model))
     options = toy.RecipeOptions(t_seq=arguments.context, t_batch=arguments.batch)
-    recipe = toy.recipes.LoRA(backend=backend).realize(
+    recipe = toy.recipes.LoRA(backend=backend, device=device).realize(
         gguf, gguf.config(), arguments.rank, options, targets=arguments.targets
     )
     adamw = recipe.adamw(lr=1e-4)
@@ -42,10 +43,10 @@ def toy_step(backend, arguments):
         k = next(steps)
         return recipe.step(token_ids, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0)
 
-    return step
+    return recipe, step
 
 
-def torch_step(arguments):
+def torch_step(arguments, device="cpu", compiled=False):
     import torch
     from torch.nn import functional as F
 
@@ -57,18 +58,18 @@ def torch_step(arguments):
     torch.manual_seed(0)
     with toy.GGUF.open(find_model(arguments.model)) as gguf:
         c = gguf.config()
-        p = {name: torch.from_numpy(array) for name, array in gguf.parameters().items()}
+        p = {name: torch.from_numpy(array).to(device) for name, array in gguf.parameters().items()}
     names = [f"blk.{i}.{TARGETS[target]}" for i in range(c.n_layers) for target in arguments.targets]
     adapters = {}
     for name in names:
         n_out, n_in = p[f"{name}.weight"].shape
-        a = torch.randn(arguments.rank, n_in) * (3 * n_in) ** -0.5
-        adapters[name] = (a.requires_grad_(), torch.zeros(n_out, arguments.rank, requires_grad=True))
+        a = torch.randn(arguments.rank, n_in, device=device) * (3 * n_in) ** -0.5
+        adapters[name] = (a.requires_grad_(), torch.zeros(n_out, arguments.rank, device=device, requires_grad=True))
     trained = [tensor for pair in adapters.values() for tensor in pair]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     frequencies = c.rope_base ** (-torch.arange(0, c.d_head, 2, dtype=torch.float64) / c.d_head)
     angles = torch.arange(arguments.context)[:, None] * frequencies
-    cos, sin = angles.cos().float(), angles.sin().float()  # (T, d_head/2)
+    cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)  # (T, d_head/2)
 
     def project(x, name):
         y = F.linear(x, p[f"{name}.weight"])
@@ -84,7 +85,9 @@ def torch_step(arguments):
     def heads(x, n):
         return x.view(*x.shape[:2], n, c.d_head).transpose(1, 2)
 
-    token_ids, labels = (torch.from_numpy(a) for a in make_batch(c.vocab_size, arguments.context, arguments.batch))
+    token_ids, labels = (
+        torch.from_numpy(a).to(device) for a in make_batch(c.vocab_size, arguments.context, arguments.batch)
+    )
 
     def forward():
         x = F.embedding(token_ids, p["token_embd.weight"])
@@ -101,9 +104,11 @@ def torch_step(arguments):
         x = F.rms_norm(x, (c.d_model,), p["output_norm.weight"], c.rms_eps)
         return F.linear(x, p.get("output.weight", p["token_embd.weight"]))
 
+    run = torch.compile(forward) if compiled else forward
+
     def step():
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(forward().view(-1, c.vocab_size), labels.view(-1))
+        loss = F.cross_entropy(run().view(-1, c.vocab_size), labels.view(-1))
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -112,7 +117,7 @@ def torch_step(arguments):
 
 
 def step_of(contender, arguments):
-    return torch_step(arguments) if contender == "pytorch" else toy_step(contender, arguments)
+    return torch_step(arguments) if contender == "pytorch" else toy_recipe(contender, arguments)[1]
 
 
 def memory_child(arguments):

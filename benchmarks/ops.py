@@ -5,6 +5,9 @@
 The three take turns, so that a busy moment of the machine hits all of them; the figures are medians in milliseconds,
 and the last column is accelerated / PyTorch (below 1: the kernels are faster). PyTorch runs eagerly in float32 with the
 same number of threads.
+
+Of the ops that are matrix products, `limit` is the accelerated time as a multiple of what their multiplications and additions
+take at the rate of a large sgemm, which is measured in turns with them. Of attention those that the causal mask leaves count.
 """
 
 import argparse
@@ -26,7 +29,7 @@ SHAPES = {
 
 
 def make_cases(np, shape, torch):
-    """{op: (function of an op table, function that runs PyTorch or None)}."""
+    """{op: (function of an op table, function that runs PyTorch or None, its flops or None)}."""
     vocab, width, heads, layers, context, batch = SHAPES[shape]
     n = batch * context
     rng = np.random.default_rng(0)
@@ -63,7 +66,12 @@ def make_cases(np, shape, torch):
 
         inputs = (x, weight, b) if bias else (x, weight)
         function = torch.nn.functional.linear if torch else None
-        cases[f"linear {label} {n}x{n_in}->{n_out}{'+b' if bias else ''}"] = run, torch_pair(function, inputs, d_y)
+        flops = 3 * 2 * n * n_in * n_out  # y, d_x and d_weight
+        cases[f"linear {label} {n}x{n_in}->{n_out}{'+b' if bias else ''}"] = (
+            run,
+            torch_pair(function, inputs, d_y),
+            flops,
+        )
 
     add_linear("qkv", width, 3 * width, True)
     add_linear("out", width, width, False)
@@ -156,9 +164,17 @@ def make_cases(np, shape, torch):
     sizes = {op: f"{rows[op]}x{widths.get(op, width)}" for op in rows}
     sizes.update(attention=f"{batch}x{heads}x{context}x{width // heads}", cross_entropy=f"{n}x{vocab}",
                  embedding=f"{n} of {vocab}x{width}", adamw=f"{size}", clip=f"{size}")  # fmt: skip
+    # scores and outputs; their gradients, the scores once more: seven products of 2 flops a score and number of a head
+    flops = {"attention": 7 * 2 * batch * width * context * (context + 1) // 2}
     for op, function in functions.items():
-        cases[f"{op} {sizes[op]}"] = function, twins[op]
+        cases[f"{op} {sizes[op]}"] = function, twins[op], flops.get(op)
     return cases
+
+
+def large_product(np, ops):
+    """(a function that multiplies matrices which the second cache holds, its flops)."""
+    x, weight = np.ones((512, 384), np.float32), np.ones((1536, 384), np.float32)
+    return lambda: ops.linear(x, weight), 2 * 512 * 384 * 1536
 
 
 def alternate(functions, seconds):
@@ -208,18 +224,25 @@ def main():
         torch.set_num_threads(arguments.threads)
     except ImportError:
         torch = None
-    print(f"{'shape':<10}{'op, forward + backward':<36}{'reference':>11}{'accelerated':>12}{'PyTorch':>9}{'ratio':>7}")
+    heads = f"{'reference':>11}{'accelerated':>12}{'PyTorch':>9}{'ratio':>7}{'limit':>7}"
+    print(f"{'shape':<10}{'op, forward + backward':<36}{heads}")
+    product, product_flops = large_product(np, accelerated)
     for shape in arguments.shapes:
-        for case, (run, twin) in make_cases(np, shape, torch).items():
+        for case, (run, twin, flops) in make_cases(np, shape, torch).items():
             if not any(word in case for word in arguments.ops):
                 continue
             functions = [] if arguments.no_reference else [lambda run=run: run(reference)]
             functions.append(lambda run=run: run(accelerated))
             functions += [twin] if twin else []
+            functions += [product] if flops else []
             times = [1e3 * t for t in alternate(functions, arguments.seconds)]
+            limit_ms = times.pop() / product_flops * flops if flops else None
             reference_ms = "" if arguments.no_reference else f"{times.pop(0):.3f}"
             torch_ms, ratio = (f"{times[1]:.3f}", f"{times[0] / times[1]:.2f}") if twin else ("", "")
-            print(f"{shape:<10}{case:<36}{reference_ms:>11}{times[0]:>12.3f}{torch_ms:>9}{ratio:>7}", flush=True)
+            limit = f"{times[0] / limit_ms:.2f}" if flops else ""
+            print(
+                f"{shape:<10}{case:<36}{reference_ms:>11}{times[0]:>12.3f}{torch_ms:>9}{ratio:>7}{limit:>7}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ All contenders live in one process and take turns in short bursts of steps (A B 
 drifts treats them alike; the table gives medians and their ratio to PyTorch (below 1: faster than PyTorch). Peak memory is
 measured apart, one fresh process per contender: resident memory at its highest during the steps, above what the imports took.
 
+"of limit" is the share of a step that its matrix products would take at the speed of one product alone, the MLP's of this
+shape by numpy's BLAS, which takes its turns with the contenders: 1 would be a step of nothing but products at that speed.
+
 PyTorch gets its best: scaled_dot_product_attention, its own RMSNorm / LayerNorm and tanh GELU, fused AdamW, and gradients
 set to None between the steps.
 """
@@ -29,6 +32,9 @@ SHAPES = {  # vocabulary, width, heads, layers, context, batch; the MLP is 4 tim
 }
 
 
+PRODUCT = "a product alone"
+
+
 def make_batch(shape):
     import numpy as np
 
@@ -37,14 +43,36 @@ def make_batch(shape):
     return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
 
 
-def toy_step(backend, model, shape, threads):
-    """-> a function that makes one training step and returns the loss."""
+def product_flops(shape):
+    """Additions and multiplications of the matrix products in a training step: forward, and twice as many backward."""
+    vocab, width, _, layers, t_seq, batch = SHAPES[shape]
+    rows = batch * t_seq
+    matrices = layers * 12 * width**2 + vocab * width  # numbers: four square ones and the MLP; the unembedding
+    attention = layers * 2 * rows * width * (t_seq + 1) / 2  # scores and values, of what the mask leaves
+    return 3 * 2 * (rows * matrices + attention)
+
+
+def product_alone(shape):
+    """-> a function that makes one product of the MLP, and its additions and multiplications."""
+    import numpy as np
+
+    _, width, _, _, t_seq, batch = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch * t_seq, width), dtype=np.float32)
+    w = rng.standard_normal((4 * width, width), dtype=np.float32)
+    y = np.empty((len(x), len(w)), np.float32)
+    return lambda: np.matmul(x, w.T, out=y), 2 * x.size * len(w)
+
+
+def toy_recipe(backend, model, shape, device="auto"):
+    """-> (the recipe, a function that makes one training step and returns the loss)."""
     import toy
 
     vocab, width, heads, layers, t_seq, batch = SHAPES[shape]
     config_class = {"transformer": toy.TransformerConfig, "gpt2": toy.GPT2Config}[model]
     config = config_class(vocab, width, heads, 4 * width, layers, t_seq)
-    recipe = toy.recipes.FromScratch(backend=backend).realize(config, toy.RecipeOptions(t_seq=t_seq, t_batch=batch))
+    recipe = toy.recipes.FromScratch(backend=backend, device=device)
+    recipe.realize(config, toy.RecipeOptions(t_seq=t_seq, t_batch=batch))
     adamw = recipe.adamw(lr=1e-3)
     token_ids, labels = make_batch(shape)
     steps = iter(range(10**9))
@@ -53,11 +81,11 @@ def toy_step(backend, model, shape, threads):
         k = next(steps)
         return recipe.step(token_ids, labels=labels, hp=adamw.hp_for_step(k), is_first=k == 0)
 
-    return step
+    return recipe, step
 
 
-def torch_step(model, shape, threads):
-    """-> a function that makes one PyTorch training step and returns the loss."""
+def torch_step(model, shape, threads, device="cpu", compiled=False):
+    """-> a function that makes one PyTorch training step and returns the loss. compiled: by torch.compile."""
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -104,13 +132,14 @@ def torch_step(model, shape, threads):
                 x = block(x)
             return self.norm(x) @ self.token.weight.T
 
-    network = LanguageModel()
+    network = LanguageModel().to(device)
+    forward = torch.compile(network) if compiled else network
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    token_ids, labels = (torch.from_numpy(a) for a in make_batch(shape))
+    token_ids, labels = (torch.from_numpy(a).to(device) for a in make_batch(shape))
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(network(token_ids).view(-1, vocab), labels.view(-1))
+        loss = F.cross_entropy(forward(token_ids).view(-1, vocab), labels.view(-1))
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -121,7 +150,7 @@ def torch_step(model, shape, threads):
 def step_of(contender, model, shape, threads):
     if contender == "pytorch":
         return torch_step(model, shape, threads)
-    return toy_step(contender, model, shape, threads)
+    return toy_recipe(contender, model, shape)[1]
 
 
 def memory_child(contender, model, shape, threads):
@@ -173,11 +202,16 @@ def main():
     versions = ", ".join(f"{row.name} ({row.version})" for row in toy.backends() if row.name in contenders)
     print(f"Python {platform.python_version()}, {versions}, {threads} threads, model {model}\n")
     print(
-        f"{'shape':<10} {'contender':<12} {'median ms':>10} {'fastest':>9} {'/ PyTorch':>10} {'peak MB':>9} {'/ PyTorch':>10}"
+        f"{'shape':<10} {'contender':<12} {'median ms':>10} {'fastest':>9} {'/ PyTorch':>10} {'of limit':>9} "
+        f"{'peak MB':>9} {'/ PyTorch':>10}"
     )
     figures = []
     for shape in arguments.shapes:
-        times = alternate({name: step_of(name, model, shape, threads) for name in contenders}, arguments.seconds)
+        product, flops = product_alone(shape)
+        steps = {name: step_of(name, model, shape, threads) for name in contenders}
+        times = alternate(steps | {PRODUCT: product}, arguments.seconds)
+        speed = flops / statistics.median(times.pop(PRODUCT))  # a second
+        limit = product_flops(shape) / speed
         medians = {name: statistics.median(values) for name, values in times.items()}
         memory = {}
         if not arguments.no_memory and sys.platform == "linux":
@@ -188,11 +222,18 @@ def main():
             memory_ratio = peak / memory["pytorch"] if memory.get("pytorch") else float("nan")
             print(
                 f"{shape:<10} {name:<12} {medians[name] * 1e3:>10.2f} {min(times[name]) * 1e3:>9.2f} {ratio:>10.2f} "
-                f"{peak / 1e6:>9.1f} {memory_ratio:>10.2f}",
+                f"{limit / medians[name]:>9.2f} {peak / 1e6:>9.1f} {memory_ratio:>10.2f}",
                 flush=True,
             )
             figures.append(
-                {"shape": shape, "contender": name, "median_s": medians[name], "ratio": ratio, "peak_bytes": peak}
+                {
+                    "shape": shape,
+                    "contender": name,
+                    "median_s": medians[name],
+                    "ratio": ratio,
+                    "peak_bytes": peak,
+                    "share_of_limit": limit / medians[name],
+                }
             )
     if arguments.json:
         with open(arguments.json, "w") as file:

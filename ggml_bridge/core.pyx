@@ -122,11 +122,13 @@ def load_backends(directory):
             cpu = ggml_backend_reg_get(i)
     if cpu == NULL:
         raise LoadError(f"the ggml in {directory} has no CPU backend")
-    global bridge_threadpool_new, bridge_threadpool_free, bridge_set_threadpool, bridge_set_n_threads
+    global bridge_threadpool_new, bridge_threadpool_free, bridge_set_threadpool, bridge_set_n_threads, bridge_extra_bufts
     (<void **>&bridge_threadpool_new)[0] = ggml_backend_reg_get_proc_address(cpu, b"ggml_threadpool_new")
     (<void **>&bridge_threadpool_free)[0] = ggml_backend_reg_get_proc_address(cpu, b"ggml_threadpool_free")
     (<void **>&bridge_set_threadpool)[0] = ggml_backend_reg_get_proc_address(cpu, b"ggml_backend_cpu_set_threadpool")
     (<void **>&bridge_set_n_threads)[0] = ggml_backend_reg_get_proc_address(cpu, b"ggml_backend_set_n_threads")
+    # may be missing: then no weight is repacked
+    (<void **>&bridge_extra_bufts)[0] = ggml_backend_reg_get_proc_address(cpu, b"ggml_backend_dev_get_extra_bufts")
     if bridge_threadpool_new == NULL or bridge_threadpool_free == NULL or bridge_set_threadpool == NULL or (
         bridge_set_n_threads == NULL
     ):
@@ -506,6 +508,7 @@ cdef class Tensor:
     cdef readonly object owner
     cdef readonly int ndim
     cdef Leaf leaf
+    cdef bint repacked  # only mul_mat can read it
     cdef int64_t bound  # values of an index tensor that the graph computes are in 0..bound-1; 0 = not known
 
     def __init__(self):
@@ -686,6 +689,8 @@ cdef class Tensor:
     def download(self):
         """The tensor as a new numpy array: float32 (f32, f16, bf16), int32, or raw bytes (quantized)."""
         self.check_memory()
+        if self.repacked:
+            raise ValueError(f"{self!r} is repacked for products: its numbers cannot be read back")
         if self.leaf is None and not isinstance(self.owner, Backend):
             (<Graph>self.owner).check_download(self)
         cdef ggml_type kind = self.t.type
@@ -959,6 +964,59 @@ cdef class Backend:
         self.buffers.append(buffer)
         ggml_backend_tensor_alloc(buffer.buffer, t, ggml_backend_buffer_get_base(buffer.buffer))
         return make_tensor(t, self, len(shape))
+
+    def repacked(self, data, shape, dtype, name=None):
+        """A copy of a weight matrix in an order of its blocks that this device multiplies faster, or None where it has none for
+        this type and shape. `mul_mat` alone takes it, as its first argument.
+
+        data: as for `mapped`. The products round as those of the plain matrix do.
+        """
+        self.check_idle()
+        cdef ggml_type kind = <ggml_type>type_number(dtype)
+        shape = checked_shape(shape, kind)
+        if self.kind != "cpu" or bridge_extra_bufts == NULL or len(shape) != 2 or not ggml_is_quantized(kind):
+            return None
+        cdef const unsigned char[::1] raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        cdef ggml_tensor *t = self.new_persistent(kind, shape)
+        set_name(t, name)
+        cdef size_t size = ggml_nbytes(t)
+        if <size_t>raw.shape[0] != size:
+            raise ValueError(f"a {dtype} tensor of shape {shape} takes {size} bytes, not {raw.shape[0]}")
+        if not ggml_validate_row_data(kind, &raw[0], size):
+            raise ValueError(f"the bytes are no valid {dtype} data" + said())
+        cdef ggml_backend_buffer_type **kinds = bridge_extra_bufts(self.device)
+        cdef Buffer buffer
+        while kinds != NULL and kinds[0] != NULL:
+            if self.multiplies_in(kinds[0], t):
+                buffer = Buffer.__new__(Buffer)
+                buffer.nbytes = ggml_backend_buft_get_alloc_size(kinds[0], t)
+                buffer.buffer = ggml_backend_buft_alloc_buffer(kinds[0], buffer.nbytes)
+                if buffer.buffer == NULL:
+                    raise MemoryError(f"{buffer.nbytes:,} bytes could not be allocated on {self.device_name}" + said())
+                ggml_backend_buffer_set_usage(buffer.buffer, 1)
+                place(buffer, t, 0)
+                ggml_backend_tensor_set(t, &raw[0], 0, size)
+                self.buffers.append(buffer)
+                tensor = make_tensor(t, self, len(shape))
+                (<Tensor>tensor).repacked = True
+                return tensor
+            kinds += 1
+        return None
+
+    cdef bint multiplies_in(self, ggml_backend_buffer_type *buft, ggml_tensor *t) except -1:
+        """Whether the device multiplies a weight like t when its memory is of this type."""
+        cdef Block block = Block(3)
+        cdef int64_t row[4]
+        cdef ggml_backend_buffer *empty = ggml_backend_buft_alloc_buffer(buft, 0)
+        if empty == NULL:
+            return False
+        row[0], row[1], row[2], row[3] = t.ne[0], 1, 1, 1
+        cdef ggml_tensor *product = ggml_mul_mat(block.ctx, t, ggml_new_tensor(block.ctx, GGML_TYPE_F32, 4, row))
+        t.buffer = empty
+        cdef bint answer = ggml_backend_dev_supports_op(self.device, product)
+        t.buffer = NULL
+        ggml_backend_buffer_free(empty)
+        return answer
 
     def allocate(self):
         """Give memory (zeros) to the persistent tensors made since the last call. Raises MemoryError."""

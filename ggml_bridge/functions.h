@@ -21,6 +21,7 @@
 // ggml_backend_reg_get_proc_address (see bind_cpu_function).
 typedef struct ggml_threadpool *(*bridge_threadpool_new_t)(struct ggml_threadpool_params *);
 typedef void (*bridge_threadpool_free_t)(struct ggml_threadpool *);
+typedef ggml_backend_buffer_type_t *(*bridge_extra_bufts_t)(ggml_backend_dev_t);
 typedef void (*bridge_set_threadpool_t)(ggml_backend_t, struct ggml_threadpool *);
 
 #define GGML_BRIDGE_FUNCTIONS(X) \
@@ -63,6 +64,7 @@ static void **const bridge_function_slots[] = {GGML_BRIDGE_FUNCTIONS(GGML_BRIDGE
 static bridge_threadpool_new_t bridge_threadpool_new;
 static bridge_threadpool_free_t bridge_threadpool_free;
 static bridge_set_threadpool_t bridge_set_threadpool;
+static bridge_extra_bufts_t bridge_extra_bufts;
 static ggml_backend_set_n_threads_t bridge_set_n_threads;
 
 // Bytes of one tensor inside a ggml context: what ggml_tensor_overhead() must return when library and headers agree.

@@ -54,9 +54,11 @@ cdef extern from "functions.h" nogil:
         GGML_UNARY_OP_EXP
         GGML_UNARY_OP_EXPM1
         GGML_UNARY_OP_SOFTPLUS
+        GGML_UNARY_OP_GELU
         GGML_UNARY_OP_GELU_ERF
 
     enum ggml_glu_op:
+        GGML_GLU_OP_GEGLU
         GGML_GLU_OP_SWIGLU
 
     enum ggml_status:
@@ -148,6 +150,7 @@ cdef extern from "functions.h" nogil:
     void ***bridge_function_slots
     ggml_threadpool *(*bridge_threadpool_new)(ggml_threadpool_params *)
     void (*bridge_threadpool_free)(ggml_threadpool *)
+    ggml_backend_buffer_type **(*bridge_extra_bufts)(ggml_backend_device *)
     void (*bridge_set_threadpool)(ggml_backend *, ggml_threadpool *)
     void (*bridge_set_n_threads)(ggml_backend *, int)
     const size_t bridge_tensor_bytes

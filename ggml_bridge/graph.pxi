@@ -4,7 +4,7 @@ cdef dict UNARY = {
     "abs": GGML_UNARY_OP_ABS, "sgn": GGML_UNARY_OP_SGN, "neg": GGML_UNARY_OP_NEG, "step": GGML_UNARY_OP_STEP,
     "tanh": GGML_UNARY_OP_TANH, "relu": GGML_UNARY_OP_RELU, "sigmoid": GGML_UNARY_OP_SIGMOID,
     "silu": GGML_UNARY_OP_SILU, "exp": GGML_UNARY_OP_EXP, "expm1": GGML_UNARY_OP_EXPM1,
-    "softplus": GGML_UNARY_OP_SOFTPLUS, "gelu_erf": GGML_UNARY_OP_GELU_ERF,
+    "softplus": GGML_UNARY_OP_SOFTPLUS, "gelu_erf": GGML_UNARY_OP_GELU_ERF, "gelu": GGML_UNARY_OP_GELU,
 }  # fmt: skip
 
 cdef set VIEWS = {GGML_OP_RESHAPE, GGML_OP_VIEW, GGML_OP_PERMUTE, GGML_OP_TRANSPOSE}
@@ -167,6 +167,8 @@ cdef class Graph:
             raise ValueError(f"{op}: {what} = {tensor!r} belongs to another session")
         if tensor.leaf is not None and tensor.leaf.released:
             raise ValueError(f"{op}: the memory of {what} = {tensor!r} was given back (release_tensors)")
+        if tensor.repacked and not (op == "mul_mat" and what == "a"):
+            raise ValueError(f"{op}: {what} = {tensor!r} is repacked for products, which only mul_mat takes, as its a")
         return tensor
 
     cdef Tensor arg_f32(self, value, str op, str what):
@@ -564,9 +566,10 @@ cdef class Graph:
         return self.record(ggml_cos(self.recording(), x.t), x.ndim)
 
     def unary(self, a, function):
-        """function(a), elementwise: abs sgn neg step tanh relu sigmoid silu exp expm1 softplus gelu_erf.
+        """function(a), elementwise: abs sgn neg step tanh relu sigmoid silu exp expm1 softplus gelu_erf gelu.
 
-        ggml's own GELU is missing on purpose: on the CPU it is a float16 table, with errors of 2e-3.
+        gelu, the tanh form, is a float16 table on the CPU, with errors of 2e-3: what llama.cpp computes, and nothing to train
+        with (ops.gelu is).
         """
         if function not in UNARY:
             raise ValueError(f"unary: {function!r} is none of {', '.join(UNARY)}")
@@ -604,13 +607,20 @@ cdef class Graph:
 
     def swiglu(self, gate, up):
         """silu(gate) * up."""
-        cdef Tensor a = self.arg_f32(gate, "swiglu", "gate")
-        cdef Tensor b = self.arg_f32(up, "swiglu", "up")
+        return self.glu(gate, up, GGML_GLU_OP_SWIGLU, "swiglu")
+
+    def geglu(self, gate, up):
+        """gelu(gate) * up, with the GELU of `unary`: a float16 table on the CPU."""
+        return self.glu(gate, up, GGML_GLU_OP_GEGLU, "geglu")
+
+    cdef Tensor glu(self, gate, up, ggml_glu_op kind, str op):
+        cdef Tensor a = self.arg_f32(gate, op, "gate")
+        cdef Tensor b = self.arg_f32(up, op, "up")
         if not same_shape(a.t, b.t):
-            raise ValueError(f"swiglu: {a!r} and {b!r} must be of the same shape")
+            raise ValueError(f"{op}: {a!r} and {b!r} must be of the same shape")
         if not ggml_is_contiguous_1(a.t) or not ggml_is_contiguous_1(b.t):
-            raise ValueError(f"swiglu: {a!r} or {b!r} is a view with gaps; take cont() of it first")
-        return self.record(ggml_glu_split(self.recording(), a.t, b.t, GGML_GLU_OP_SWIGLU), a.ndim)
+            raise ValueError(f"{op}: {a!r} or {b!r} is a view with gaps; take cont() of it first")
+        return self.record(ggml_glu_split(self.recording(), a.t, b.t, kind), a.ndim)
 
     # --- sums
 

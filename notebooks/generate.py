@@ -28,6 +28,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import numpy as np
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
@@ -39,6 +40,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+VISIBLE = 16  # of 255: a difference between two colours
 _BLANK = re.compile(r"  #\?", re.MULTILINE)
 
 
@@ -100,7 +102,7 @@ def _nbgrader(grade_id, grade=False, solution=False, locked=False):
 
 
 def run(notebook):
-    """Execute a notebook, in a folder that is gone afterwards. Raises CellExecutionError where a cell does."""
+    """Execute a notebook, in a folder that is gone afterwards. Raises what a cell raises, RuntimeError for a failed check."""
     from nbclient import NotebookClient
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]).rstrip(
@@ -109,6 +111,10 @@ def run(notebook):
     os.environ.pop("MPLBACKEND", None)  # pictures belong into the notebook
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    for cell in notebook.cells:  # a check that says no does not stop the others
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                raise RuntimeError(f"{cell.source}\n{output.ename}: {output.evalue}")
     finish(notebook)
 
 
@@ -127,19 +133,26 @@ def finish(notebook):
             else:
                 joined.append(output)
             if "image/png" in output.get("data", {}):
-                output.data["image/png"] = _in_256_colours(output.data["image/png"])
+                output.data["image/png"] = _in_few_colours(output.data["image/png"])
                 if "alt" in cell.metadata:
                     output.metadata.setdefault("image/png", {})["alt"] = cell.metadata["alt"]
         cell.outputs = joined
 
 
-def _in_256_colours(png):
-    """A picture in base64, a third as large: a plot has few colours, and the eye sees no difference."""
-    image, out = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+def _in_few_colours(png):
+    """A picture in base64, mostly a third as large: with a palette, unless more than a few pixels would change visibly."""
+    image = Image.open(io.BytesIO(base64.b64decode(png)))
     if image.mode == "P":
         return png
-    few = image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    few.save(out, "PNG", optimize=True, dpi=image.info.get("dpi"))
+    kept = whole = image.convert("RGB")
+    for n in (128, 256):
+        few = whole.quantize(n, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        change = np.abs(np.asarray(few.convert("RGB"), int) - np.asarray(whole, int)).max(axis=-1)
+        if np.mean(change > VISIBLE) < 0.001:
+            kept = few
+            break
+    out = io.BytesIO()
+    kept.save(out, "PNG", optimize=True, dpi=image.info.get("dpi"))
     return base64.b64encode(out.getvalue()).decode()
 
 

@@ -11,6 +11,10 @@ import pytest
 import toy
 from toy.files.gguf_write import write_gguf
 from toy.models import ARCHITECTURES
+from toy.models.generation import generate
+from toy.trained import read_trained
+from toy.trained.export import export_model
+from toy.trained.generator import generator
 
 DEVICE = os.environ.get("TOY_TEST_DEVICE", "")
 pytestmark = pytest.mark.skipif(not DEVICE, reason="TOY_TEST_DEVICE names no device")
@@ -92,3 +96,26 @@ def test_lora_on_a_quantised_base(lora_runs):
     explanation = recipe.explain()
     assert explanation.splits == 1
     assert {node.device for node in explanation.nodes} == {explanation.device} != {"CPU"}
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_0", "q4_1"])
+def test_generation_on_the_device(tmp_path, kind):
+    """The graph that decodes: its numbers are the CPU's, a prompt in one run or token by token, and so is its text."""
+    config = toy.LlamaConfig(96, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, n_layers=2, context_length=300)
+    write_gguf(tmp_path / "f32.gguf", config, toy.Llama(config, seed=1, init_scale=4.0).parameters)
+    path = tmp_path / "m.gguf"
+    export_model(read_trained(tmp_path / "f32.gguf"), path, kind)
+    model, ids = read_trained(path).model("cython"), np.arange(280) ** 2 * 7 % 96
+    made = generator(model, "ggml", DEVICE)
+    decoder, wanted = made.model, model.forward(ids)[0]
+    assert f"ggml graph on {decoder.device}" in made.how
+    cache = decoder.new_kv_cache()
+    parts, ends = (ids[:250], *ids[250:260, None], ids[260:280]), [249, *range(250, 260), 279]
+    found = np.concatenate([decoder.forward(part, kv_cache=cache, last_only=True)[0] for part in parts])
+    assert np.abs(found - wanted[ends]).max() < 0.05 * wanted.std()
+    explanation = decoder.explain()
+    assert explanation.splits == 1
+    assert {node.device for node in explanation.nodes} == {explanation.device} != {"CPU"}
+    if kind == "f32":
+        assert list(generate(decoder, ids[:9], 40, temperature=0)) == list(generate(model, ids[:9], 40, temperature=0))
+    decoder.close()

@@ -11,8 +11,10 @@ import sys
 import threading
 import types
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 if os.environ.get("TOY_PURE_PYTHON", "") not in ("", "0"):
     pytest.skip("TOY_PURE_PYTHON is set: the compiled kernels are not tested", allow_module_level=True)
@@ -123,6 +125,13 @@ ATTENTION_SHAPES = [
     (2, 4, 1, 3, 130, 8, True),
     (2, 2, 2, 70, 30, 8, False),
     (1, 2, 1, 130, 130, 4, False),
+    # what ends in the middle of a vector, a tile or a block: widths, rows, keys
+    (1, 3, 1, 37, 37, 33, True),
+    (1, 2, 2, 17, 230, 19, True),
+    (2, 2, 1, 5, 5, 3, True),
+    (3, 1, 1, 33, 200, 66, False),
+    (1, 4, 2, 100, 196, 80, True),
+    (1, 2, 2, 16, 97, 7, False),
 ]
 
 
@@ -139,6 +148,82 @@ def test_attention_blocks(n_threads, shape):
     out2, cache2 = accelerated.attention(q, k, v, batch, heads, kv_heads, causal)
     assert_close(out2, out)
     assert_close(accelerated.attention_backward(d_out, cache2), reference.attention_backward(d_out, cache))
+
+
+@st.composite
+def attention_calls(draw):
+    """(q, k, v, d_out), what follows q, k and v in a call: any heads, width and mask; several blocks of queries and keys."""
+    batch, kv_heads, group, d_head = (draw(st.integers(1, n)) for n in (2, 2, 3, 40))
+    t_q, causal = draw(st.integers(1, 80)), draw(st.booleans())
+    t_k = t_q + draw(st.integers(0, 130)) if causal else draw(st.integers(1, 200))
+    window = draw(st.none() | st.integers(1, 150)) if causal else None
+    rows = batch * t_q, batch * t_k
+    if t_q == t_k and draw(st.booleans()):  # columns of one matrix
+        widths = [group * kv_heads * d_head, kv_heads * d_head, kv_heads * d_head]
+        q, k, v = accelerated.split(normal(rows[0], sum(widths)), widths)
+    else:
+        q, k, v = (normal(*shape, seed=seed) for seed, shape in enumerate(
+            [(rows[0], group * kv_heads * d_head), (rows[1], kv_heads * d_head), (rows[1], kv_heads * d_head)]
+        ))  # fmt: skip
+    arguments = batch, group * kv_heads, kv_heads, causal, window, draw(st.none() | st.floats(0.5, 50))
+    return (q, k, v, normal(*q.shape, seed=3)), arguments
+
+
+@hypothesis.given(attention_calls())
+def test_attention_of_any_shape(call):
+    (q, k, v, d_out), arguments = call
+    out, cache = accelerated.attention(q, k, v, *arguments)
+    exact, exact_cache = reference.attention(*(a.astype(np.float64) for a in (q, k, v)), *arguments)
+    assert_close(out, exact)
+    given = accelerated.attention_backward(d_out, cache)
+    for d, wanted in zip(given, reference.attention_backward(d_out.astype(np.float64), exact_cache)):
+        # the difference of two numbers of size 1 may be much smaller than its own rounding
+        assert np.abs(d - wanted).max() <= 4e-6 * max(1, np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("d_head", [7, 16, 64])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_query_that_sees_one_key_alone_has_no_gradient(d_head, softcap):
+    """Its probability is 1 whatever the score: exactly 0, where a rounded one would be the direction of an AdamW step."""
+    q, k, v, d_out = (normal(75, 2 * d_head, seed=seed) for seed in range(4))
+    out, cache = accelerated.attention(q, k, v, 1, 2, None, True, 1, softcap)
+    assert np.array_equal(out, v)
+    d_q, d_k, d_v = accelerated.attention_backward(d_out, cache)
+    assert not d_q.any() and not d_k.any() and np.array_equal(d_v, d_out)
+    out, cache = accelerated.attention(q, k, v, 1, 2, softcap=softcap)  # the first query of a causal mask
+    assert np.array_equal(out[0], v[0])
+    assert not accelerated.attention_backward(d_out, cache)[0][0].any()
+    assert accelerated.attention_backward(d_out, cache)[0][1:].any(axis=1).all()
+
+
+def test_attention_has_the_same_bits_for_any_number_of_threads():
+    q, k, v, d_out = (normal(4 * 150, width, seed=1) for width in (6 * 24, 3 * 24, 3 * 24, 6 * 24))
+    before, results = threads.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            threads.set_num_threads(n)
+            out, cache = accelerated.attention(q, k, v, 4, 6, 3)
+            results.append([a.tobytes() for a in (out, *accelerated.attention_backward(d_out, cache))])
+    finally:
+        threads.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("t_q", [3, 256])
+def test_keys_that_no_query_of_a_block_sees_are_not_looked_at(t_q):
+    """Those behind the window and those after the last query; blocks are at most 64 rows."""
+    q, k, v, d_out = normal(t_q, 32), normal(256, 32), normal(256, 32, seed=1), normal(t_q, 32, seed=2)
+    for dark, arguments, rows in (
+        (slice(0, 64), (1, 2, 2, True, 8), slice(max(0, 128 - 256 + t_q), None)),
+        (slice(192, 256), (1, 2), slice(0, max(0, 128 - 256 + t_q))),
+    ):
+        for hidden in (k, v):
+            kept = hidden[dark].copy()
+            hidden[dark] = np.nan
+            out, cache = accelerated.attention(q, k, v, *arguments)
+            d_q = accelerated.attention_backward(d_out, cache)[0]
+            assert np.isfinite(out[rows]).all() and np.isfinite(d_q[rows]).all()
+            hidden[dark] = kept
 
 
 def test_attention_with_scores_that_overflow_exp():

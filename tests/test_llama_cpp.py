@@ -40,9 +40,10 @@ PROMPTS = ("The ", "Python\n", "a = ")
 
 
 class LlamaCpp:
-    """A model file in llama.cpp, for the length of the object. adapter: a path, or a dict of paths to their scales."""
+    """A model file in llama.cpp, for the length of the object. adapter: a path, or a dict of paths to their scales. half_cache:
+    keys and values in half precision, as it has them by itself."""
 
-    def __init__(self, path, adapter=None):
+    def __init__(self, path, adapter=None, half_cache=False):
         settings = xllamacpp.CommonParams()
         settings.model.path = str(path)
         settings.n_ctx = (
@@ -50,7 +51,8 @@ class LlamaCpp:
         )
         settings.n_parallel, settings.warmup, settings.fit_params = 1, False, False
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        if not half_cache:
+            settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.verbosity = -1
         if adapter is not None:

@@ -320,7 +320,7 @@ def test_tied_embedding_has_one_gradient_with_both_contributions(arch):
     grads = model.new_gradients()
     model.backward((rows, cache), labels, grads)
     _, loss_cache = reference.cross_entropy(rows, labels.ravel())
-    unembedding = reference.cross_entropy_backward(loss_cache).T @ cache.unembed.x  # (V, D)
+    unembedding = reference.cross_entropy_backward(loss_cache).T @ cache.unembed.linear.x  # (V, D)
     total, position = grads[next(iter(grads))], grads[POSITION_EMBEDDING[arch]]
     lookup = np.zeros_like(total)
     lookup[token_ids[0]] = position[:4]  # token and position embedding are added, so their gradients are the same rows

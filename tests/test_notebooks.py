@@ -5,11 +5,14 @@ the cache. The one on llama.cpp runs without it too, and then shows less.
 """
 
 import ast
+import base64
 import copy
 import importlib.util
+import io
 import json
 import re
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -18,6 +21,7 @@ import pytest
 from conftest import PURE
 from fetch_test_data import COMMAND, smollm2
 from nbclient import NotebookClient
+from PIL import Image
 from processes import HOUR, kill_if_it_hangs
 
 import toy
@@ -43,7 +47,7 @@ EXPECTED = {
     "08_from_numpy_to_llama_cpp",
     "09_vision_transformer",
 }
-MAX_BYTES = 500_000
+MAX_BYTES = 700_000  # with pictures of twice the dots
 
 every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -166,6 +170,51 @@ def test_is_committed_with_its_results(path):
 
 
 @every_notebook
+def test_pictures_are_sharp_and_have_a_text(path):
+    """160 dots per inch: twice as many as there are pixels in the size at which they are shown."""
+    found = list(pictures(nbformat.read(path, as_version=4)))
+    for cell, output in found:
+        text = output.metadata["image/png"]["alt"]
+        assert text == cell.metadata.alt and len(text) > 40, cell.source
+        if "width" in output.metadata["image/png"]:  # not a figure that is displayed as an object of its own
+            image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+            assert image.width >= 2 * output.metadata["image/png"]["width"] - 1
+
+
+@every_notebook
+def test_what_is_printed_stands_in_one_piece(path):
+    """A kernel sends output in pieces; readers and the pages see one."""
+    for _, shown in outputs(nbformat.read(path, as_version=4)):
+        names = [output.name if output.output_type == "stream" else None for output in shown]
+        assert not any(a == b is not None for a, b in pairwise(names))
+
+
+@every_source
+def test_begins_with_what_it_teaches_and_takes(source):
+    text = generate.build(source, solved=False).cells[0].source
+    assert text.startswith(f"# {int(source.name[:2])}. ") and "**You will be able to**\n\n* " in text
+    assert "**Before**: " in text
+    text = " ".join(text.split())
+    (times,) = re.findall(r"\*\*Time\*\*: (\d+ minutes) to read, (\d+ hours?) with the \w+ exercises", text)
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"\| \[{int(source.name[:2])}\. .*\| {times[0]} \| {times[1]} \|$", readme, re.M), times
+
+
+def test_every_exercise_is_in_its_lesson():
+    asked = [name for path in BLANKS for name in exercises(nbformat.read(path, as_version=4))]
+    assert sorted(asked) == sorted(TASKS)
+
+
+@every_source
+def test_the_answer_does_not_stand_just_above_its_exercise(source):
+    cells = generate.build(source, solved=False).cells
+    for before, cell in pairwise(cells):
+        if cell.source.startswith("#### Exercise: `"):
+            name = cell.source.split("`")[1]
+            assert f"def {name}(" not in before.source
+
+
+@every_notebook
 def test_says_nothing_about_the_machine_it_ran_on(path):
     notebook = nbformat.read(path, as_version=4)
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
@@ -205,6 +254,19 @@ def test_runs(path, tmp_path, monkeypatch):
     for (source, before), (_, after) in zip(outputs(committed), outputs(notebook), strict=True):
         assert shows_less_here(source) or kinds(after) == kinds(before), source
     assert not list(folder.iterdir()), "a lesson leaves no files beside the notebook"
+
+
+@pytest.mark.slow
+def test_with_blanks_it_runs_to_its_end_and_every_check_says_no(tmp_path, monkeypatch):
+    """The checks are the only cells with an error, and do not stop the others. (One lesson: the cells of all are alike.)"""
+    set_up(monkeypatch, tmp_path)
+    notebook = nbformat.read(BLANKS[0], as_version=4)
+    execute(notebook, tmp_path)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            is_check = cell.metadata.get("nbgrader", {}).get("grade", False)
+            wrong = [output.ename for output in cell.outputs if output.output_type == "error"]
+            assert wrong == ["AssertionError"] * is_check, cell.source
 
 
 def set_up(monkeypatch, tmp_path):

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "recipes": SETTINGS | {"models", "engines", "files", "quantized"},
     "trained": SETTINGS | {"data", "engines", "files", "models", "quantized", "ggml_bridge"},
     "training": SETTINGS | {"data", "engines", "files", "models", "plots", "recipes", "trained"},
-    "checks": SETTINGS | {"engines", "models", "ops", "recipes", "ggml_bridge"},
+    "checks": SETTINGS | {"engines", "files", "models", "ops", "recipes", "ggml_bridge"},
     "plots": {"files", "optional"},
 }
 MOST_MODULES_AT_THE_TOP = 12

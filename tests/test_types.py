@@ -175,7 +175,7 @@ def own_parameters(function):
 
 
 def test_the_type_of_an_op_table_has_every_op():
-    """A model may call what is in the type, and the reference has nothing else."""
+    """A model may call what is in the type, and the reference has nothing else but the parts of attention."""
     typed = {name: own_parameters(f) for name, f in vars(OpTable).items() if inspect.isfunction(f) and name[0] != "_"}
     ops = {
         name: own_parameters(f)
@@ -183,7 +183,9 @@ def test_the_type_of_an_op_table_has_every_op():
         if inspect.isfunction(f) and f.__module__ == reference.__name__ and name[0] != "_"
     }
     assert len(ops) > 20
-    assert typed == ops
+    assert typed == {
+        n: parameters for n, parameters in ops.items() if n.removesuffix("_backward") not in reference.PARTS
+    }
 
 
 # strict for the checker, each one by name or with its package: what is imported from outside

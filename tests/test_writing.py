@@ -23,6 +23,7 @@ import toy
 from toy.data import ByteTokenizer
 from toy.files.gguf import GGUF
 from toy.models.generation import generate
+from toy.trained.generator import generator
 from toy.trained.load import load_trained
 from toy.trained.writing import Writing, stop_ids_of
 
@@ -44,7 +45,14 @@ def write(files, toy_command):
     def run(*arguments, model="llama.gguf"):
         code, out, err = toy_command("generate", model, *arguments, "--json")
         assert (code, err) == (0, ""), err
-        return [json.loads(line) for line in out.splitlines()]
+        records = [json.loads(line) for line in out.splitlines()]
+        for record in records:  # how fast it was is another in every run
+            timings = record.pop("timings")
+            assert timings.pop("prompt_per_second") > 0
+            speed = timings.pop("predicted_per_second")
+            assert speed is None if len(record["ids"]) < 2 else speed > 0
+            assert timings == {}
+        return records
 
     return run
 
@@ -155,7 +163,7 @@ def test_the_json_says_what_was_read_and_written(write):
     wanted = list(generate(model, ids, 12, 0, stop_ids=tokenizer.stop_ids))
     assert record == {
         "prompt": "hello 12", "text": "".join(tokenizer.stream(wanted)), "finish_reason": "length", "seed": 0,
-        "prompt_ids": ids, "ids": wanted,
+        "prompt_ids": ids, "ids": wanted, "computed_by": generator(model).how,
     }  # fmt: skip
     (without,) = write("--tokens=2")
     assert without["prompt"] is None and without["prompt_ids"] == tokenizer.encode("\n").tolist()

@@ -153,6 +153,25 @@ class QuantizedMatrix:
         step = max(1, _BAND // self.shape[1])
         return [slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
 
+    # what the ops of numpy do with a weight: x @ weight.T, d_y @ weight, table[token_ids]
+
+    __array_ufunc__ = None  # `array @ matrix` is __rmatmul__, not a loop over objects
+
+    def __getitem__(self, ids: npt.ArrayLike) -> np.ndarray:
+        """One row per id, as `take`."""
+        return self.take(ids)
+
+    def __rmatmul__(self, d_y: np.ndarray) -> np.ndarray:
+        """d_y W, a band of rows of W at a time: d_y (N, out) -> (N, in)."""
+        d_x = np.zeros((len(d_y), self.shape[1]), d_y.dtype)
+        for rows in self.bands():
+            d_x += d_y[:, rows] @ self.rows(rows.start, rows.stop)  # (N, rows) @ (rows, in)
+        return d_x
+
+    @property
+    def T(self) -> "_Transposed":
+        return _Transposed(self)
+
     def __repr__(self) -> str:
         return f"QuantizedMatrix({self.shape[0]} x {self.shape[1]} {self.type}, {self.nbytes:,} bytes)"
 
@@ -165,6 +184,36 @@ class QuantizedMatrix:
         if len(raw):
             dequantize(raw, self.type, out)
         return out
+
+
+class _Transposed(NamedTuple):
+    """W^T of a `QuantizedMatrix` W, to multiply with from the left."""
+
+    matrix: QuantizedMatrix
+    __array_ufunc__ = None
+
+    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
+        """x W^T, a band of rows of W at a time: x (N, in) -> (N, out)."""
+        y = np.empty((len(x), self.matrix.shape[0]), x.dtype)
+        for rows in self.matrix.bands():
+            y[:, rows] = x @ self.matrix.rows(rows.start, rows.stop).T  # (N, in) @ (in, rows)
+        return y
+
+
+QUANTIZED_IS_FROZEN = (
+    "d_weight or d_table: a quantised weight is frozen and has no gradient: pass None, or dequantise it to train it"
+)
+
+
+def is_frozen(weight: "Leaf") -> bool:
+    """Whether a weight can have no gradient, because it is quantised."""
+    return isinstance(weight, QuantizedMatrix)
+
+
+def check_trainable(weight: "Leaf") -> None:
+    """Raises ValueError for a weight that can have no gradient, because it is quantised."""
+    if is_frozen(weight):
+        raise ValueError(QUANTIZED_IS_FROZEN)
 
 
 Leaf = np.ndarray | QuantizedMatrix  # of a parameter tree whose matrices may stay as they are stored

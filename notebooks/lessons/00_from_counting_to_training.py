@@ -11,8 +11,8 @@
 # * find the slope of a function by measuring and by the chain rule;
 # * train a table with stochastic gradient descent, and tell when it is done.
 #
-# **Before**: Python with functions and loops, and what a numpy array is. Derivatives from school help, and are explained.
-# **Time**: about 40 minutes, half of them for the six exercises. **Needs**: numpy and matplotlib, nothing else.
+# **Before**: Python with functions and loops, and what a numpy array is. Derivatives from school help, and are
+# explained. **Time**: 40 minutes to read, 1 hour with the six exercises. **Needs**: numpy and matplotlib, nothing else.
 #
 # In an exercise you replace every `...`, run the cell, and run the check below it. A wrong answer is told what is wrong
 # with it. You can leave an exercise out: no later cell needs your answer.
@@ -63,8 +63,8 @@ print(f"{text[:12]!r} is {ids[:12]}")
 # A text of `N` tokens has `N - 1` such pairs, and they overlap: `the` holds `th` and `he`.
 
 # %% [markdown] exercise="bigram_counts"
-# `ids[:-1]` are the first tokens of all pairs and `ids[1:]` the second ones. `np.add.at(table, (rows, columns), 1)` adds 1
-# at every place, as often as the place is named.
+# `ids[:-1]` are the first tokens of all pairs and `ids[1:]` the second ones. `np.add.at(table, (rows, columns), 1)`
+# adds 1 at every place, as often as the place is named.
 
 # %% [markdown]
 # Whether you did it with numpy or with a loop, this is the table. A dark field is a pair that occurs often.
@@ -100,15 +100,15 @@ print(f"fields with a zero: {np.mean(counts == 0):.0%}")
 #
 # Divide each row by its sum, and it holds the probabilities of what comes next; they add up to 1.
 #
-# One thing has to be settled before. Most fields hold a zero, and probability 0 means *impossible*: a model that says so
-# is infinitely wrong when it happens after all. So a small number is added to every count first, the *smoothing*.
+# One thing has to be settled before. Most fields hold a zero, and probability 0 means *impossible*: a model that says
+# so is infinitely wrong when it happens after all. So a small number is added to every count first, the *smoothing*.
 
 # %% [markdown] exercise="bigram_probabilities"
 # `table.sum(axis=1, keepdims=True)` sums along each row and has shape `(V, 1)`, so that it divides row by row.
 
 # %% [markdown]
-# With this table one can write. Take a token, look up its row, throw a die with these probabilities, and go on from what
-# comes out.
+# With this table one can write. Take a token, look up its row, throw a die with these probabilities, and go on from
+# what comes out.
 
 # %%
 smoothing = 0.01
@@ -135,14 +135,15 @@ print("the table:    ", write(probabilities, 60, seed=0))
 #
 # ## How good is it?
 #
-# Look at the probability that the model gave to what really came, at each of the `N - 1` places. A good model gives high
-# ones. Multiplied with each other they make a number far too small for a computer, so one adds their logarithms instead.
-# With a minus sign, so that less is better, and divided by the number of places, so that texts of any length compare:
+# Look at the probability that the model gave to what really came, at each of the `N - 1` places. A good model gives
+# high ones. Multiplied with each other they make a number far too small for a computer, so one adds their logarithms
+# instead. With a minus sign, so that less is better, and divided by the number of places, so that texts of any length
+# compare:
 #
 # $$\text{loss} = -\frac{1}{N-1} \sum_{t} \ln p(\text{token}_{t+1} \mid \text{token}_t)$$
 #
-# The unit is the *nat*. A model that knows nothing gives each token $1/V$, and its loss is $-\ln(1/V) = \ln V$. One that
-# always knows what comes has loss 0.
+# The unit is the *nat*. A model that knows nothing gives each token $1/V$, and its loss is $-\ln(1/V) = \ln V$. One
+# that always knows what comes has loss 0.
 
 # %% alt="The curve of minus the logarithm of p, from above 4 nats at a probability near 0 down to 0 nats at probability 1, with two points on it: the uniform guess and the table of counts"
 first, second = ids[:-1], ids[1:]  # the pairs, (N-1,) each
@@ -177,12 +178,12 @@ plt.show()
 # $$-\ln p(b \mid a) = \ln \sum_{c} e^{\text{logits}[a, c]} - \text{logits}[a, b]$$
 
 # %% [markdown] exercise="bigram_loss"
-# `logits[ids[:-1]]` picks one row for each pair, shape `(N-1, V)`. `rows[np.arange(len(rows)), ids[1:]]` takes one number out
-# of each of these rows.
+# `logits[ids[:-1]]` picks one row for each pair, shape `(N-1, V)`. `rows[np.arange(len(rows)), ids[1:]]` takes one
+# number out of each of these rows.
 
 # %% [markdown]
-# We begin with a table of zeros. Every row then gives $1/V$ to every token, so the loss must be $\ln V$: check it before
-# you train anything.
+# We begin with a table of zeros. Every row then gives $1/V$ to every token, so the loss must be $\ln V$: check it
+# before you train anything.
 
 
 # %%
@@ -203,9 +204,9 @@ print(f"loss of the zeros {loss_of(zeros):.6f}, ln V {np.log(V):.6f}")
 # %% [markdown]
 # ## The slope
 #
-# Change one number of the table, and leave the rest. The loss changes with it. How fast is the *slope*, or derivative: the
-# change of the loss divided by the change of the number, when that is small. One can simply measure it, a little to the
-# right and a little to the left:
+# Change one number of the table, and leave the rest. The loss changes with it. How fast is the *slope*, or derivative:
+# the change of the loss divided by the change of the number, when that is small. One can simply measure it, a little to
+# the right and a little to the left:
 #
 # $$\text{slope} \approx \frac{\text{loss}(x + h) - \text{loss}(x - h)}{2h}$$
 
@@ -237,12 +238,12 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The slope is negative at 0: make the number larger, and the loss falls. At 8 it is positive, there we have gone too far.
-# At the lowest point of the valley it is zero. So the sign says in which direction to go, and one stops where the slope is
-# zero. That is training.
+# The slope is negative at 0: make the number larger, and the loss falls. At 8 it is positive, there we have gone too
+# far. At the lowest point of the valley it is zero. So the sign says in which direction to go, and one stops where the
+# slope is zero. That is training.
 #
-# But to measure all slopes of the table takes two losses for each of its numbers, and a large model has billions of them. There
-# is a way to get all of them at once.
+# But to measure all slopes of the table takes two losses for each of its numbers, and a large model has billions of
+# them. There is a way to get all of them at once.
 #
 # ## The chain rule
 #
@@ -254,12 +255,12 @@ plt.show()
 # | $a \cdot b$ | $b$ | $a$ |
 # | $\tanh(a)$ | $1 - \tanh^2(a)$ | |
 #
-# Steps one after the other: slopes are *multiplied*. If $s$ grows twice as fast as $a$, and the loss three times as fast as
-# $s$, then the loss grows six times as fast as $a$. And if $a$ is used at two places, it reaches the loss on two ways: their
-# slopes are *added*. These two sentences are the chain rule.
+# Steps one after the other: slopes are *multiplied*. If $s$ grows twice as fast as $a$, and the loss three times as
+# fast as $s$, then the loss grows six times as fast as $a$. And if $a$ is used at two places, it reaches the loss on
+# two ways: their slopes are *added*. These two sentences are the chain rule.
 #
-# Here is a machine that does it. Each number remembers what it was made from, and the slope of that step. `backward` begins
-# at the end, where the slope is 1, and hands it back, step by step.
+# Here is a machine that does it. Each number remembers what it was made from, and the slope of that step. `backward`
+# begins at the end, where the slope is 1, and hands it back, step by step.
 
 
 # %%
@@ -340,23 +341,24 @@ draw_graph(
 )
 
 # %% [markdown]
-# Now you, for another function and without the machine. You go backwards as it did: first the slope of the last step, then of the
-# one before, always times the slope that came back.
+# Now you, for another function and without the machine. You go backwards as it did: first the slope of the last step,
+# then of the one before, always times the slope that came back.
 
 # %% [markdown] exercise="chain_rule"
-# `d_y` is the slope of the loss in `y`: of `y*y + a` that is `2*y`. Then `d_s` is `d_y` times the slope of tanh, and so on. For
-# `d_a` there are two ways: through the product, and directly.
+# `d_y` is the slope of the loss in `y`: of `y*y + a` that is `2*y`. Then `d_s` is `d_y` times the slope of tanh, and so
+# on. For `d_a` there are two ways: through the product, and directly.
 
 # %% [markdown]
 # ## All slopes of the table at once
 #
-# For one pair, the chain rule gives a result that is worth to be remembered; it stands at the end of every language model:
+# For one pair, the chain rule gives a result that is worth to be remembered; it stands at the end of every language
+# model:
 #
 # $$\frac{\partial(-\ln p_b)}{\partial\,\text{logits}} = p - \text{one\_hot}(b)$$
 #
-# The vector $p$ is the softmax of the row, and $\text{one\_hot}(b)$ is 1 at the token that came and 0 elsewhere. In words: the
-# slope is the probability that was given, minus the one that should have been given. What came is pushed up, all else is
-# pushed down, and more so the more probable it was thought to be.
+# The vector $p$ is the softmax of the row, and $\text{one\_hot}(b)$ is 1 at the token that came and 0 elsewhere. In
+# words: the slope is the probability that was given, minus the one that should have been given. What came is pushed up,
+# all else is pushed down, and more so the more probable it was thought to be.
 #
 # The loss is the mean over the pairs, so the slopes of all pairs with the same first token are added up, and divided by
 # their number, $N - 1$.
@@ -367,8 +369,8 @@ draw_graph(
 
 # %% [markdown]
 # Add the pairs up and the counts come back: token $a$ occurs $n_a$ times as a first token, so its row of slopes is
-# $(n_a\, p - \text{counts}[a]) / (N-1)$. Look at what that says. The slope is zero exactly when $p = \text{counts}[a] / n_a$:
-# *where training ends is what counting gives*.
+# $(n_a\, p - \text{counts}[a]) / (N-1)$. Look at what that says. The slope is zero exactly when
+# $p = \text{counts}[a] / n_a$: *where training ends is what counting gives*.
 
 # %%
 n_first = counts.sum(axis=1, keepdims=True)  # (V, 1), how often each token is the first of a pair
@@ -386,14 +388,14 @@ print(f"all {slope.size} slopes of a row sum to zero: {np.abs(slope.sum(axis=1))
 # %% [markdown]
 # ## Downhill
 #
-# One step of *gradient descent*: move every number against its slope. How far is the slope times a number that you choose, the
-# *learning rate* `lr`. The slopes of all numbers together are called the *gradient*.
+# One step of *gradient descent*: move every number against its slope. How far is the slope times a number that you
+# choose, the *learning rate* `lr`. The slopes of all numbers together are called the *gradient*.
 #
 # $$\text{weight} \leftarrow \text{weight} - \text{lr} \cdot \text{gradient}$$
 
 # %% [markdown] exercise="sgd_step"
-# One line. `weight -= ...` writes into the array that was given; `weight = weight - ...` would make another one, and the caller
-# would never see it.
+# One line. `weight -= ...` writes into the array that was given; `weight = weight - ...` would make another one, and
+# the caller would never see it.
 
 # %% [markdown]
 # Now repeat it. The slopes are taken over the whole text here, and three learning rates are tried.
@@ -420,14 +422,15 @@ ax.legend(fontsize=11)
 plt.show()
 
 # %% [markdown]
-# The larger the learning rate, the faster, until the steps are too long: with 100 they leap from one side of the valley to the
-# other, and never come to rest. To try three values, each ten times the last, and to look at the curves, is how a learning rate is
-# found for large models too. (Theirs are far smaller than 10. This model bears such steps because it is so simple.)
+# The larger the learning rate, the faster, until the steps are too long: with 100 they leap from one side of the valley
+# to the other, and never come to rest. To try three values, each ten times the last, and to look at the curves, is how
+# a learning rate is found for large models too. (Theirs are far smaller than 10. This model bears such steps because it
+# is so simple.)
 #
 # ## The S in SGD
 #
-# A real text is too long to be read for one step. *Stochastic* gradient descent takes a few pairs at random, a *batch*, and their
-# slopes instead of all. They point in about the right direction, and a step costs little.
+# A real text is too long to be read for one step. *Stochastic* gradient descent takes a few pairs at random, a *batch*,
+# and their slopes instead of all. They point in about the right direction, and a step costs little.
 
 
 # %% alt="Loss of batches of 32 pairs over 3000 steps as a cloud of points from 1.2 to 2.4 nats; the loss on the whole text is a smooth line inside the cloud that comes close to the counted loss"
@@ -459,8 +462,8 @@ print(f"trained: {of_text[-1]:.3f} nats on the whole text, counted: {loss_counte
 print(f"batches of the last 500 steps: {of_batch[-500:].mean():.2f} +- {of_batch[-500:].std():.2f} nats")
 
 # %% [markdown]
-# The loss of a single batch jumps up and down, and says little. That is how the curve of every training looks, and why it is
-# drawn smoothed. It is also what keeps the line on the whole text a little above the counted loss to the end.
+# The loss of a single batch jumps up and down, and says little. That is how the curve of every training looks, and why
+# it is drawn smoothed. It is also what keeps the line on the whole text a little above the counted loss to the end.
 #
 # Is it the same table now? The probabilities of both, side by side:
 
@@ -480,14 +483,15 @@ print("trained:", write(softmax(trained), 60, seed=1))
 #
 # ## What comes next
 #
-# A bigram looks at one token. After `th` and after `oth` it says the same, for it sees only the `h`. No training will take it below
-# the loss of the counts; to get lower, a model has to look further back. The next lesson does that: there the row of logits is not looked
-# up in a table but *computed*, from all tokens so far. What comes behind it, softmax, loss, slope and step, you know already.
+# A bigram looks at one token. After `th` and after `oth` it says the same, for it sees only the `h`. No training will
+# take it below the loss of the counts; to get lower, a model has to look further back. The next lesson does that: there
+# the row of logits is not looked up in a table but *computed*, from all tokens so far. What comes behind it, softmax,
+# loss, slope and step, you know already.
 #
 # ## Exercises
 #
-# 1. Where between 10 and 100 does gradient descent stop to settle? Watch one row of the table over the steps, that of a frequent
-#    token. What does it do where the learning rate is too large?
-# 2. Count on the first half of the text, and measure the loss on the second, for a smoothing of 0.001, 0.01, 0.1, 1 and 10. Which one
-#    is best, and why is it not the one that is best on the first half?
+# 1. Where between 10 and 100 does gradient descent stop to settle? Watch one row of the table over the steps, that of a
+#    frequent token. What does it do where the learning rate is too large?
+# 2. Count on the first half of the text, and measure the loss on the second, for a smoothing of 0.001, 0.01, 0.1, 1 and
+#    10. Which one is best, and why is it not the one that is best on the first half?
 # 3. Give `Number` a method `tanh`, and let it confirm your `chain_rule` at three points.

@@ -10,6 +10,15 @@
 #
 # Letters in the shapes: `B` sequences in a batch, `T` tokens in a sequence, `N = B*T` rows, `D` the width of the model,
 # `F` the hidden width of the MLP, `V` the size of the vocabulary.
+#
+# **You will be able to**
+#
+# * follow the shape of every array from the ids to the loss;
+# * write embedding, norms, linear layers, softmax, attention, GELU and cross-entropy, and check them;
+# * say what the causal mask promises, and show that it holds.
+#
+# **Before**: [lesson 0](00_from_counting_to_training.ipynb), or what a softmax, a logit and a loss are; matrix products
+# in numpy. **Time**: 45 minutes to read, 2 hours with the ten exercises.
 
 # %%
 import matplotlib.pyplot as plt
@@ -81,6 +90,9 @@ print(f"{'sum':22} {'':10} {model.parameters.n_parameters:5}")
 # The table `token_embed` has one row of `D` numbers per token of the vocabulary. To embed a token is to look up its
 # row. Attention alone does not know which token came first, so a second table adds one row per *position*.
 
+# %% [markdown] exercise="embedding"
+# A look-up is indexing: an array of ids as the index gives one row for each.
+
 # %%
 p = model.parameters
 positions = np.arange(T)
@@ -98,7 +110,7 @@ print("a look-up is indexing:", np.array_equal(token, p.token_embed[token_ids]))
 # positions do. This array `x` is called the *residual stream*: every following layer reads it and adds to it.
 
 
-# %%
+# %% alt="Three matrices of 21 characters by 16 features, token rows plus position rows gives x; the rows of equal characters are equal in the first one and differ in the sum"
 def show_matrix(ax, matrix, title, limit, xlabel="feature (of D)"):
     image = ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
     ax.set(title=title, xlabel=xlabel)
@@ -130,6 +142,10 @@ plt.show()
 #
 # Each row is divided by its own size, so that what follows always sees numbers of size 1.
 
+# %% [markdown] exercise="rms_norm"
+# The mean of the squares runs over the features, `axis=-1`; with `keepdims=True` it has shape `(N, 1)` and divides row
+# by row. `eps` is added under the root.
+
 # %%
 block = p.blocks[0]
 h, _ = ops.rms_norm(x, block.norm1_gamma, 1e-5)  # (T, D) -> (T, D)
@@ -145,10 +161,28 @@ print("rms of the first rows after: ", rms(h)[:6])
 print("largest difference from the formula:", np.abs(h - by_formula).max())
 
 # %% [markdown]
+# ### LayerNorm
+#
+# The older norm, in GPT-2 and in the vision transformer of lesson 9, also moves each row so that its mean is zero, and
+# has a second parameter, $\beta$:
+#
+# $$y = \gamma \odot \frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta, \qquad \mu = \tfrac1D \textstyle\sum_i x_i, \qquad \sigma^2 = \tfrac1D \textstyle\sum_i (x_i - \mu)^2$$
+#
+# Our model does not use it.
+
+# %% [markdown] exercise="layer_norm"
+# The variance is the mean of the squared deviations, divided by D and not by D - 1. It is a statistic of each row, over
+# `axis=-1`.
+
+# %% [markdown]
 # ### Queries, keys and values
 #
 # Three linear layers read the same `h`. Each position gets a *query* (what am I looking for?), a *key* (what do I have
 # to offer?) and a *value* (what do I hand over if I am chosen?).
+
+# %% [markdown] exercise="linear"
+# The weight has the shape `(out, in)`, so its transpose is what `x` is multiplied with. A bias of shape `(out,)` is
+# added to every row by itself.
 
 # %%
 q, _ = ops.linear(h, block.w_q)  # (T, D) @ (D, D) -> (T, D)
@@ -160,6 +194,11 @@ print("q", q.shape, " k", k.shape, " v", v.shape)
 # %% [markdown]
 # The columns are then divided among the heads: head 0 owns the first `d_head` columns, head 1 the next. Every head
 # does its own attention, and none sees the columns of another.
+
+
+# %% [markdown] exercise="split_heads"
+# First split the rows into `(batch, T)` and the columns into `(n_heads, d_head)` with one `reshape`, then bring the
+# axis of the heads to its place with `transpose`. A `reshape` alone would mix tokens and heads.
 
 
 # %%
@@ -178,6 +217,9 @@ print("one row of T per head:", q_heads.shape)
 #
 # The score of a pair of positions is the dot product of one's query with the other's key. The sum has `d_head` terms,
 # and the division by $\sqrt{d_\text{head}}$ keeps its size independent of how many.
+
+# %% [markdown] exercise="softmax"
+# Subtract the largest score of each row first: it changes nothing, and `exp` cannot overflow.
 
 # %%
 scores = q_heads @ k_heads.transpose(0, 2, 1) * np.float32(d_head**-0.5)  # (heads, T, d_head) @ (heads, d_head, T)
@@ -216,7 +258,7 @@ print(
 # itself.
 
 
-# %%
+# %% alt="Attention probabilities of two heads, above without a mask, all pairs dark with a few lighter ones, below causal: a triangle, light in its first rows, where there are few keys to share the probability"
 def show_attention(ax, matrix, title):
     image = ax.imshow(matrix, cmap="viridis", vmin=0, vmax=0.5)
     ax.set(title=title, xlabel="key: looked at", ylabel="query: looking")
@@ -236,6 +278,14 @@ plt.show()
 # %% [markdown]
 # Now each position takes the mean of the values it may see, weighted with these probabilities. The heads are put back
 # side by side, and the result has the shape that `q` had. The library does all of this in one op.
+
+# %% [markdown] exercise="attention"
+# Three lines: scores, softmax over the keys (the last axis), and the probabilities times the values. The scale is the
+# root of the width of a head.
+
+# %% [markdown] exercise="causal_attention"
+# As before, with one step between: the scores of keys that come after the query become minus infinity.
+# `np.triu(..., k=1)` marks them.
 
 # %%
 a_heads = probabilities @ v_heads  # (heads, T, T) @ (heads, T, d_head) -> (heads, T, d_head)
@@ -270,7 +320,10 @@ print(
 #
 # $$\mathrm{gelu}(x) = \tfrac{x}{2}\left(1 + \tanh\!\left(\sqrt{2/\pi}\,(x + 0.044715\,x^3)\right)\right)$$
 
-# %%
+# %% [markdown] exercise="gelu"
+# Write the formula from left to right. The cube stands inside of the root's bracket: `x + 0.044715 * x**3`.
+
+# %% alt="GELU and ReLU over the input from -4 to 4: GELU follows ReLU, but dips a little below zero between -3 and 0 and has no corner"
 s = np.linspace(-4, 4, 200)
 fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
 ax.plot(s, ops.gelu(s)[0], label="GELU (tanh form)")
@@ -318,7 +371,8 @@ def block_by_hand(x, block):
 
 # %% [markdown]
 # After the last block comes one more norm. Then each row is compared with every row of the embedding table by a dot
-# product: the same table `token_embed` that turned ids into rows now turns rows into scores. This is called *weight tying*.
+# product: the same table `token_embed` that turned ids into rows now turns rows into scores. This is called *weight
+# tying*.
 
 
 # %%
@@ -355,7 +409,7 @@ print("largest difference:", np.abs(from_cache - probabilities).max())
 # logits. We change one character in the middle and look at which rows move. Those before it must not move at all, not
 # even by a rounding error.
 
-# %%
+# %% alt="Largest change of a logit at each position: zero at the eight positions before the changed character, about 1 at the changed one, 0.05 to 0.2 after it"
 changed_ids = token_ids.copy()
 changed_at = 8
 changed_ids[changed_at] = tokenizer.encode("h")[0]  # "the cat sat ..." becomes "the cat hat ..."
@@ -375,6 +429,10 @@ print("rows before the change are untouched:", np.all(difference[:changed_at] ==
 # The softmax of a row of logits is the model's belief about the next character. The loss of that position is
 # $-\ln p$ of the character that really came: 0 if the model was sure and right, large if it was sure and wrong.
 # The loss of the batch is the mean over all positions, and its unit is the *nat*.
+
+# %% [markdown] exercise="cross_entropy"
+# The logarithm of a softmax is `shifted - log(sum(exp(shifted)))`, with the largest logit of each row subtracted. Take
+# it at the label of each row, and the mean with a minus.
 
 # %%
 beliefs = softmax(logits)  # (T, V)
@@ -400,7 +458,7 @@ print(f"10 times larger         {loss:.3f} nats")
 # On the left one row of probabilities, on the right the loss of every position. With random weights some bars are on
 # the good side of the uniform guess and some on the bad side, without any pattern.
 
-# %%
+# %% alt="On the left the probabilities of the next character after 'the c' as ten bars around the uniform 0.1; on the right the loss at each position, half of the bars above the uniform ln V and half below"
 fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 
 at = 4
@@ -427,10 +485,10 @@ plt.show()
 #
 # ## Generating, and the idea of a key/value cache
 #
-# To write text, the model reads what is there, a character is drawn from the last row of probabilities, it is
-# appended, and the model reads again. But the causal mask says that nothing appended on the right can change the rows on
-# the left. Their keys and values could simply be kept. That is the key/value cache: each new token costs one row
-# instead of the whole sequence.
+# To write text, the model reads what is there, a character is drawn from the last row of probabilities, it is appended,
+# and the model reads again. But the causal mask says that nothing appended on the right can change the rows on the
+# left. Their keys and values could simply be kept. That is the key/value cache: each new token costs one row instead of
+# the whole sequence.
 
 # %%
 kv_cache = model.new_kv_cache()
@@ -447,7 +505,7 @@ for t in range(T):
 # The logits agree up to rounding: sums of a product with one row may be added up in another order than those of a
 # product with many rows. The saving grows with the length of the text.
 
-# %%
+# %% alt="Rows computed to generate up to 200 tokens: with a key/value cache 200, reading everything again 20100, on a logarithmic axis"
 lengths = np.arange(1, 201)
 fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
 ax.plot(lengths, lengths * (lengths + 1) / 2, label="read everything again: T(T+1)/2")
@@ -474,8 +532,8 @@ print(repr(tokenizer.decode(model.generate(prompt, 40, seed=0))))
 # 1. Remove the position embedding from `forward_by_hand` (leave out the addition). Swap two characters at the beginning
 #    of the text, for example `"the"` and `"hte"`. Does the last row of the logits still change? Why is it not exactly
 #    zero when there are two blocks, and what do you expect with one?
-# 2. The usual weights gave a loss a little *above* $\ln V$, not below. Look at which character the untrained model finds
-#    most likely at each position (`logits.argmax(axis=1)`) and compare with its input. What does weight tying have to do
-#    with it?
+# 2. The usual weights gave a loss a little *above* $\ln V$, not below. Look at which character the untrained model
+#    finds most likely at each position (`logits.argmax(axis=1)`) and compare with its input. What does weight tying
+#    have to do with it?
 # 3. How many parameters would the model have with `V = 50257`, `D = 768`, `F = 3072`, 12 layers and a context of 1024?
 #    Which share of them is the embedding?

@@ -4,11 +4,21 @@
 # Training changes every weight a little in the direction that lowers the loss. That direction is the gradient: for each
 # weight, how fast the loss changes when this weight changes. The *backward pass* computes all of them at once.
 #
-# Nothing here is automatic. For each layer you see the formula, the forward, the backward, and a check that
-# asks the forward itself whether the backward is right. Then the layers are chained into the backward of a whole model, and
-# the result is compared with `model.backward`.
+# Nothing here is automatic. For each layer you see the formula, the forward, the backward, and a check that asks the
+# forward itself whether the backward is right. Then the layers are chained into the backward of a whole model, and the
+# result is compared with `model.backward`.
 #
 # Everything is computed in float64, because a check needs more digits than training does.
+#
+# **You will be able to**
+#
+# * derive the backward of a layer and write it down with the right shapes;
+# * measure a derivative, and say from the error whether a backward is right;
+# * chain the layers into the backward of a whole model.
+#
+# **Before**: [lesson 1](01_forward_by_hand.ipynb), and the chain rule of
+# [lesson 0](00_from_counting_to_training.ipynb). **Time**: 60 minutes to read, 4 hours with the eight exercises. Nobody
+# has to do all of them.
 
 # %%
 from types import SimpleNamespace
@@ -43,11 +53,11 @@ rng = np.random.default_rng(0)
 # ## How to check a derivative
 #
 # A derivative can be measured: move $x$ a little to both sides and look at the difference,
-# $f'(x) \approx \frac{f(x+h) - f(x-h)}{2h}$. How small should $h$ be? If it is large, the curve bends in between. If it is
-# tiny, the two values agree in nearly all their digits, and the difference is made of rounding errors.
+# $f'(x) \approx \frac{f(x+h) - f(x-h)}{2h}$. How small should $h$ be? If it is large, the curve bends in between. If it
+# is tiny, the two values agree in nearly all their digits, and the difference is made of rounding errors.
 
 
-# %%
+# %% alt="Error of a measured slope over the step h from 1e-12 to 1: the one-sided difference is best near 1e-8, the central one near 1e-5 with an error of about 1e-11; to the left of that both get worse by rounding"
 def slope_errors(x, steps):
     """Errors of the measured slope of tanh at x, for two ways to measure it."""
     exact = 1 - np.tanh(x) ** 2
@@ -96,6 +106,11 @@ def check(name, given, f, x, c):
 # each row of `x` contributes one outer product, and the matrix product adds them over the rows.
 
 
+# %% [markdown] exercise="linear_backward"
+# Each shape fits in one way only. The gradients of weight and bias are *added* to `d_weight` and `d_bias`, with `+=`.
+# The bias is added to every row, so its gradient is a sum over rows.
+
+
 # %%
 def linear(x, w):
     """x (N, in), w (out, in) -> (N, out)"""
@@ -121,9 +136,13 @@ check("d_w", d_w, lambda w: linear(x, w)[0], w, c)
 # %% [markdown]
 # ## Embedding
 #
-# The forward copies rows of a table, so the backward adds the gradients of the copies to the rows they came from. A token
-# that occurs twice collects two gradients (the sum rule); a token that does not occur gets zero. Note `np.add.at`: the
-# shorter `d_table[ids] += d_out` would count a repeated token only once.
+# The forward copies rows of a table, so the backward adds the gradients of the copies to the rows they came from. A
+# token that occurs twice collects two gradients (the sum rule); a token that does not occur gets zero. Note
+# `np.add.at`: the shorter `d_table[ids] += d_out` would count a repeated token only once.
+
+
+# %% [markdown] exercise="embedding_backward"
+# `np.add.at(d_table, ids, d_out)` adds every row, also where an id occurs twice.
 
 
 # %%
@@ -162,6 +181,10 @@ print(d_table)
 # gradient that points along $\hat x$: making a row longer does not change a normalised row.
 
 
+# %% [markdown] exercise="rms_norm_backward"
+# The mean in the bracket is one number for each row, so `keepdims=True`. `d_gamma` sums over the rows.
+
+
 # %%
 def rms_norm(x, gamma, eps=1e-5):
     """x (N, D), gamma (D,) -> (N, D)"""
@@ -189,12 +212,27 @@ check("d_gamma", d_gamma, lambda gamma: rms_norm(x, gamma)[0], gamma, c)
 print(f"part of d_x along x (not quite zero, because of eps): {np.abs((d_x * x).sum(axis=1)).max():.0e}")
 
 # %% [markdown]
+# ### LayerNorm
+#
+# LayerNorm also takes the mean out of each row. So there is a second direction in which a row can be moved without a
+# change of the result, that of all ones, and the gradient along it is taken out too:
+#
+# $$\mathrm{d\_x} = \frac{1}{\sigma} \Big(\mathrm{d\_\hat x} - \tfrac{1}{D}\textstyle\sum_i \mathrm{d\_\hat x}_i - \hat x \cdot \tfrac{1}{D}\textstyle\sum_i \mathrm{d\_\hat x}_i\, \hat x_i\Big), \qquad \mathrm{d\_\beta} = \sum_{\text{rows}} \mathrm{d\_y}$$
+
+# %% [markdown] exercise="layer_norm_backward"
+# Begin with the backward of RMSNorm. One more mean is subtracted, and there is one more parameter.
+
+# %% [markdown]
 # ## GELU
 #
 # An elementwise function has the simplest backward of all: multiply by its derivative. With
 # $u = \sqrt{2/\pi}\,(x + 0.044715\,x^3)$ and $y = \frac{x}{2}(1 + \tanh u)$ the product rule gives
 #
 # $$\frac{\mathrm{d}y}{\mathrm{d}x} = \tfrac12 (1 + \tanh u) + \tfrac{x}{2}\,(1 - \tanh^2 u)\,\sqrt{2/\pi}\,(1 + 3 \cdot 0.044715\,x^2)$$
+
+# %% [markdown] exercise="gelu_backward"
+# A product rule: $y = \frac{x}{2} (1 + \tanh u)$ has `x` in two places. The derivative of tanh is $1 - \tanh^2$, and
+# that of $u$ is the last bracket of the formula.
 
 # %%
 SCALE, CUBIC = np.sqrt(2 / np.pi), 0.044715
@@ -225,6 +263,10 @@ check("d_x", gelu_backward(c, cache), lambda x: gelu(x)[0], x, c)
 #
 # As in the norm, one input changes all outputs of its row, and as in the norm, something is subtracted: a constant
 # added to all scores changes nothing, so the gradient of a row always sums to zero.
+
+
+# %% [markdown] exercise="softmax_backward"
+# The sum over `j` is one number for each row: sum over the last axis, and keep it.
 
 
 # %%
@@ -289,6 +331,10 @@ def attention(q, k, v, n_heads):
     return join_heads(p @ v), (q, k, v, p)
 
 
+# %% [markdown] exercise="attention_backward"
+# From the bottom up: through the product with `v`, through the softmax, through the scaled product of `q` and `k`. The
+# scale $1/\sqrt d$ of the forward comes again. `swapaxes(-1, -2)` transposes the last two axes.
+
 # %% [markdown]
 # Compare the backward with the forward above, line by line and from the bottom up. The shapes stand beside each line.
 
@@ -326,6 +372,10 @@ check("d_v", d_v, lambda v: attention(q, k, v, 2)[0], v, c)
 # probability that was given, minus the probability that would have been right.
 
 
+# %% [markdown] exercise="cross_entropy_backward"
+# Softmax minus one-hot, divided by the number of rows. Do not change the arrays of the cache: take a copy.
+
+
 # %%
 def cross_entropy(logits, labels):
     """logits (N, V), labels (N,) -> mean loss in nats"""
@@ -349,7 +399,7 @@ check("d_logits", d_logits, lambda logits: cross_entropy(logits, labels)[0], log
 # In the picture, a step *against* the gradient raises the logit of the label (negative gradient) and lowers all others,
 # most of all those that the model wrongly believed in.
 
-# %%
+# %% alt="On the left the model's probabilities of six tokens beside the label's, which is 1 for token 1; on the right the gradient, their difference: negative for token 1, positive for the others"
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
 row, V = 0, logits.shape[1]
 left.bar(np.arange(V) - 0.2, softmax(logits)[row], width=0.4, label="given by the model")
@@ -373,7 +423,8 @@ plt.show()
 #
 # The last piece is the addition $y = x + f(x)$ around each half block. The gradient of a sum goes unchanged to both
 # summands. But $x$ was used twice, once directly and once through $f$, so its two gradients are added:
-# `d_x = d_y + f_backward(d_y)`. The direct part is why deep models can be trained: it reaches the lowest block undamped.
+# `d_x = d_y + f_backward(d_y)`. The direct part is why deep models can be trained: it reaches the lowest block
+# undamped.
 
 # %%
 x, w = rng.normal(size=(5, 4)), rng.normal(size=(4, 4))
@@ -498,8 +549,9 @@ for name, gradient in grads.items():
 
 
 # %% [markdown]
-# That two computations agree does not prove that both are right. The measured derivative of the *loss* does: we move a few
-# weights of every parameter and compare. This is the last word on a backward pass, and it needs nothing but the forward.
+# That two computations agree does not prove that both are right. The measured derivative of the *loss* does: we move a
+# few weights of every parameter and compare. This is the last word on a backward pass, and it needs nothing but the
+# forward.
 
 
 # %%
@@ -521,7 +573,7 @@ for name, weight in p.items():
 # The norm of a gradient, $\lVert g \rVert = \sqrt{\sum_i g_i^2}$, says how strongly the loss pulls at a parameter. Here
 # is a deeper model of eight blocks with the usual small initial weights.
 
-# %%
+# %% alt="Gradient norms of six matrices over eight blocks on a logarithmic axis: all curves are nearly flat; w_q and w_k lie two orders of magnitude below the rest"
 deep = toy.TransformerLM(
     V,
     d_model=32,
@@ -560,9 +612,9 @@ plt.show()
 #
 # ## Weight tying: one gradient, two contributions
 #
-# The table `token_embed` is used at the bottom (to look up the tokens) and at the top (to score them), so two gradients are
-# added. They look quite different. The look-up touches only the characters that occur in the input, while the scores
-# compare every position with *all* characters.
+# The table `token_embed` is used at the bottom (to look up the tokens) and at the top (to score them), so two gradients
+# are added. They look quite different. The look-up touches only the characters that occur in the input, while the
+# scores compare every position with *all* characters.
 #
 # We add two characters to the vocabulary that are not in the text, to see this.
 
@@ -599,7 +651,7 @@ as_output, as_input = two_contributions(wide, wide_ids[:-1], wide_ids[1:])
 # %% [markdown]
 # Here is the size of both parts for every row of the table.
 
-# %%
+# %% alt="Norm of the gradient of each row of the embedding table from its use as input and as output; x and z have a bar as output only"
 fig, ax = plt.subplots(figsize=(10, 4), layout="constrained")
 at = np.arange(wide_tokenizer.vocab_size)
 ax.bar(at - 0.2, np.linalg.norm(as_input, axis=1), width=0.4, label="as input (look-up)")
@@ -676,7 +728,7 @@ check("d_v", d_v, lambda v: ops.attention(q, k, v, 1, 2)[0], v, c)
 # few elements of every parameter. The error of a broken layer travels downwards with the gradient, so everything
 # *above* it is still right. Reading from the output down, the first wrong parameters are next to the mistake.
 
-# %%
+# %% alt="Two tables of errors of eight parameters in three blocks: on the right backward all are near 1e-10; with the wrong sign all parameters below the attention of the top block are wrong"
 names = [
     "w_ff2",
     "w_ff1",
@@ -722,7 +774,7 @@ plt.show()
 # backward and once with the broken one.
 
 
-# %%
+# %% alt="Training loss of a right and of a broken backward over 400 steps: the two curves lie on each other"
 def losses_with(ops, steps=400, lr=0.05):
     model = toy.TransformerLM(V, 16, 32, 2, 2, 24, seed=0, init_scale=10, ops=ops, dtype=np.float64)
     grads = model.new_gradients()

@@ -1,11 +1,21 @@
 # %% [markdown]
 # # 4. Train and plot
 #
-# The forward pass, the backward pass and the optimizer are in place. Now they are repeated a thousand times on real text.
-# You watch the loss fall while it happens, read what the model writes on the way, and look into its attention afterwards.
+# The forward pass, the backward pass and the optimizer are in place. Now they are repeated a thousand times on real
+# text. You watch the loss fall while it happens, read what the model writes on the way, and look into its attention
+# afterwards.
 #
 # The text is the documentation that comes with Python, so nothing has to be downloaded. Its length differs a little
 # from one Python version to the next, and the numbers below with it.
+#
+# **You will be able to**
+#
+# * train a small language model on real text, and read its curves: training, validation, the line of a uniform guess;
+# * say what warm-up, cosine, perplexity, temperature, top-k and top-p are;
+# * look into the attention of a trained model without believing too much in it.
+#
+# **Before**: [lessons 1](01_forward_by_hand.ipynb) to [3](03_adamw_and_its_seven_numbers.ipynb). **Time**: 40 minutes
+# to read, 2 hours with the six exercises.
 
 # %%
 import os
@@ -21,6 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
 
+import toy
 from toy.data import validation_batches
 from toy.engines import model_from
 from toy.plots import draw_runs, lesson_style, load_curve, smooth
@@ -70,6 +81,10 @@ for choice in training.choices():
 # One batch consists of 12 windows of 32 characters, from random places of the training part. The labels are the
 # same windows, moved by one character.
 
+# %% [markdown] exercise="batch_windows"
+# `starts[:, None] + np.arange(context)` has shape `(B, T)`: the places of all tokens of all windows. Used as an index
+# it gives them at once.
+
 # %%
 print(repr(training.corpus.text[10_000:10_200]))
 
@@ -77,7 +92,11 @@ print(repr(training.corpus.text[10_000:10_200]))
 # The learning rate is not constant. It rises during the *warm-up*, while the moments of AdamW still rest on few
 # gradients, and then falls along half a cosine, so that the last steps only polish.
 
-# %%
+# %% [markdown] exercise="learning_rate"
+# Two cases. In the second, how far the step has come is a number from 0 (at `warmup`) to 1 (at `steps - 1`), and half a
+# cosine is $\frac12 (1 + \cos(\pi \cdot \text{that}))$, from 1 to 0.
+
+# %% alt="The learning rate over 1000 steps: a straight rise to 0.004 in 100 steps, then half a cosine down to 0.0004"
 steps = np.arange(options.steps)
 fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
 ax.plot(steps, [training.schedule(k) for k in steps])
@@ -133,7 +152,7 @@ def draw(ax, history, vocab_size, n_steps):
         label="validation",
     )
     ax.axhline(np.log(vocab_size), color="black", ls="--", lw=1.5, label="uniform guess, ln V")
-    ax.set(xlim=(0, n_steps), ylim=(1, 5), xlabel="step", ylabel="loss (nats per character)")
+    ax.set(xlim=(0, n_steps), ylim=(1, 5), xlabel="step", ylabel="loss (nats per character)", title="Training")
     ax.legend()
 
 
@@ -141,7 +160,7 @@ def draw(ax, history, vocab_size, n_steps):
 # The figure is made once, and every 50 steps its picture is replaced by a newer one. Run this cell and watch.
 
 
-# %%
+# %% alt="Training loss, faint and smoothed, and validation points over 1000 steps: from 4.6 nats quickly to 2.7, then slowly to about 1.9"
 def train_and_watch(training, redraw_every=50):
     history = History()
     fig, ax = plt.subplots(figsize=(9, 4.6), layout="constrained")
@@ -173,6 +192,16 @@ for step, loss in history.validation.items():
 # the model does not even see the whole text once, so it cannot know anything by heart. In a long run the line would
 # sink below the points, and the points are what counts.
 
+# %% [markdown] exercise="perplexity"
+# First the mean, then the exponential.
+
+# %% [markdown]
+# A character here, half a word there: losses per token of models with different tokens cannot be compared. What they
+# all share are the bytes of the text. *Bits per byte* is the loss of the whole text, in bits, divided by its bytes.
+
+# %% [markdown] exercise="bits_per_byte"
+# The loss of the whole text is the sum over its tokens. One bit is $\ln 2$ nats, so there are fewer nats than bits.
+
 # %% [markdown]
 # ## Samples along the way
 #
@@ -187,6 +216,18 @@ for step, sample in history.samples.items():
 # %% [markdown]
 # How bold the draws are is set by the *temperature*, which divides the logits. Near zero the model always takes what it
 # believes in most, and repeats itself; above one it takes more and more of the unlikely.
+
+# %% [markdown]
+# There are two more ways to keep the model from the unlikely: draw only from the `k` most likely tokens, *top-k*, or
+# from the smallest group of tokens that has the probability `p` together, *top-p*.
+
+# %% [markdown] exercise="top_k"
+# `np.argsort(-logits)[:k]` are the places of the largest. Give all others the logit minus infinity, and take the
+# softmax.
+
+# %% [markdown] exercise="top_p"
+# Sort the probabilities from the largest down, and add them up with `np.cumsum`. The token that reaches `p` belongs to
+# the group, so ask whether the sum *before* a token is still below `p`.
 
 # %%
 model = training.model()
@@ -204,7 +245,7 @@ for temperature in [0.2, 0.8, 1.5]:
 # From here on the model runs on the textbook operations (`backend="numpy"`), which keep the attention probabilities in
 # their cache.
 
-# %%
+# %% alt="Loss of the last character over the number of characters shown, from 1 to 32: it falls steeply to 4 and is nearly flat after 8"
 trained = model_from(training.config, training.recipe.parameters(), backend="numpy")
 windows = validation_batches(training.split.validation, batch=1000, context=32, n_batches=1, seed=0)[0]
 
@@ -243,7 +284,7 @@ plt.show()
 # per block and head. In notebook 1 they came from random weights and had no structure.
 
 
-# %%
+# %% alt="Attention maps of two blocks with four heads for 'if the list is': in block 0 near the diagonal, in block 1 on single earlier characters"
 def attention_maps(model, token_ids):
     """(B, T) -> probabilities (B, n_layers, n_heads, T, T)"""
     batch, T = token_ids.shape
@@ -279,7 +320,7 @@ plt.show()
 # character at a certain distance? Distance 0 is the character itself, distance 1 the one before.
 
 
-# %%
+# %% alt="Mean attention over the distance back for eight heads: the heads of block 0 look at distances 0 to 3, those of block 1 have no preferred distance"
 def mean_by_distance(maps, farthest=10):
     """(B, L, H, T, T) -> (L * H, farthest + 1): mean probability at each distance, over queries that can see that far"""
     maps = maps.mean(axis=0)
@@ -313,7 +354,7 @@ plt.show()
 # directory to write into, as every run from the command line does: its events, its checkpoints and its picture. Then
 # `draw_runs` puts the directories into one figure.
 
-# %%
+# %% alt="Loss curves of two runs over 300 steps: the learning rate 0.004 is below 0.0004 all the way, 2.65 against 2.88 nats at the end"
 folder = Path(tempfile.mkdtemp())  # name a directory of your own to keep the runs
 runs = []
 for lr in [4e-4, 4e-3]:
@@ -345,9 +386,8 @@ print(
 #
 # Everything above is one command in a terminal. This is the run of this notebook, with the same numbers:
 #
-#     toy train from-scratch --steps 1000 --batch 12 --context 32 --d-model 64 --layers 2 --heads 4 \
-#         --arch transformer --lr 0.004 --schedule cosine --lr-floor 0.1 --warmup 100 --eval-batches 32 --seed 0 --threads 1 \
-#         --out runs/first
+# toy train from-scratch --steps 1000 --batch 12 --context 32 --d-model 64 --layers 2 --heads 4 \ --arch transformer
+# --lr 0.004 --schedule cosine --lr-floor 0.1 --warmup 100 --eval-batches 32 --seed 0 --threads 1 \ --out runs/first
 #
 # And this is how to go on: train longer, write text, compare runs, train on a text of your own.
 #
@@ -358,10 +398,10 @@ print(
 #
 # ## Exercises
 #
-# 1. Add `lr=3e-2` to the comparison of learning rates. Does it diverge, or is it only worse? Then set `warmup=0` for all
-#    three. Which of them needs the warm-up most?
-# 2. With 32 characters shown, the prediction is made at the last position of the context. Compare 31 with 32. In training
-#    no later position ever looked back at the last one. Compute the gradient for a batch of windows and compare the norms
-#    of the rows of `pos_embed`. What do you see in the last row, and what would a longer training do?
+# 1. Add `lr=3e-2` to the comparison of learning rates. Does it diverge, or is it only worse? Then set `warmup=0` for
+#    all three. Which of them needs the warm-up most?
+# 2. With 32 characters shown, the prediction is made at the last position of the context. Compare 31 with 32. In
+#    training no later position ever looked back at the last one. Compute the gradient for a batch of windows and
+#    compare the norms of the rows of `pos_embed`. What do you see in the last row, and what would a longer training do?
 # 3. Choose the head with the clearest pattern and switch it off: set its `d_head` columns of `w_o` to zero in `trained`
 #    and compare the validation loss. Does the clearest head matter most?

@@ -7,6 +7,15 @@
 # of them train the same model, and in what they differ.
 #
 # It needs the package `libggml-python`. Without it the first cell ends with an error that says what to type.
+#
+# **You will be able to**
+#
+# * say what an op table, an eager engine and a graph are, and what each is good for;
+# * tell rounding from an error when two engines do not agree bit by bit;
+# * find out where the time of a training step goes.
+#
+# **Before**: [lessons 1](01_forward_by_hand.ipynb) to [4](04_train_and_plot.ipynb). **Time**: 30 minutes to read, 1
+# hour with the three exercises.
 
 # %%
 import os
@@ -79,7 +88,7 @@ losses = {name: train(realize(name)) for name in ENGINES}
 for name, curve in losses.items():
     print(f"{name:12} first {curve[0]:.6f}   last {curve[-1]:.6f}")
 
-# %%
+# %% alt="Training losses of four engines over 150 steps, drawn with lines of different width: they lie on each other"
 fig, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
 for width, (name, curve) in zip([11, 7.5, 4.5, 1.5], losses.items()):
     ax.plot(curve, lw=width, color=COLOURS[name], label=name, solid_capstyle="round")
@@ -96,7 +105,10 @@ plt.show()
 # For comparison, a fifth run: it is the cython engine once more, and before the first step every weight is moved to the
 # next larger float32 number. That is the smallest change there is.
 
-# %%
+# %% [markdown] exercise="error_of_max"
+# The largest difference, divided by the largest expected number: two maxima of absolute values.
+
+# %% alt="Differences between the loss curves of pairs of engines on a logarithmic axis, from 1e-9 at first to about 1e-5 after 150 steps; a run with nudged weights differs as much or more"
 nudged = realize("cython")
 nudged.load_parameters({name: np.nextafter(w, np.float32(np.inf)) for name, w in nudged.parameters().items()})
 differences = {
@@ -129,7 +141,26 @@ print("ggml twice, bit for bit the same:", np.array_equal(again, losses["ggml"][
 # So no engine is the right one and the others wrong. (The points of cython and ggml often lie on each other, because
 # they run the same compiled operations.) One engine with the same seed and the same number of threads gives the same
 # bits every time.
+
+# %% [markdown]
+# ## Why the order of a sum changes
 #
+# Nobody changes the order for fun. A matrix product is a sum over `K` for each of its elements, and a processor is fast
+# only with what lies in its cache, some hundred kilobytes. So a fast product takes a piece of the `K` axis at a time,
+# and adds up the products of the pieces.
+
+# %% [markdown] exercise="matmul_in_blocks"
+# Begin with zeros `(N, M)` and add, for each piece, the columns of `a` times the rows of `b` that belong to it. A slice
+# that goes past the end is simply shorter.
+
+# %% [markdown]
+# The same happens one floor up. A batch that does not fit into memory is computed in parts, and the engine adds up what
+# they give. That must be the loss of the whole batch, also where the parts have different numbers of tokens that count.
+
+# %% [markdown] exercise="loss_of_micro_batches"
+# A mean of means is right only where all parts have the same size. Go back to sums: mean times count.
+
+# %% [markdown]
 # ## Where the time goes
 #
 # The models know nothing about engines. They call operations by name, `ops.linear(...)`, `ops.attention_backward(...)`,
@@ -190,7 +221,7 @@ for name, table in [("numpy", reference), ("cython", accelerated)]:
         rows.append(row)
     times[name] = {kind: np.median([row[kind] for row in rows], axis=0) for kind in rows[0]}
 
-# %%
+# %% alt="Milliseconds for each op, forward and backward, with numpy and with cython: attention, linear, gelu and rms_norm take most of the time in numpy, linear is what is left in cython"
 order = sorted(times["numpy"], key=lambda kind: times["numpy"][kind].sum())
 fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharex=True, sharey=True)
 for ax, (name, seconds) in zip(axes, times.items()):
@@ -260,7 +291,7 @@ for i, call in enumerate(calls):
 for part in ["forward", "loss", "backward", "AdamW"]:
     print(f"{part:9} {parts.count(part)} calls")
 
-# %%
+# %% alt="The graph of a training step: on the left the forward from the embeddings down to the loss, on the right the backward up again, dotted lines for caches, thin green lines from each weight's gradient to AdamW"
 PART_COLOURS = {"forward": SKY, "loss": PINK, "backward": ORANGE, "AdamW": GREEN}
 rank = {value: i for i, value in enumerate(sorted(set(level)))}
 y = [rank[value] for value in level]
@@ -359,7 +390,7 @@ for name, (nodes, parts) in graphs.items():
 # %% [markdown]
 # Every node is one square, in the order in which they run, line by line.
 
-# %%
+# %% alt="The nodes of two graphs of the same step as coloured squares in running order, forward, loss, backward and AdamW: the graph of ggml's own operations has about three times as many"
 WIDTH = 36
 fig, ax = plt.subplots(figsize=(11, 4.4), layout="constrained")
 top = 0
@@ -484,7 +515,7 @@ medians = {name: 1000 * np.median(values) for name, values in seconds.items()}
 fastest = min(medians, key=medians.get)
 print("fastest in this run:", fastest)
 
-# %%
+# %% alt="Median milliseconds of a step on this machine for five engines as bars, the fastest above"
 fig, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
 names = sorted(medians, key=medians.get)
 bars = ax.barh(names, [medians[name] for name in names], color=[COLOURS.get(name, "0.6") for name in names])
@@ -526,5 +557,5 @@ plt.show()
 #    without the optimizer's state?
 # 2. Double `d_model` and `d_ff` a few times and draw the speed bars again. Which operation's share grows, and at which
 #    size do the engines come close to each other?
-# 3. Draw the graph of `toy.GPT2Config` by giving `watched_step` and `record` a `toy.GPT2` model. Which calls are new, and
-#    how many nodes does the native spelling of LayerNorm need compared with RMSNorm?
+# 3. Draw the graph of `toy.GPT2Config` by giving `watched_step` and `record` a `toy.GPT2` model. Which calls are new,
+#    and how many nodes does the native spelling of LayerNorm need compared with RMSNorm?

@@ -6,6 +6,15 @@
 # gradients by hand, and see where in memory each result lives and for how long.
 #
 # It needs the package `libggml-python`. Without it the first cell ends with an error that says what to type.
+#
+# **You will be able to**
+#
+# * record a graph with `Session`, run it, and read its nodes;
+# * follow what `build_backward` adds, and check a gradient of the graph by hand;
+# * say why training needs more memory than a forward pass, and where.
+#
+# **Before**: [lesson 2](02_backward_by_hand.ipynb); [lesson 5](05_same_recipe_three_engines.ipynb) says why there are
+# graphs. **Time**: 40 minutes to read, 1 hour with the three exercises.
 
 # %%
 from typing import NamedTuple
@@ -37,6 +46,15 @@ print("ggml", ggml_bridge.version())
 #
 # Weights are *persistent*: they have memory of their own, which stays as it is from one computation to the next.
 
+# %% [markdown]
+# One more thing before we begin: ggml's own product, the node `MUL_MAT`, multiplies *rows with rows*. That is why a
+# weight of shape (out, in) goes into it as it is, and no linear layer has to transpose anything. `s.matmul(w, x)` is
+# that node.
+
+# %% [markdown] exercise="mul_mat"
+# Rows of `b` with rows of `a`: in numpy that is a product with a transpose, and the rows of the result are those of
+# `b`.
+
 # %%
 N, D, C = 6, 4, 3  # rows, inputs, classes
 weight = rng.normal(size=(C, D)).astype(np.float32)
@@ -65,7 +83,15 @@ print("\nlike numpy:", np.allclose(probabilities, by_hand, atol=1e-6))
 # %% [markdown]
 # Two nodes, and a table that says of each which tensors it reads. The shapes are numpy's, the weights are (out, in), as
 # everywhere in this library.
-#
+
+# %% [markdown]
+# On stacks of matrices `MUL_MAT` has one more rule: where the second stack is higher, each matrix of the first is used
+# several times in a row. Attention with fewer key heads than query heads (lesson 8) needs no copies, for this reason.
+
+# %% [markdown] exercise="mul_mat_of_groups"
+# `np.repeat(a, H // G, axis=0)` repeats each matrix as often as it is used, in the right order (`np.tile` would not).
+
+# %% [markdown]
 # ## A loss, and its backward
 #
 # Now the same layer is trained. The cross-entropy takes one label per row; a label of -1 does not count.
@@ -121,7 +147,7 @@ print(f"recorded {recorded} nodes, kept {len(nodes)}")
 # The picture shows the nodes in the order in which they run, without the views. Every arc is a tensor: from the node
 # that computes it to the node that reads it. A long arc is a result that has to be kept for long.
 
-# %%
+# %% alt="The nodes of the graph in running order, with arcs from each node to those that read it; the longest goes from the softmax of the loss to the backward"
 VIEWS = {"RESHAPE", "VIEW", "PERMUTE"}
 
 
@@ -203,6 +229,13 @@ draw_arcs(nodes, parts)
 # $$\frac{\partial L}{\partial w} = \frac1n\,(p - \text{onehot})^\top x ,$$
 #
 # where the row with the label -1 is left out. We run the graph once and compare, in float64.
+
+# %% [markdown]
+# The optimizer is a node too. What it has to know besides the gradient is uploaded before every step, as the row of
+# seven numbers of lesson 3.
+
+# %% [markdown] exercise="adamw_row"
+# The last two are what the moments are multiplied with, so they are $1/(1-\beta^t)$. Return one array of seven numbers.
 
 # %%
 adamw = toy.AdamW.bias_corrected(lr=0.01)
@@ -333,7 +366,7 @@ for name, gradient in gradients.items():
     error = np.linalg.norm(gradient - exact[name]) / np.linalg.norm(exact[name])
     print(f"{name}  relative error {error:.0e}")
 
-# %%
+# %% alt="On the left the training loss over 1000 steps on a logarithmic axis, from ln 3 to about 0.001; on the right three arms of a spiral, each in a region of its own colour"
 losses = [first_loss]
 for k in range(1, 1000):
     losses.append(network.step(points, arms, adamw.hp_for_step(k), is_first=False))
@@ -372,7 +405,8 @@ print(f"loss {losses[0]:.3f} -> {losses[-1]:.4f}, right: {right:.1%}")
 #   reader;
 # * an elementwise node whose input ends there writes over it;
 # * otherwise the smallest free gap is taken that is large enough;
-# * a place is given away only four nodes after its last reader, so that threads which are a little behind still find it.
+# * a place is given away only four nodes after its last reader, so that threads which are a little behind still find
+#   it.
 #
 # With the node list we can make the plan ourselves.
 
@@ -469,7 +503,7 @@ print(f"our plan                             {end:>9,} bytes")
 print(f"the plan of the session              {s.explain().bytes['graph']:>9,} bytes")
 
 
-# %%
+# %% alt="The memory plan: time goes right, memory goes up; two large boxes of the forward stay until the backward has read them, those of the backward lie above, each for a short time"
 def draw_plan(places, end, nodes, part_names):
     _, ax = plt.subplots(figsize=(12, 6), layout="constrained")
     for place in places:
@@ -494,6 +528,7 @@ def draw_plan(places, end, nodes, part_names):
         xlabel="node, in running order",
         ylabel="place in memory (kB)",
     )
+    ax.set_title("The memory plan", pad=34)
     plt.show()
 
 
@@ -515,7 +550,7 @@ draw_plan(places, end, nodes, network.parts)
 # and `metadata` (the descriptions of the nodes). Which of them grow with the depth of a network? The answer is
 # different for training and for a forward pass alone.
 
-# %%
+# %% alt="Memory of the graph over 1 to 16 layers: with training it grows in proportion, for a forward pass alone it stays at about 250 kB"
 n_weights = sum(int(np.prod(w.shape)) for w in network.w.values())
 print(f"{n_weights} weights of 4 bytes, and two moments for each: {3 * 4 * n_weights:,} bytes")
 print("explain():", network.session.explain().bytes, "(with gaps, so that every tensor is aligned)")
@@ -552,7 +587,7 @@ for train, label, style in [(True, "training", "o-"), (False, "forward alone", "
     sizes = [graph_bytes(int(depth), train) for depth in depths]
     ax.plot(depths, np.array(sizes) / 1024, style, ms=8, label=label)
     print(f"{label:14} {[f'{size // 1024} kB' for size in sizes]}")
-ax.set(xlabel="layers", ylabel="memory of the graph (kB)", ylim=(0, None), xticks=depths)
+ax.set(xlabel="layers", ylabel="memory of the graph (kB)", ylim=(0, None), xticks=depths, title="What depth costs")
 ax.legend()
 plt.show()
 
@@ -658,6 +693,7 @@ for mistake in [
 #    `softmax`, and the product with `s.transpose(v)`. Check its forward against `toy.ops.reference.attention`, then its
 #    gradient. How many nodes has the backward of `softmax`?
 # 2. In the network above, train `w2` and `b2` alone: no `set_param`, `tensor_grad` and `opt_step_adamw` for the others.
-#    How does the picture of the memory plan change, and what does it say about training only the last layers of a model?
-# 3. Set `DELAY` to zero in our planner. It saves little, although `SILU_BACK` no longer has to wait for a place. Draw the
-#    plan: which small tensor lies in the way, and how could a better planner avoid this?
+#    How does the picture of the memory plan change, and what does it say about training only the last layers of a
+#    model?
+# 3. Set `DELAY` to zero in our planner. It saves little, although `SILU_BACK` no longer has to wait for a place. Draw
+#    the plan: which small tensor lies in the way, and how could a better planner avoid this?

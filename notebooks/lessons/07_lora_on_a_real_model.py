@@ -6,9 +6,17 @@
 # little. *Low-rank adaptation*, LoRA (Hu et al. 2021), freezes the model and trains a small correction beside each
 # matrix. A few hundred lines of text and less than a minute are enough to see it work.
 #
-# The file has 98 MB, because most of its weights are stored in four bits each, with a scale and a minimum for every 32 of
-# them. Get it once with `toy fetch smollm2-135m`. Without it the first cell ends
-# with an error that says so.
+# The file has 98 MB, because most of its weights are stored in four bits each, with a scale and a minimum for every 32
+# of them. Get it once with `toy fetch smollm2-135m`. Without it the first cell ends with an error that says so.
+#
+# **You will be able to**
+#
+# * say what LoRA trains, what it leaves alone, and what that saves;
+# * write the adapter's forward and backward, and merge it into its matrix;
+# * measure what a fine-tuning has changed, on held-out text and on other text.
+#
+# **Before**: [lessons 2](02_backward_by_hand.ipynb) and [4](04_train_and_plot.ipynb). **Time**: 40 minutes to read, 2
+# hours with the three exercises.
 
 # %%
 import os
@@ -55,6 +63,14 @@ print(f"{config.n_layers} layers, {config.d_model} wide, {config.vocab_size:,} t
 #
 # What is gained? $W$ has out × in numbers, the adapter $r$ × (out + in).
 
+# %% [markdown] exercise="lora"
+# Two ways from `x` to `y`, added: through `weight.T`, and through `a.T` and then `b.T`, scaled with alpha over the
+# rank. The rank is the number of rows of `a`.
+
+# %% [markdown] exercise="lora_backward"
+# The adapter is two linear layers in a row, `x -> a -> b`. Compute the small array in the middle, `x @ a.T`, again, go
+# back through `b`, then through `a`. `W` passes the gradient on and gets none.
+
 # %%
 RANK = 8
 print(f"rank {RANK}      W (out, in)        in W   in A and B")
@@ -72,7 +88,7 @@ print(
 # two moments. And what is not trained need not be float32. The matrices stay in the file, in their four bits. The
 # engine multiplies with them in place and unpacks only what it is about to use.
 
-# %%
+# %% alt="Memory for weights, gradients and moments as bars: 2152 MB to train everything, 577 MB for LoRA on a float32 model, 136 MB for LoRA on the file as it is"
 full = 4 * gguf.n_parameters / 1e6  # MB, float32
 adapters = 4 * n_adapters / 1e6
 bars = {  # what -> (weights, gradients, moments)
@@ -87,7 +103,7 @@ for label, colour, values in zip(["weights", "gradients", "moments"], [SKY, ORAN
     left += values
 for i, total in enumerate(left):
     ax.text(total + 20, i, f"{total:,.0f} MB", va="center")
-ax.set(xlabel="MB, without activations", xlim=(0, 1.15 * left.max()))
+ax.set(xlabel="MB, without activations", xlim=(0, 1.15 * left.max()), title="What has to be in memory")
 ax.invert_yaxis()
 ax.legend(loc="lower right")
 plt.show()
@@ -185,7 +201,8 @@ for prompt in PROMPTS:
     print("\n---", continue_prompt(training.model(), prompt))
 
 # %% [markdown]
-# And a text of quite another kind, to see later whether it was forgotten: the Zen of Python, which `import this` prints.
+# And a text of quite another kind, to see later whether it was forgotten: the Zen of Python, which `import this`
+# prints.
 
 # %%
 with contextlib.redirect_stdout(io.StringIO()):
@@ -203,7 +220,7 @@ print(f"Zen of Python: {zen_before:.3f} nats per token")
 # adapters begin at zero and have a way to go.
 
 
-# %%
+# %% alt="Training loss over 30 steps, faint and smoothed, and the held-out points at 0, 10, 20 and 30 steps: most of the gain is in the first ten"
 def draw(ax, losses, validation):
     ax.clear()
     steps = np.arange(1, len(losses) + 1)
@@ -212,7 +229,12 @@ def draw(ax, losses, validation):
         ax.plot(steps, smooth(losses, span=8), color=BLUE, label="training, smoothed")
     ax.plot(validation.keys(), validation.values(), "o", ms=10, color=RED, label="held out")
     ax.axhline(validation[0], color="black", ls="--", lw=1.5, label="held out, without adapters")
-    ax.set(xlim=(-0.5, training.options.steps + 0.5), xlabel="step", ylabel="loss (nats per token)")
+    ax.set(
+        xlim=(-0.5, training.options.steps + 0.5),
+        xlabel="step",
+        ylabel="loss (nats per token)",
+        title="Training the adapters",
+    )
     ax.legend()
 
 
@@ -269,7 +291,7 @@ for prompt in PROMPTS:
 # (red) it is predicted.
 
 
-# %%
+# %% alt="A piece of the held-out manual, each token on a background of its gain: line breaks, indentations and 'Return' are dark blue, some words are red"
 def draw_gains(ax, ids, gains, limit=3.0):
     """ids (T+1,), gains (T,): each token of the text on a background of its gain"""
     x, y = 0, 0
@@ -302,6 +324,7 @@ fig, ax = plt.subplots(figsize=(11, 0.3 * n_lines), layout="constrained")
 draw_gains(ax, windows[i], gains[i])
 scale = plt.cm.ScalarMappable(plt.Normalize(-3, 3), cmap="RdBu")
 fig.colorbar(scale, ax=ax, label="gain (nats)", shrink=0.7)
+ax.set_title("Which tokens are predicted better (blue) and worse (red)")
 plt.show()
 
 
@@ -313,7 +336,7 @@ plt.show()
 # (brackets, quotes, digits).
 
 
-# %%
+# %% alt="Loss before and after for white space, words and other signs: all are lower after, white space by most"
 def kind_of(token):
     piece = tokenizer.decode([token])
     return "white space" if piece.isspace() else "word" if piece.strip().isalpha() else "other signs"
@@ -327,7 +350,7 @@ for offset, values, colour, label in [(-0.2, before, "0.6", "before"), (0.2, aft
     bars = ax.bar(np.arange(3) + offset, means, width=0.38, color=colour, label=label)
     ax.bar_label(bars, fmt="%.2f")
 ax.set_xticks(range(3), [f"{name}\n({(kinds == name).mean():.0%} of the tokens)" for name in names])
-ax.set(ylabel="loss (nats per token)")
+ax.set(ylabel="loss (nats per token)", title="Loss by kind of token")
 ax.legend()
 plt.show()
 
@@ -340,7 +363,11 @@ plt.show()
 # $\Delta W$ can be computed for every matrix, and compared with the $W$ beside it. The size of a matrix is its
 # Frobenius norm, the root of the sum of squares.
 
-# %%
+# %% [markdown] exercise="lora_merge"
+# What is $\Delta W$, such that `x @ (W + dW).T` is the same for every `x`? Return a new matrix; `weight` is not to be
+# changed.
+
+# %% alt="Size of the update relative to the weights for seven matrices in 30 layers: mostly below one percent, largest for v and o in layer 0"
 trained = recipe.parameters()  # the adapters alone: nothing else is trained
 alpha = training.options.alpha
 
@@ -382,7 +409,7 @@ for target, row in zip(TARGETS, relative):
 # Is $\Delta W$ really of rank 8? Its *singular values* tell: how strong it is in each of its directions, the strongest
 # first. A matrix of rank $r$ has $r$ that are not zero.
 
-# %%
+# %% alt="On the left the singular values of W and of the update in layer 0: those of the update end after eight; on the right the eight relative to the largest, falling to a tenth"
 layer, target = np.unravel_index(relative.T.argmax(), relative.T.shape)
 target = list(TARGETS)[target]
 fig, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
@@ -432,9 +459,9 @@ plt.show()
 #
 # ## Exercises
 #
-# 1. Train with rank 1, 2 and 32 and the same seed. How do the held-out loss and the number of parameters change? At which
-#    rank does it stop paying?
-# 2. Train `targets=("q", "v")`, as the paper did, and `("gate", "up", "down")`. Which does better with the same number of
-#    steps, and which with the same number of parameters?
-# 3. Take another text with a style of its own, such as `topics["debugger"]` or a book you like. Use `FullFinetuneOptions`
-#    on it too, with its lower learning rate: how much memory does that take, and is it better?
+# 1. Train with rank 1, 2 and 32 and the same seed. How do the held-out loss and the number of parameters change? At
+#    which rank does it stop paying?
+# 2. Train `targets=("q", "v")`, as the paper did, and `("gate", "up", "down")`. Which does better with the same number
+#    of steps, and which with the same number of parameters?
+# 3. Take another text with a style of its own, such as `topics["debugger"]` or a book you like. Use
+#    `FullFinetuneOptions` on it too, with its lower learning rate: how much memory does that take, and is it better?

@@ -6,7 +6,17 @@
 # character, position by position. On the way we read the file byte by byte, and see what it costs to store it in fewer
 # bits.
 #
-# llama.cpp comes from `pip install xllamacpp`. Without it the cells that ask llama.cpp say so and the rest runs as usual.
+# llama.cpp comes from `pip install xllamacpp`. Without it the cells that ask llama.cpp say so and the rest runs as
+# usual.
+#
+# **You will be able to**
+#
+# * say in what a Llama differs from the transformer of lesson 1, and write each difference with its backward;
+# * read a GGUF file byte by byte;
+# * have another program confirm your model, and say what it costs to store it in fewer bits.
+#
+# **Before**: [lessons 1](01_forward_by_hand.ipynb) and [2](02_backward_by_hand.ipynb). **Time**: 45 minutes to read, 4
+# hours with the thirteen exercises. Nobody has to do all of them.
 
 # %%
 import os
@@ -43,14 +53,15 @@ print("llama.cpp is here" if xllamacpp else NO_JUDGE)
 # %% [markdown]
 # ## A small Llama
 #
-# The text is the documentation inside Python, its length differs a little between versions. A token is a character. The few
-# characters beyond ASCII are dropped, which keeps the tokenizer that goes into the file simple: one byte, one token.
+# The text is the documentation inside Python, its length differs a little between versions. A token is a character. The
+# few characters beyond ASCII are dropped, which keeps the tokenizer that goes into the file simple: one byte, one
+# token.
 #
 # The model has four heads for queries and two for keys and values, so that two query heads share each pair. That is
 # *grouped-query attention* (Ainslie et al. 2023): the matrices of keys and values are half as large, and so is the
 # cache when it writes.
 
-# %%
+# %% alt="Training loss over 300 steps from 4.5 to 2.3 nats per character"
 CONTEXT = 64
 text = "".join(character for character in load_corpus().text if character.isascii())
 tokenizer = CharTokenizer.from_text(text)
@@ -88,7 +99,63 @@ plt.show()
 # %% [markdown]
 # Three hundred steps are no good model, but one with opinions: it is far from a uniform guess. That matters below. Two
 # programs agree easily about a model that knows nothing.
+
+# %% [markdown]
+# ## What is new in a Llama
 #
+# Between the transformer of lesson 1 and this model lie four changes. RMSNorm you know already. Here are the other
+# three, each with its backward, because it was trained.
+#
+# **SwiGLU.** The MLP has two matrices side by side, and one of them opens and closes the other:
+# $y = \mathrm{silu}(\text{gate}) \odot \text{up}$. SiLU, $x\,\sigma(x)$, is smooth and close to GELU. A product has the
+# simplest backward of all: each factor gets the gradient times the other factor.
+
+# %% [markdown] exercise="silu"
+# `1 / (1 + np.exp(-x))` is the sigmoid.
+
+# %% [markdown] exercise="silu_backward"
+# With $s = \sigma(x)$ the product rule gives $s + x \cdot s'$, and $s' = s\,(1 - s)$.
+
+# %% [markdown] exercise="swiglu"
+# One line, with the SiLU of the gate.
+
+# %% [markdown] exercise="swiglu_backward"
+# `d_up` is `d_y` times `silu(gate)`. `d_gate` is `d_y * up` times the slope of SiLU, which you have just written.
+
+# %% [markdown]
+# **RoPE.** Positions are not added to the embedding. In every layer, queries and keys are *turned*: the numbers of a
+# head are taken in pairs, and each pair is a point in the plane that is turned by an angle that grows with the
+# position. The dot product of a query and a key then depends on the difference of their positions only. The first pair
+# turns fast, the last hardly at all.
+#
+# A rotation keeps lengths, and what undoes it is the rotation back. So the backward is the forward with the angles
+# reversed.
+
+# %% [markdown] exercise="rope"
+# Take `x` as `(N, n_heads, d_head/2, 2)`: the last axis holds the two numbers of a pair. The angles have the shape
+# `(N, 1, d_head/2)`, so that all heads are turned alike.
+
+# %% [markdown] exercise="rope_backward"
+# Only the sign of the sine changes.
+
+# %% [markdown]
+# **Grouped-query attention.** Two query heads read the same keys and values. In the forward each key head is simply
+# used twice; in the backward what comes from both uses is added, as always when a value is used twice.
+#
+# When the model writes, it computes the keys and values of one token at a time and keeps those of all tokens before,
+# the *key/value cache*.
+
+# %% [markdown] exercise="grouped_attention"
+# `np.repeat(k, H // G, axis=1)` gives each query head its key head. Then it is the causal attention of lesson 1.
+
+# %% [markdown] exercise="grouped_attention_backward"
+# Compute `d_k` and `d_v` for every query head first, `(B, H, T, d)`, then `reshape` to `(B, G, H // G, T, d)` and sum
+# over the axis of the group.
+
+# %% [markdown] exercise="kv_cache_step"
+# Write first, then read places `0` to `n`, which are `n + 1`. What lies behind them is of an earlier text.
+
+# %% [markdown]
 # ## Into a file
 #
 # `write_gguf` takes the config, the arrays and the tokenizer. The names and shapes of our parameters are those of GGUF
@@ -103,6 +170,19 @@ write_gguf(paths["f32"], config, parameters, tokenizer, metadata={"general.name"
 data = paths["f32"].read_bytes()
 print(f"{len(data):,} bytes in the file, {4 * recipe.n_parameters:,} of them are the float32 numbers")
 print(data[:4])
+
+# %% [markdown]
+# The tokenizer is in the file too. Ours is a list of characters. That of a large model is a list of *merges*, found by
+# byte-pair encoding: begin with single bytes; find the pair that stands side by side most often, make it a token of its
+# own; repeat some ten thousand times. Two functions are all that it needs.
+
+# %% [markdown] exercise="most_frequent_pair"
+# Count the pairs `zip(ids, ids[1:])` in a dictionary. For the tie, `min` with the key `(-count, pair)` finds the
+# highest count and, among equals, the lowest ids.
+
+# %% [markdown] exercise="merge_pair"
+# Go through the list with an index of your own: after a pair it moves on by two, otherwise by one. At the last place
+# there is no pair any more.
 
 # %% [markdown]
 # ## What is inside
@@ -194,7 +274,7 @@ for key, value in metadata.items():
 # No code is in the file and no pickle, only what the model *is*. A program that knows the word `llama` knows what to do
 # with these sizes. Here are the first bytes, in the manner of a hex editor, coloured by what they belong to.
 
-# %%
+# %% alt="The first 224 bytes of the file as hexadecimal numbers with their letters, coloured by field: magic, version, number of tensors, number of entries, then metadata"
 PART_COLOURS = {"header": ORANGE, "metadata": SKY, "tensor list": PINK, "tensor data": GREEN}
 COLUMNS, ROWS = 32, 7
 FIELDS = [(0, 4, "magic"), (4, 8, "version"), (8, 16, "tensors"), (16, 24, "entries")]
@@ -221,6 +301,7 @@ for start, stop, label in FIELDS[:4]:
     ax.text((start + stop) / 2, -0.35, label, ha="center", fontsize=11)
 ax.text(24.2, -0.35, "metadata: length of the key, key, type, value ...", fontsize=11)
 ax.set(xlim=(0, COLUMNS), ylim=(ROWS, -0.9), xticks=[], ylabel="first byte of the line")
+ax.set_title("The first bytes of the file")
 ax.set_yticks(np.arange(ROWS) + 0.5, np.arange(ROWS) * COLUMNS)
 ax.tick_params(length=0)
 for side in ax.spines.values():
@@ -234,7 +315,7 @@ plt.show()
 #
 # Now the whole file, drawn to scale: above all of it, below the part before the data.
 
-# %%
+# %% alt="Above the whole file as a strip: a thin part before the data, then the tensors; below that part enlarged: header, metadata with the tokenizer as the largest entries, and the tensor list"
 ends = [*sorted(first for _, _, first in tensors.values())[1:], len(data)]
 blocks = [(first, end, name) for (name, (_, _, first)), end in zip(tensors.items(), ends)]
 before_data = blocks[0][0]
@@ -353,7 +434,7 @@ if xllamacpp:
 else:
     print(NO_JUDGE)
 
-# %%
+# %% alt="Log-probabilities of all characters at each position as numpy computes them, and below the differences from llama.cpp, which are 1e-8 to 1e-4"
 if xllamacpp:
     characters = [{" ": "␣", "\n": "⏎"}.get(c, c) for c in tokenizer.decode(excerpt)]
     pixels = dict(aspect="auto", interpolation="nearest")
@@ -406,7 +487,15 @@ if not xllamacpp:
 # stores for each block one scale (a half-precision number) and 32 whole numbers from -127 to 127: 34 bytes instead of
 # 128. Here is one block, read by hand.
 
-# %%
+# %% [markdown] exercise="quantise_q8_0"
+# `np.rint` rounds to the nearest. Divide by the scale only where it is not zero.
+
+# %% [markdown] exercise="dequantise_q8_0"
+# `raw.reshape(-1, 34)` puts one block into each row. `.view("<f2")` of the first two columns reads them as
+# half-precision numbers (on a copy, `np.ascontiguousarray`, since the columns are not side by side in memory),
+# `.view(np.int8)` of the others as signed integers.
+
+# %% alt="The 32 numbers of a block and what Q8_0 makes of them, which lie on each other; below the errors, within half a step"
 for kind in ["f16", "q8_0"]:
     write_gguf(paths[kind], config, parameters, tokenizer, type=kind)
 
@@ -484,7 +573,7 @@ if not xllamacpp:
 # bits instead of 8: blocks of 32, integers from $-(2^{b-1}-1)$ to $2^{b-1}-1$. Two bits leave -1, 0 and 1.
 
 
-# %%
+# %% alt="On the left the relative error of the weights over 8 to 2 bits, from 0.004 to 0.5; on the right the validation loss, flat down to 4 bits and much higher at 2"
 def rounded(w, bits):
     """w (out, in) as a type with this many bits in blocks of 32 would store it"""
     largest = 2 ** (bits - 1) - 1
@@ -504,10 +593,10 @@ for b in bits:
 
 fig, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
 axes[0].semilogy(bits, errors, "o-", ms=9)
-axes[0].set(xlabel="bits per weight (and the scale)", ylabel="relative error of the weights")
+axes[0].set(xlabel="bits per weight (and the scale)", ylabel="relative error of the weights", title="The weights")
 axes[1].plot(bits, exact + np.array(costs), "o-", ms=9, color=RED, label="rounded")
 axes[1].axhline(exact, color="black", ls="--", lw=1.5, label="float32")
-axes[1].set(xlabel="bits per weight (and the scale)", ylabel="validation loss (nats)")
+axes[1].set(xlabel="bits per weight (and the scale)", ylabel="validation loss (nats)", title="The loss")
 axes[1].legend()
 for ax in axes:
     ax.set_xticks(bits)
@@ -541,10 +630,10 @@ folder.cleanup()
 #
 # ## Exercises
 #
-# 1. Break the export on purpose: swap two rows of `blk.0.attn_q.weight` before writing it, or turn the pairs of RoPE into
-#    halves (rows 0, 2, 4, ... of each head first, then 1, 3, 5, ...). What does the picture of the differences look like,
-#    and does the greedy text still look sensible?
+# 1. Break the export on purpose: swap two rows of `blk.0.attn_q.weight` before writing it, or turn the pairs of RoPE
+#    into halves (rows 0, 2, 4, ... of each head first, then 1, 3, 5, ...). What does the picture of the differences
+#    look like, and does the greedy text still look sensible?
 # 2. Round only one kind of matrix to 3 bits (`attn_q`, `attn_v`, `ffn_down`, the embedding, ...) and leave the rest
 #    alone. Which one costs the most loss per byte saved? Files called `Q4_K_M` mix types for this reason.
-# 3. Write `rounded` with a minimum beside the scale, as `Q4_1` does. How much lower is the error at 2, 3 and 4 bits, and
-#    what do the additional bytes cost?
+# 3. Write `rounded` with a minimum beside the scale, as `Q4_1` does. How much lower is the error at 2, 3 and 4 bits,
+#    and what do the additional bytes cost?

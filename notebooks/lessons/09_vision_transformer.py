@@ -10,6 +10,15 @@
 # in a patch, `D` the width of the model.
 #
 # The digits come with scikit-learn (`pip install scikit-learn`).
+#
+# **You will be able to**
+#
+# * turn an image into a row of tokens, and say what class token and positions are for;
+# * train a vision transformer, and read its confusion matrix and its errors;
+# * tell what a model looks at from what it needs.
+#
+# **Before**: [lessons 1](01_forward_by_hand.ipynb) and [4](04_train_and_plot.ipynb). **Time**: 40 minutes to read, 1
+# hour with the three exercises.
 
 # %%
 import tempfile
@@ -42,7 +51,7 @@ np.set_printoptions(precision=3, suppress=True, linewidth=110)
 # colour image has three. One fifth of each class is put aside: the model is tested on these images and never trained on
 # them.
 
-# %%
+# %% alt="Two images of each digit from 0 to 9, 8 by 8 pixels"
 data = load_images("digits")
 train, test = split_images(data, val_fraction=0.2, seed=0)  # which images
 print("images", data.images.shape, " labels", data.labels.shape, " classes", *data.classes)
@@ -57,7 +66,8 @@ def show_image(ax, image, title="", black=1.0):
     ax.spines[:].set(visible=True, color="0.7")
 
 
-fig, axes = plt.subplots(2, 10, figsize=(12, 2.9), layout="constrained")
+fig, axes = plt.subplots(2, 10, figsize=(12, 3.2), layout="constrained")
+fig.suptitle("Two digits of each class")
 for label, column in enumerate(axes.T):
     for ax, i in zip(column, train[data.labels[train] == label]):
         show_image(ax, data.images[i], data.classes[label] if ax is column[0] else "")
@@ -87,6 +97,9 @@ print(
 # numbers. Reading order is that of a page. Cutting is only another way to number the pixels: split both axes, put the
 # two that count patches in front, and flatten.
 
+# %% [markdown] exercise="patches"
+# `reshape(B, side, p, side, p, C)` with `side` patches along an edge; exchange the two axes in the middle; flatten.
+
 # %%
 config = toy.ViTConfig(image_size=8, channels=1, patch_size=2, d_model=48, n_heads=4, d_ff=96, n_layers=3, n_classes=10)
 B, P, T = len(images), config.n_patches, config.n_tokens
@@ -101,7 +114,7 @@ print("patches", patches.shape, "= (B*P, C)")
 inputs = ImageBatch(config, t_batch=B, t_seq=T).check(images)
 print("the same as what the library cuts:", np.array_equal(patches, inputs["patches"]))
 
-# %%
+# %% alt="An image of a zero cut into 16 patches of 2 by 2 pixels, the patches with their numbers, and the patches as rows of four numbers"
 fig, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained", width_ratios=[4, 4.4, 2])
 picture = data.images[train[0]]
 show_image(axes[0], picture, "the image, cut")
@@ -159,6 +172,10 @@ print("and gives our tokens:", np.array_equal(by_model, tokens))
 # there. And as in notebook 1, every place gets a learned row of its own, which says where a patch lay: row 0 is the
 # class token's.
 
+# %% [markdown] exercise="class_token_and_positions"
+# `np.broadcast_to(class_token, (B, 1, D))` is one more token for each image. Concatenate along axis 1, then add the
+# positions, which all images share.
+
 # %%
 class_token = np.broadcast_to(w.class_embd.weight, (B, 1, D))  # the same row for every image
 x = np.concatenate([class_token, tokens.reshape(B, P, D)], axis=1)  # (B, T, D)
@@ -191,7 +208,7 @@ print(f"{w.n_parameters:,} parameters,", f"{w.position_embd.weight.size:,} of th
 # How much does the model know about where a patch lay? Only what the position rows tell it. We shuffle the patches of
 # an image and compare the logits, with the position rows and without them.
 
-# %%
+# %% alt="An image of a zero, and the same with its patches shuffled, which nobody can read"
 order = np.random.default_rng(0).permutation(P)
 shuffled = patches.reshape(B, side, side, p, p, 1).reshape(B, P, p, p, 1)[:, order]
 shuffled = shuffled.reshape(B, side, side, p, p, 1).swapaxes(2, 3).reshape(images.shape)
@@ -218,8 +235,9 @@ plt.show()
 # still a 7. We show it. Every time an image is drawn it is turned, stretched, slanted and moved a little, each time in
 # another way.
 
-# %%
-fig, axes = plt.subplots(1, 9, figsize=(12, 1.9), layout="constrained")
+# %% alt="A digit and eight deformed copies of it: turned, slanted, stretched and moved a little"
+fig, axes = plt.subplots(1, 9, figsize=(12, 2.3), layout="constrained")
+fig.suptitle("One digit, deformed eight times")
 picture = data.images[train[7]]
 show_image(axes[0], picture, "original")
 for ax, image in zip(axes[1:], deformed(np.stack([picture] * 8), seed=0, step=0)):
@@ -230,6 +248,12 @@ plt.show()
 # The recipe is `ViTTiny`: it trains every weight, starting from random ones. A step takes images and their labels, and
 # the loss is the mean cross-entropy as always. The learning rate rises for 20 steps and then falls along half a cosine.
 # Run this cell; it takes less than half a minute.
+
+# %% [markdown]
+# How many images are right is counted with the largest logit of each row.
+
+# %% [markdown] exercise="accuracy"
+# `argmax` over the classes, compared with the labels; the mean of true and false is the fraction.
 
 # %%
 N_STEPS, BATCH = 600, 64
@@ -256,18 +280,18 @@ for k in range(N_STEPS):
 for step, (loss, accuracy) in tests.items():
     print(f"after {step:3} steps: test loss {loss:.3f} nats, {accuracy:.1%} of the test images right")
 
-# %%
+# %% alt="On the left the training loss and the test loss over 600 steps, from 2.5 to about 0.15; on the right the share of test images that are right, up to about 95 percent"
 fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 left.plot(losses, color=BLUE, alpha=0.25, lw=1)
 left.plot(smooth(losses, span=20), color=BLUE, label="training, smoothed")
 left.plot(tests.keys(), [loss for loss, _ in tests.values()], "o", ms=8, color=RED, label="test")
 left.axhline(np.log(10), color="black", ls="--", lw=1.5, label="uniform guess, ln 10")
-left.set(xlabel="step", ylabel="loss (nats per image)", ylim=(0, 3))
+left.set(xlabel="step", ylabel="loss (nats per image)", ylim=(0, 3), title="Loss")
 left.legend()
 right.plot(tests.keys(), [100 * accuracy for _, accuracy in tests.values()], "o-", ms=8, color=RED)
 right.axhline(10, color="black", ls="--", lw=1.5)
 right.text(N_STEPS, 12, "a guess", ha="right")
-right.set(xlabel="step", ylabel="test images right (%)", ylim=(0, 102))
+right.set(xlabel="step", ylabel="test images right (%)", ylim=(0, 102), title="Accuracy")
 plt.show()
 
 # %% [markdown]
@@ -279,7 +303,7 @@ plt.show()
 # Which digits are taken for which? Each row of the *confusion matrix* is what the image is, each column what the model
 # takes it for. On the diagonal it is right. `toy train vit-tiny` writes the same picture into the directory of a run.
 
-# %%
+# %% alt="The confusion matrix of the ten digits: nearly all counts are on the diagonal"
 logits, labels = test_logits(), data.labels[test]
 counts = confusion(logits, labels, n_classes=10)
 figure = draw_confusion(counts, data.classes)
@@ -290,13 +314,14 @@ display(figure)
 # And these are the images it gets wrong, those first of which it is most certain. Some of them we would not dare to
 # name ourselves.
 
-# %%
+# %% alt="The images that are taken for a wrong digit, with what they are, what they are taken for and how sure the model is"
 probabilities = softmax(logits)  # (images, n_classes)
 guesses = probabilities.argmax(axis=1)
 wrong = np.flatnonzero(guesses != labels)
 wrong = wrong[np.argsort(-probabilities[wrong].max(axis=1))]
 
-fig, axes = plt.subplots(2, 8, figsize=(12, 4.2), layout="constrained")
+fig, axes = plt.subplots(2, 8, figsize=(12, 4.6), layout="constrained")
+fig.suptitle("What it gets wrong, the surest first")
 for ax in axes.flat:
     ax.axis("off")
 for ax, i in zip(axes.flat, wrong):
@@ -320,7 +345,7 @@ print(f"mean probability of the guess, where it is wrong: {probabilities[wrong].
 # ask: how much probability does the class token give to each patch, layer by layer? The textbook operations keep these
 # probabilities in their cache. We take the mean over the four heads and lay it over the image.
 
-# %%
+# %% alt="Ten digits, and for each of three layers the attention of the class token to the 16 patches, in orange"
 trained = model_from(config, recipe.parameters(), backend="numpy")
 _, (_, cache) = trained.forward(normalise(data.images[test]))
 maps = np.stack(
@@ -343,7 +368,8 @@ def show_patches(ax, image, values, title="", highest=None):
 
 
 shown = [np.flatnonzero((labels == digit) & right)[0] for digit in range(10)]
-fig, axes = plt.subplots(4, 10, figsize=(12, 5.4), layout="constrained")
+fig, axes = plt.subplots(4, 10, figsize=(12, 5.8), layout="constrained")
+fig.suptitle("What the class token attends to")
 for column, i in zip(axes.T, shown):
     show_image(column[0], data.images[test[i]])
     for layer, ax in enumerate(column[1:]):
@@ -360,7 +386,7 @@ plt.show()
 # The mean hides that the heads have different tastes. For every head: how does its attention to a patch go together
 # with the ink in it? A correlation of 1 would mean that it follows the ink alone, 0 that it does not care.
 
-# %%
+# %% alt="Correlation of the attention of the class token with the ink, for four heads in three layers, from about -0.5 to 0.6"
 ink = data.images[test].reshape(-1, side, p, side, p).mean(axis=(2, 4)).reshape(-1, P)  # (images, P)
 
 
@@ -389,7 +415,7 @@ plt.show()
 # class. That is 16 times the whole test part.
 
 
-# %%
+# %% alt="Ten digits, above with the patches that are looked at, below with those that are needed: the rows differ"
 def losses_of(batch):
     """The loss of every test image."""
     p_right = softmax(trained.forward(normalise(batch))[0])[np.arange(len(labels)), labels]
@@ -405,7 +431,8 @@ for n in range(P):
     harm[:, n] = losses_of(covered) - plain
 
 attention = to_patches.mean(axis=(1, 2))  # (images, P): the mean over layers and heads
-fig, axes = plt.subplots(2, 10, figsize=(12, 3), layout="constrained")
+fig, axes = plt.subplots(2, 10, figsize=(12, 3.3), layout="constrained")
+fig.suptitle("Attention, and what covering a patch does")
 for column, i in zip(axes.T, shown):
     show_patches(column[0], data.images[test[i]], attention[i])
     show_patches(column[1], data.images[test[i]], np.maximum(harm[i], 0))
@@ -432,7 +459,7 @@ print(f"correlation of ink and harm:       {correlation(ink, harm).mean():.2f}")
 # 16 places: how similar is its row to all others (the cosine of the angle between them)?
 
 
-# %%
+# %% alt="For each of 16 places the similarity of its position row to all others: high beside the place itself, lower far away"
 def similarity(positions):
     """(T, D) -> (P, P) cosines, without the class token's row, and without what all places share."""
     rows = positions[1:] - positions[1:].mean(axis=0)
@@ -443,7 +470,8 @@ def similarity(positions):
 learned = similarity(trained.parameters.position_embd.weight)
 at_first = similarity(w.position_embd.weight)
 
-fig, axes = plt.subplots(side, side, figsize=(6.4, 5.4), layout="constrained")
+fig, axes = plt.subplots(side, side, figsize=(6.8, 6), layout="constrained")
+fig.suptitle("How alike is each place's row to the others?", fontsize=14)
 for n, ax in enumerate(axes.flat):
     image = ax.imshow(learned[n].reshape(side, side), cmap="PuOr_r", vmin=-0.6, vmax=0.6)
     ax.plot(*divmod(n, side)[::-1], "k.", ms=7)
@@ -501,7 +529,7 @@ print(f"the image in the file is a {prediction.name} ({likeliest:.1%}); its labe
 # 1. `toy train vit-tiny` cuts the digits into patches of 4 x 4, here they are 2 x 2. Try 4 and 1. How many tokens are
 #    there, how many numbers has a patch, and how long does a step take? Which size is best after the same number of
 #    steps, and after the same time?
-# 2. Leave out `deformed`. Compare the training loss with the test loss at the end, with and without. What does the model
-#    learn by heart?
+# 2. Leave out `deformed`. Compare the training loss with the test loss at the end, with and without. What does the
+#    model learn by heart?
 # 3. Switch one head off: set its `d_head` columns of `blk.0.attn_output.weight` (or of another layer) in `trained` to
 #    zero, and count the test images that are right. Which head is needed most? Is it the one that follows the ink?

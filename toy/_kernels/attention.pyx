@@ -40,12 +40,21 @@ cdef extern from "simd_math.h" nogil:
 cdef extern from "attention_lanes.h" nogil:
     const int LANES "TOY_LANES"          # of a vector; 0: there are none of the functions
     const int LANES_BLOCK "TOY_BLOCK"    # query rows of a block: two vectors
+    const int TILE "TOY_TILE"            # rows of a product that are done together
+    ctypedef struct FetchList "toy_fetch_list":
+        const float* x
+        Py_ssize_t x_row, rows
+        int to_write
+    ctypedef struct Fetch "toy_fetch":
+        FetchList[7] lists
+        int first, n
+        Py_ssize_t columns, rows_a_tile
     void toy_multiply(int columns, Py_ssize_t rows, Py_ssize_t n, const float* a, Py_ssize_t a_row, Py_ssize_t a_step,
-                      const float* b, Py_ssize_t b_step, float* c, Py_ssize_t c_row, int add)
-    void toy_fetch_rows(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, int to_write)
+                      const float* b, Py_ssize_t b_step, float* c, Py_ssize_t c_row, int add, Fetch* fetch)
     void toy_into_lanes(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, float* lanes)
     void toy_out_of_lanes(Py_ssize_t rows, Py_ssize_t n, const float* lanes, const float* factors,
                           float* x, Py_ssize_t x_row)
+    void toy_copy_rows(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, float* copy)
     void toy_hide_keys(float* scores, Py_ssize_t n, Py_ssize_t key, Py_ssize_t first, Py_ssize_t last, float value)
     void toy_largest_scores(const float* scores, Py_ssize_t n, float* largest)
     void toy_exp_scores(float* scores, Py_ssize_t n, float scale, const float* largest, float* total)
@@ -279,7 +288,7 @@ cdef void find_bands(const Block* block, Py_ssize_t start, Py_ssize_t end, Band*
 
 
 cdef void dot_keys(const Attention* a, const Band* bands, const float* lanes, const float* k, Py_ssize_t k_stride,
-                   float* out, Py_ssize_t base) noexcept nogil:
+                   float* out, Py_ssize_t base, Fetch* fetch) noexcept nogil:
     """out (keys from base on, LANES_BLOCK): each key's product with each query. lanes: (d_head, LANES_BLOCK)."""
     cdef Py_ssize_t i
     cdef const Band* band
@@ -289,12 +298,12 @@ cdef void dot_keys(const Attention* a, const Band* bands, const float* lanes, co
             toy_multiply(
                 <int> band.columns, band.end - band.start, a.d_head, k + band.start * k_stride, k_stride, 1,
                 lanes + band.column * LANES, LANES_BLOCK,
-                out + (band.start - base) * LANES_BLOCK + band.column * LANES, LANES_BLOCK, 0,
+                out + (band.start - base) * LANES_BLOCK + band.column * LANES, LANES_BLOCK, 0, fetch,
             )
 
 
 cdef void add_keys(const Attention* a, const Band* bands, const float* weights, Py_ssize_t base,
-                   const float* k, Py_ssize_t k_stride, float* lanes) noexcept nogil:
+                   const float* k, Py_ssize_t k_stride, float* lanes, Fetch* fetch) noexcept nogil:
     """lanes (d_head, LANES_BLOCK) += the sum of the keys, each times its weight for the query."""
     cdef Py_ssize_t i
     cdef const Band* band
@@ -304,13 +313,13 @@ cdef void add_keys(const Attention* a, const Band* bands, const float* weights, 
             toy_multiply(
                 <int> band.columns, a.d_head, band.end - band.start, k + band.start * k_stride, 1, k_stride,
                 weights + (band.start - base) * LANES_BLOCK + band.column * LANES, LANES_BLOCK,
-                lanes + band.column * LANES, LANES_BLOCK, 1,
+                lanes + band.column * LANES, LANES_BLOCK, 1, fetch,
             )
 
 
 cdef void add_queries(const Attention* a, const Block* block, const Band* bands, const float* weights, Py_ssize_t base,
                       const float* q, Py_ssize_t q_stride, const float* q_rest, float* sums,
-                      float* d_k, Py_ssize_t d_k_stride, bint add) noexcept nogil:
+                      float* d_k, Py_ssize_t d_k_stride, bint add, Fetch* fetch) noexcept nogil:
     """d_k (+)= for each key the sum of the queries, each times its weight for the key; without `add` it is written.
 
     q_rest: (LANES_BLOCK, LANES) what of the queries is after the last whole vector, then zeros. sums: (CHUNK, LANES) scratch.
@@ -330,12 +339,13 @@ cdef void add_queries(const Attention* a, const Block* block, const Band* bands,
         while column < whole:
             toy_multiply(
                 2 if column + LANES < whole else 1, band.end - band.start, rows, of_band, LANES_BLOCK, 1,
-                q + low * q_stride + column, q_stride, d_k + band.start * d_k_stride + column, d_k_stride, add,
+                q + low * q_stride + column, q_stride, d_k + band.start * d_k_stride + column, d_k_stride, add, fetch,
             )
             column += 2 * LANES
         if rest > 0:
             toy_multiply(
-                1, band.end - band.start, rows, of_band, LANES_BLOCK, 1, q_rest + low * LANES, LANES, sums, LANES, 0
+                1, band.end - band.start, rows, of_band, LANES_BLOCK, 1, q_rest + low * LANES, LANES, sums, LANES, 0,
+                fetch,
             )
             for j in range(band.end - band.start):
                 row = d_k + (band.start + j) * d_k_stride + whole
@@ -383,13 +393,14 @@ cdef void hide_keys(const Attention* a, const Block* block, float* scores, Py_ss
 
 
 cdef void find_scores(const Attention* a, const Block* block, const Band* bands, const float* q, const float* k,
-                      Py_ssize_t k_stride, Py_ssize_t start, Py_ssize_t end, float scale, float* scores, float* slopes) noexcept nogil:
+                      Py_ssize_t k_stride, Py_ssize_t start, Py_ssize_t end, float scale, float* scores, float* slopes,
+                      Fetch* fetch) noexcept nogil:
     """The scores of the keys start .. end-1, and the slopes of their cap unless that is NULL or there is no cap."""
     cdef Py_ssize_t base = block.start[0], column, j, i
     cdef float one = 1.0
     cdef float* row
     cdef Band keys
-    dot_keys(a, bands, q, k, k_stride, scores, base)
+    dot_keys(a, bands, q, k, k_stride, scores, base, fetch)
     if a.softcap > 0:
         for column in range(block.columns):
             keys = column_keys(block, column, start, end)
@@ -405,12 +416,15 @@ cdef void find_scores(const Attention* a, const Block* block, const Band* bands,
         hide_keys(a, block, scores, base, start, end, -INFINITY)
 
 
+cdef inline bint fetches(const Attention* a) noexcept nogil:
+    """Whether rows are asked for before they are needed: not where the whole op is in the second cache, about 1 MB."""
+    return a.batch * (a.t_q + a.t_k) * a.n_heads * a.d_head > 128 * 1024
+
+
 cdef void pack(const Attention* a, const float** k, Py_ssize_t* stride, float* copy) noexcept nogil:
     """Copy a head's keys or values (t_k, d_head) together, where that pays; *k and *stride then are the copy's."""
-    cdef Py_ssize_t i
     if packs(a):
-        for i in range(a.t_k):
-            memcpy(copy + i * a.d_head, k[0] + i * stride[0], a.d_head * sizeof(float))
+        toy_copy_rows(a.t_k, a.d_head, k[0], stride[0], copy)
         k[0], stride[0] = copy, a.d_head
 
 
@@ -418,22 +432,39 @@ cdef inline float* align(float* x) noexcept nogil:
     return <float*> ((<uintptr_t> x + 63) // 64 * 64)
 
 
-cdef void fetch_next(const Attention* a, Py_ssize_t unit, Py_ssize_t blocks) noexcept nogil:
-    """Ask for the queries of a unit of the forward, and for its share of the keys and values of the next head."""
+cdef void plan(Fetch* fetch, const float* x, Py_ssize_t x_row, Py_ssize_t rows, bint to_write) noexcept nogil:
+    if rows > 0:
+        fetch.lists[fetch.n] = FetchList(x, x_row, rows, to_write)
+        fetch.n += 1
+
+
+cdef void spread(Fetch* fetch, Py_ssize_t tiles) noexcept nogil:
+    """Ask for the rows of the plan in the course of about so many tiles."""
+    cdef Py_ssize_t i, rows = 0
+    for i in range(fetch.n):
+        rows += fetch.lists[i].rows
+    fetch.rows_a_tile = (rows + tiles - 1) // tiles
+
+
+cdef void plan_forward(const Attention* a, const Block* block, Py_ssize_t unit, Py_ssize_t blocks,
+                       Fetch* fetch) noexcept nogil:
+    """The outputs of the unit, the queries of the next one, and a share of the keys and values of the next head."""
     cdef Py_ssize_t h = unit // blocks % a.n_heads, b = unit // blocks // a.n_heads, first = unit % blocks * LANES_BLOCK
-    cdef Py_ssize_t group = a.n_heads // a.n_kv_heads, pair = unit // (blocks * group) + 1, share, start, rows
+    cdef Py_ssize_t units = a.n_heads // a.n_kv_heads * blocks, pair = unit // units + 1    # units a pair; the next one
+    cdef Py_ssize_t share = (a.t_k + units - 1) // units, start = unit % units * share
+    plan(fetch, a.out + (b * a.t_q + first) * a.out_stride + h * a.d_head, a.out_stride, block.rows, True)
+    h, b, first = (unit + 1) // blocks % a.n_heads, (unit + 1) // blocks // a.n_heads, (unit + 1) % blocks * LANES_BLOCK
     if b < a.batch:
-        toy_fetch_rows(
-            min(a.t_q - first, <Py_ssize_t> LANES_BLOCK), a.d_head,
-            a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head, a.q_stride, 0,
+        plan(
+            fetch, a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head, a.q_stride,
+            min(a.t_q - first, <Py_ssize_t> LANES_BLOCK), False,
         )
     if pair < a.batch * a.n_kv_heads and packs(a):
-        share = (a.t_k + blocks * group - 1) // (blocks * group)
-        start = unit % (blocks * group) * share
-        rows = min(share, a.t_k - start)
         b, h = pair // a.n_kv_heads, pair % a.n_kv_heads
-        toy_fetch_rows(rows, a.d_head, a.k + (b * a.t_k + start) * a.k_stride + h * a.d_head, a.k_stride, 0)
-        toy_fetch_rows(rows, a.d_head, a.v + (b * a.t_k + start) * a.v_stride + h * a.d_head, a.v_stride, 0)
+        share = min(share, a.t_k - start)
+        plan(fetch, a.k + (b * a.t_k + start) * a.k_stride + h * a.d_head, a.k_stride, share, False)
+        plan(fetch, a.v + (b * a.t_k + start) * a.v_stride + h * a.d_head, a.v_stride, share, False)
+    spread(fetch, (block.end[block.columns - 1] - block.start[0]) // TILE + (a.d_head // TILE + 1) * block.chunks + 1)
 
 
 cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
@@ -458,6 +489,7 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef const float* v = NULL
     cdef Py_ssize_t k_stride = 0, v_stride = 0, pair = -1
     cdef Block block
+    cdef Fetch fetch
     cdef Band[3] bands
     cdef Band keys
     for unit in range(slice_start(units, 1, ith, nth), slice_start(units, 1, ith + 1, nth)):
@@ -473,14 +505,16 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
         q = a.q + (b * a.t_q + block.first) * a.q_stride + h * a.d_head
         out = a.out + (b * a.t_q + block.first) * a.out_stride + h * a.d_head
         toy_into_lanes(block.rows, a.d_head, q, a.q_stride, q_lanes)
-        toy_fetch_rows(block.rows, a.d_head, out, a.out_stride, 1)
-        fetch_next(a, unit + 1, blocks)
+        fetch.first = fetch.n = 0
+        fetch.columns = a.d_head
+        if fetches(a):
+            plan_forward(a, &block, unit, blocks, &fetch)
         for i in range(LANES_BLOCK):
             largest[i], total[i] = -INFINITY, 0
         for chunk in range(block.chunks):
             start, end = block.start[0] + chunk * CHUNK, block.start[0] + (chunk + 1) * CHUNK
             find_bands(&block, start, end, bands)
-            find_scores(a, &block, bands, q_lanes, k, k_stride, start, end, scale, scores, NULL)
+            find_scores(a, &block, bands, q_lanes, k, k_stride, start, end, scale, scores, NULL, &fetch)
             for column in range(block.columns):
                 keys = column_keys(&block, column, start, end)
                 column_scores = scores + (keys.start - block.start[0]) * LANES_BLOCK + column * LANES
@@ -496,10 +530,37 @@ cdef void forward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                     column_scores, keys.end - keys.start, of_score, largest + column * LANES, total + column * LANES
                 )
             find_bands(&block, start, end, bands)
-            add_keys(a, bands, scores, block.start[0], v, v_stride, out_lanes)
+            add_keys(a, bands, scores, block.start[0], v, v_stride, out_lanes, &fetch)
         for i in range(LANES_BLOCK):
             total[i] = one / total[i]
         toy_out_of_lanes(block.rows, a.d_head, out_lanes, total, out, a.out_stride)
+
+
+cdef void plan_backward(const Attention* a, const Block* block, Py_ssize_t pair, Py_ssize_t step, Py_ssize_t blocks,
+                        Fetch* fetch) noexcept nogil:
+    """What block `step` of the blocks of a key/value head writes, the next block's queries, a share of the next head."""
+    cdef Py_ssize_t group = a.n_heads // a.n_kv_heads, steps = group * blocks
+    cdef Py_ssize_t next_pair = pair + (step + 1) // steps, next_step = (step + 1) % steps
+    cdef Py_ssize_t b = pair // a.n_kv_heads, h = pair % a.n_kv_heads * group + step // blocks
+    cdef Py_ssize_t first, rows, share = (a.t_k + steps - 1) // steps, start = step * share
+    plan(fetch, a.d_q + (b * a.t_q + block.first) * a.d_q_stride + h * a.d_head, a.d_q_stride, block.rows, True)
+    b, h = next_pair // a.n_kv_heads, next_pair % a.n_kv_heads * group + next_step // blocks
+    first = (blocks - 1 - next_step % blocks) * LANES_BLOCK
+    rows = min(a.t_q - first, <Py_ssize_t> LANES_BLOCK)
+    if b < a.batch:
+        plan(fetch, a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head, a.q_stride, rows, False)
+        plan(fetch, a.d_out + (b * a.t_q + first) * a.d_out_stride + h * a.d_head, a.d_out_stride, rows, False)
+    b, h, rows = (pair + 1) // a.n_kv_heads, (pair + 1) % a.n_kv_heads, min(share, a.t_k - start)
+    if b < a.batch:
+        plan(fetch, a.k + (b * a.t_k + start) * a.k_stride + h * a.d_head, a.k_stride, rows, False)
+        plan(fetch, a.v + (b * a.t_k + start) * a.v_stride + h * a.d_head, a.v_stride, rows, False)
+        plan(fetch, a.d_k + (b * a.t_k + start) * a.d_k_stride + h * a.d_head, a.d_k_stride, rows, True)
+        plan(fetch, a.d_v + (b * a.t_k + start) * a.d_v_stride + h * a.d_head, a.d_v_stride, rows, True)
+    # tiles: two products give scores, two the sums over queries, one that over keys
+    spread(
+        fetch, (block.end[block.columns - 1] - block.start[0]) // TILE * (2 + (a.d_head + LANES_BLOCK - 1) // LANES_BLOCK * 2)
+        + (a.d_head // TILE + 1) * block.chunks + 1,
+    )
 
 
 cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
@@ -534,6 +595,7 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef float* d_k
     cdef float* d_v
     cdef Block block
+    cdef Fetch fetch
     cdef bint add
     cdef Band[3] bands
     cdef Band keys
@@ -563,10 +625,10 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                 d_q = a.d_q + (b * a.t_q + first) * a.d_q_stride + h * a.d_head
                 toy_into_lanes(block.rows, a.d_head, q, a.q_stride, q_lanes)
                 toy_into_lanes(block.rows, a.d_head, d_out, a.d_out_stride, d_out_lanes)
-                toy_fetch_rows(block.rows, a.d_head, d_q, a.d_q_stride, 1)
-                if first > 0:    # the next block's
-                    toy_fetch_rows(LANES_BLOCK, a.d_head, q - LANES_BLOCK * a.q_stride, a.q_stride, 0)
-                    toy_fetch_rows(LANES_BLOCK, a.d_head, d_out - LANES_BLOCK * a.d_out_stride, a.d_out_stride, 0)
+                fetch.first = fetch.n = 0
+                fetch.columns = a.d_head
+                if fetches(a):
+                    plan_backward(a, &block, pair, (h - kv_head * group) * blocks + unit, blocks, &fetch)
                 copy_rest(a, &block, q, a.q_stride, q_rest)
                 copy_rest(a, &block, d_out, a.d_out_stride, d_out_rest)
                 memset(d_q_lanes, 0, size * sizeof(float))
@@ -576,8 +638,8 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                 for chunk in range(block.chunks):
                     start, end = base + chunk * CHUNK, base + (chunk + 1) * CHUNK
                     find_bands(&block, start, end, bands)
-                    find_scores(a, &block, bands, q_lanes, k, k_stride, start, end, scale, p, slopes)
-                    dot_keys(a, bands, d_out_lanes, v, v_stride, d_p, base)
+                    find_scores(a, &block, bands, q_lanes, k, k_stride, start, end, scale, p, slopes, &fetch)
+                    dot_keys(a, bands, d_out_lanes, v, v_stride, d_p, base, &fetch)
                     if a.causal:
                         hide_keys(a, &block, d_p, base, start, end, 0)
                     for column in range(block.columns):
@@ -606,9 +668,9 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                                 for i in range(LANES):
                                     d_p[(j - base) * LANES_BLOCK + column * LANES + i] *= slope[i]
                     find_bands(&block, start, end, bands)
-                    add_keys(a, bands, d_p, base, k, k_stride, d_q_lanes)
-                    add_queries(a, &block, bands, d_p, base, q, a.q_stride, q_rest, sums, d_k, a.d_k_stride, add)
-                    add_queries(a, &block, bands, p, base, d_out, a.d_out_stride, d_out_rest, sums, d_v, a.d_v_stride, add)
+                    add_keys(a, bands, d_p, base, k, k_stride, d_q_lanes, &fetch)
+                    add_queries(a, &block, bands, d_p, base, q, a.q_stride, q_rest, sums, d_k, a.d_k_stride, add, &fetch)
+                    add_queries(a, &block, bands, p, base, d_out, a.d_out_stride, d_out_rest, sums, d_v, a.d_v_stride, add, &fetch)
                 add = True
                 for i in range(LANES_BLOCK):
                     total[i] = 1

@@ -30,6 +30,13 @@
 #define TOY_LANES 0
 #endif
 
+typedef struct { const float *x; ptrdiff_t x_row, rows; int to_write; } toy_fetch_list;
+typedef struct {
+    toy_fetch_list lists[7];
+    int first, n;                    /* lists first .. n-1 are left */
+    ptrdiff_t columns, rows_a_tile;
+} toy_fetch;
+
 #if TOY_LANES
 
 #define TOY_BLOCK (2 * TOY_LANES) /* query rows of a block: two vectors, a left and a right one */
@@ -83,6 +90,23 @@ TOY_INLINE toy_lanes toy_exp2_of_negative(toy_lanes x) {
     return p * (toy_lanes)((toy_lane_bits)shifted << 23);
 }
 
+/* ---- what is needed next ---------------------------------------------------------------------------------------------- */
+
+/* Rows of matrices that will soon be read or written. Between the rows of a head lie those of the others, so the hardware does
+ * not see them coming; and all asked for at once they would stop the processor, which waits for a dozen lines at a time and
+ * no more. So `toy_multiply` asks for some after each tile. */
+TOY_INLINE void toy_fetch_some(toy_fetch *fetch) {
+    for (ptrdiff_t rows = fetch->rows_a_tile; rows > 0 && fetch->first < fetch->n; rows--) {
+        toy_fetch_list *list = &fetch->lists[fetch->first];
+        for (ptrdiff_t j = 0; j < fetch->columns; j += 16) {
+            if (list->to_write) __builtin_prefetch(list->x + j, 1, 3);
+            else __builtin_prefetch(list->x + j, 0, 2);
+        }
+        list->x += list->x_row;
+        if (--list->rows == 0) fetch->first++;
+    }
+}
+
 /* ---- products --------------------------------------------------------------------------------------------------------- */
 
 /* A tile of `toy_multiply`: its constants make the compiler unroll it and keep the sums in registers. */
@@ -112,7 +136,8 @@ TOY_INLINE void toy_tile(const int rows, const int columns, ptrdiff_t n, const f
 }
 
 TOY_INLINE void toy_multiply_columns(const int columns, ptrdiff_t rows, ptrdiff_t n, const float *a, ptrdiff_t a_row,
-                                     ptrdiff_t a_step, const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add) {
+                                     ptrdiff_t a_step, const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add,
+                                     toy_fetch *fetch) {
 #define TOY_TILES(ROWS) \
     toy_tile(ROWS, columns, n, a, a_row, a_step, b, b_step, c, c_row, add), rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row
     while (rows > 0) {
@@ -126,6 +151,7 @@ TOY_INLINE void toy_multiply_columns(const int columns, ptrdiff_t rows, ptrdiff_
         else if (rows >= 4) TOY_TILES(4);
         else if (rows >= 2) TOY_TILES(2);
         else TOY_TILES(1);
+        toy_fetch_some(fetch);
     }
 #undef TOY_TILES
 }
@@ -133,84 +159,122 @@ TOY_INLINE void toy_multiply_columns(const int columns, ptrdiff_t rows, ptrdiff_
 /* c (rows, columns * TOY_LANES) = a (rows, n) b (n, columns * TOY_LANES), or with `add` that much more; columns: 1 or 2.
  * Steps in elements: a_row from a row of a to the next, a_step from a column of it to the next (one of the two is 1). */
 static void toy_multiply(int columns, ptrdiff_t rows, ptrdiff_t n, const float *a, ptrdiff_t a_row, ptrdiff_t a_step,
-                         const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add) {
+                         const float *b, ptrdiff_t b_step, float *c, ptrdiff_t c_row, int add, toy_fetch *fetch) {
     if (a_row == 1) {
-        if (columns == 2) toy_multiply_columns(2, rows, n, a, 1, a_step, b, b_step, c, c_row, add);
-        else toy_multiply_columns(1, rows, n, a, 1, a_step, b, b_step, c, c_row, add);
+        if (columns == 2) toy_multiply_columns(2, rows, n, a, 1, a_step, b, b_step, c, c_row, add, fetch);
+        else toy_multiply_columns(1, rows, n, a, 1, a_step, b, b_step, c, c_row, add, fetch);
     } else {
-        if (columns == 2) toy_multiply_columns(2, rows, n, a, a_row, 1, b, b_step, c, c_row, add);
-        else toy_multiply_columns(1, rows, n, a, a_row, 1, b, b_step, c, c_row, add);
+        if (columns == 2) toy_multiply_columns(2, rows, n, a, a_row, 1, b, b_step, c, c_row, add, fetch);
+        else toy_multiply_columns(1, rows, n, a, a_row, 1, b, b_step, c, c_row, add, fetch);
     }
-}
-
-/* Ask for rows of n floats that will soon be read, or written: rows of a matrix with other heads between them are what the
- * hardware does not see coming. */
-static void toy_fetch_rows(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t x_row, int to_write) {
-    for (ptrdiff_t i = 0; i < rows; i++, x += x_row)
-        for (ptrdiff_t j = 0; j < n; j += 16) {
-            if (to_write) __builtin_prefetch(x + j, 1, 3);
-            else __builtin_prefetch(x + j, 0, 2);
-        }
 }
 
 /* ---- into lanes and out of them --------------------------------------------------------------------------------------- */
 
-typedef float toy_four __attribute__((vector_size(16)));
-typedef float toy_four_anywhere __attribute__((vector_size(16), aligned(4), may_alias));
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define TOY_SHUFFLE(x, y, i, j, k, l) __builtin_shufflevector(x, y, i, j, k, l)
+/* The rows x[0], x[4], x[8], ... of four numbers each, one after another in a vector, and back. */
+TOY_INLINE toy_lanes toy_join_rows(const float *const *x, ptrdiff_t j) {
+#if defined(__AVX512F__)
+    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x[0] + j)), _mm_loadu_ps(x[4] + j), 1);
+    const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x[8] + j)), _mm_loadu_ps(x[12] + j), 1);
+    return (toy_lanes)_mm512_castpd_ps(
+        _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_castps_pd(low)), _mm256_castps_pd(high), 1));
+#elif defined(__AVX2__)
+    return (toy_lanes)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x[0] + j)), _mm_loadu_ps(x[4] + j), 1);
 #else
-typedef int32_t toy_four_places __attribute__((vector_size(16)));
-#define TOY_SHUFFLE(x, y, i, j, k, l) __builtin_shuffle(x, y, (toy_four_places){i, j, k, l})
+    return toy_get(x[0] + j);
 #endif
-
-TOY_INLINE toy_four toy_get_four(const float *x) { return *(const toy_four_anywhere *)x; }
-TOY_INLINE void toy_put_four(float *x, toy_four v) { *(toy_four_anywhere *)x = v; }
-TOY_INLINE void toy_turn_four(toy_four rows[4]) {
-    const toy_four a = TOY_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5), b = TOY_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
-    const toy_four c = TOY_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7), d = TOY_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
-    rows[0] = TOY_SHUFFLE(a, b, 0, 1, 4, 5);
-    rows[1] = TOY_SHUFFLE(a, b, 2, 3, 6, 7);
-    rows[2] = TOY_SHUFFLE(c, d, 0, 1, 4, 5);
-    rows[3] = TOY_SHUFFLE(c, d, 2, 3, 6, 7);
+}
+TOY_INLINE void toy_part_rows(toy_lanes v, float *const *x, ptrdiff_t j) {
+#if defined(__AVX512F__)
+    _mm_storeu_ps(x[0] + j, _mm512_castps512_ps128((__m512)v));
+    _mm_storeu_ps(x[4] + j, _mm512_extractf32x4_ps((__m512)v, 1));
+    _mm_storeu_ps(x[8] + j, _mm512_extractf32x4_ps((__m512)v, 2));
+    _mm_storeu_ps(x[12] + j, _mm512_extractf32x4_ps((__m512)v, 3));
+#elif defined(__AVX2__)
+    _mm_storeu_ps(x[0] + j, _mm256_castps256_ps128((__m256)v));
+    _mm_storeu_ps(x[4] + j, _mm256_extractf128_ps((__m256)v, 1));
+#else
+    toy_put(x[0] + j, v);
+#endif
 }
 
-/* x (rows, n) -> lanes (n, TOY_BLOCK), with 0 in the lanes after the last row */
-static void toy_into_lanes(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t x_row, float *TOY_RESTRICT lanes) {
-    const ptrdiff_t whole = rows / 4 * 4, whole_n = n / 4 * 4;
-    if (rows < TOY_BLOCK) memset(lanes, 0, (size_t)(n * TOY_BLOCK) * sizeof(float));
-    for (ptrdiff_t i = 0; i < whole; i += 4) {
-        for (ptrdiff_t j = 0; j < whole_n; j += 4) {
-            toy_four four[4];
-            for (int l = 0; l < 4; l++) four[l] = toy_get_four(x + (i + l) * x_row + j);
-            toy_turn_four(four);
-            for (int l = 0; l < 4; l++) toy_put_four(lanes + (j + l) * TOY_BLOCK + i, four[l]);
+/* Transpose the 4 x 4 matrices that stand side by side in four vectors. */
+#if defined(__AVX512F__)
+#define TOY_MIX(NAME, x, y) ((toy_lanes)_mm512_##NAME##_ps((__m512)(x), (__m512)(y)))
+#define TOY_HALVES(x, y, which) ((toy_lanes)_mm512_shuffle_ps((__m512)(x), (__m512)(y), which))
+#elif defined(__AVX2__)
+#define TOY_MIX(NAME, x, y) ((toy_lanes)_mm256_##NAME##_ps((__m256)(x), (__m256)(y)))
+#define TOY_HALVES(x, y, which) ((toy_lanes)_mm256_shuffle_ps((__m256)(x), (__m256)(y), which))
+#else
+#define TOY_MIX(NAME, x, y) toy_##NAME(x, y)
+#define TOY_HALVES(x, y, which) toy_halves_##which(x, y)
+TOY_INLINE toy_lanes toy_unpacklo(toy_lanes x, toy_lanes y) { return (toy_lanes)vzip1q_f32((float32x4_t)x, (float32x4_t)y); }
+TOY_INLINE toy_lanes toy_unpackhi(toy_lanes x, toy_lanes y) { return (toy_lanes)vzip2q_f32((float32x4_t)x, (float32x4_t)y); }
+TOY_INLINE toy_lanes toy_halves_0x44(toy_lanes x, toy_lanes y) {
+    return (toy_lanes)vzip1q_f64((float64x2_t)x, (float64x2_t)y);
+}
+TOY_INLINE toy_lanes toy_halves_0xee(toy_lanes x, toy_lanes y) {
+    return (toy_lanes)vzip2q_f64((float64x2_t)x, (float64x2_t)y);
+}
+#endif
+TOY_INLINE void toy_turn(toy_lanes rows[4]) {
+    const toy_lanes a = TOY_MIX(unpacklo, rows[0], rows[1]), b = TOY_MIX(unpacklo, rows[2], rows[3]);
+    const toy_lanes c = TOY_MIX(unpackhi, rows[0], rows[1]), d = TOY_MIX(unpackhi, rows[2], rows[3]);
+    rows[0] = TOY_HALVES(a, b, 0x44);
+    rows[1] = TOY_HALVES(a, b, 0xee);
+    rows[2] = TOY_HALVES(c, d, 0x44);
+    rows[3] = TOY_HALVES(c, d, 0xee);
+}
+
+/* x (rows, n) -> lanes (n, TOY_BLOCK); the lanes after the last row, of the columns that have rows, repeat it */
+static void toy_into_lanes(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t x_row, float *lanes) {
+    for (ptrdiff_t i = 0; i < rows; i += TOY_LANES, lanes += TOY_LANES) {
+        const float *row[TOY_LANES];
+        for (ptrdiff_t l = 0; l < TOY_LANES; l++) row[l] = x + (i + l < rows ? i + l : rows - 1) * x_row;
+        ptrdiff_t j = 0;
+        for (; j + 4 <= n; j += 4) {
+            toy_lanes four[4];
+#pragma GCC unroll 4
+            for (int l = 0; l < 4; l++) four[l] = toy_join_rows(row + l, j);
+            toy_turn(four);
+#pragma GCC unroll 4
+            for (int l = 0; l < 4; l++) toy_put(lanes + (j + l) * TOY_BLOCK, four[l]);
         }
-        for (ptrdiff_t j = whole_n; j < n; j++)
-            for (int l = 0; l < 4; l++) lanes[j * TOY_BLOCK + i + l] = x[(i + l) * x_row + j];
+        for (; j < n; j++)
+            for (int l = 0; l < TOY_LANES; l++) lanes[j * TOY_BLOCK + l] = row[l][j];
     }
-    for (ptrdiff_t i = whole; i < rows; i++)
-        for (ptrdiff_t j = 0; j < n; j++) lanes[j * TOY_BLOCK + i] = x[i * x_row + j];
 }
 
 /* lanes (n, TOY_BLOCK), each lane times its factor -> x (rows, n) */
-static void toy_out_of_lanes(ptrdiff_t rows, ptrdiff_t n, const float *lanes, const float *factors,
-                             float *TOY_RESTRICT x, ptrdiff_t x_row) {
-    const ptrdiff_t whole = rows / 4 * 4, whole_n = n / 4 * 4;
-    for (ptrdiff_t i = 0; i < whole; i += 4) {
-        const toy_four factor = toy_get_four(factors + i);
-        for (ptrdiff_t j = 0; j < whole_n; j += 4) {
-            toy_four four[4];
-            for (int l = 0; l < 4; l++) four[l] = factor * toy_get_four(lanes + (j + l) * TOY_BLOCK + i);
-            toy_turn_four(four);
-            for (int l = 0; l < 4; l++) toy_put_four(x + (i + l) * x_row + j, four[l]);
+static void toy_out_of_lanes(ptrdiff_t rows, ptrdiff_t n, const float *lanes, const float *factors, float *x,
+                             ptrdiff_t x_row) {
+    for (ptrdiff_t i = 0; i < rows; i += TOY_LANES, lanes += TOY_LANES, factors += TOY_LANES) {
+        ptrdiff_t j = 0, end = rows - i < TOY_LANES ? rows - i : TOY_LANES;
+        if (end == TOY_LANES) {
+            const toy_lanes factor = toy_get(factors);
+            float *row[TOY_LANES];
+            for (ptrdiff_t l = 0; l < TOY_LANES; l++) row[l] = x + (i + l) * x_row;
+            for (; j + 4 <= n; j += 4) {
+                toy_lanes four[4];
+#pragma GCC unroll 4
+                for (int l = 0; l < 4; l++) four[l] = factor * toy_get(lanes + (j + l) * TOY_BLOCK);
+                toy_turn(four);
+#pragma GCC unroll 4
+                for (int l = 0; l < 4; l++) toy_part_rows(four[l], row + l, j);
+            }
         }
-        for (ptrdiff_t j = whole_n; j < n; j++)
-            for (int l = 0; l < 4; l++) x[(i + l) * x_row + j] = factor[l] * lanes[j * TOY_BLOCK + i + l];
+        for (; j < n; j++)
+            for (ptrdiff_t l = 0; l < end; l++) x[(i + l) * x_row + j] = factors[l] * lanes[j * TOY_BLOCK + l];
     }
-    for (ptrdiff_t i = whole; i < rows; i++)
-        for (ptrdiff_t j = 0; j < n; j++) x[i * x_row + j] = factors[i] * lanes[j * TOY_BLOCK + i];
+}
+
+/* x (rows, n) -> copy (rows, n), whose rows are close together */
+static void toy_copy_rows(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t x_row, float *copy) {
+    for (ptrdiff_t i = 0; i < rows; i++, x += x_row, copy += n) {
+        ptrdiff_t j = 0;
+        for (; j + TOY_LANES <= n; j += TOY_LANES) toy_put(copy + j, toy_get(x + j));
+        for (; j < n; j++) copy[j] = x[j];
+    }
 }
 
 /* ---- softmax, down a column of TOY_LANES queries ------------------------------------------------------------------------
@@ -284,10 +348,11 @@ static void toy_d_scores(float *p, float *d_p, ptrdiff_t n, float scale, const f
 
 /* the names, for code that asks for TOY_LANES first */
 #define TOY_BLOCK 1
+#define TOY_TILE 1
 #define toy_multiply(...) ((void)0)
-#define toy_fetch_rows(...) ((void)0)
 #define toy_into_lanes(...) ((void)0)
 #define toy_out_of_lanes(...) ((void)0)
+#define toy_copy_rows(...) ((void)0)
 #define toy_hide_keys(...) ((void)0)
 #define toy_largest_scores(...) ((void)0)
 #define toy_exp_scores(...) ((void)0)

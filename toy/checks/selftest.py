@@ -1,26 +1,43 @@
 """`toy selftest --device NAME`: does this machine's device train as numpy does, and how fast? A report to paste.
 
-For each model: the gradients of the first step against numpy, the loss over a number of steps against numpy, how the
-graph is spread over devices, and the time of a step. Devices whose matrix products round to half precision (Metal, many
-Vulkan drivers) get the wider bars.
+For each model, from random weights, and for each recipe on a file (LoRA on bases of several types, full fine-tuning): the
+gradients of the first step against numpy, the loss over a number of steps against numpy, how the graph is spread over
+devices, and the time of a step. A device whose matrix products are found to round their operands (Metal and many Vulkan
+drivers to half precision, CUDA to TF32) gets the wider bars.
 """
 
 import platform
 import statistics
 import sys
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import ggml_bridge
-from toy.config import VERSION, RecipeOptions
-from toy.models import ARCHITECTURES
-from toy.recipes import FromScratch
+from toy.config import VERSION, LlamaConfig, RecipeOptions
+from toy.files.gguf import GGUF
+from toy.files.gguf_write import write_gguf
+from toy.models import ARCHITECTURES, Llama
+from toy.recipes import FromScratch, FullFinetune, LoRA
 
 EXACT = {"gradient": 2e-5, "loss": 1e-3}  # float32 throughout: the CPU
-HALF = {"gradient": 2e-2, "loss": 2e-2}  # products of halves, summed in float32
+ROUNDED = {"gradient": 2e-2, "loss": 2e-2}  # products of rounded numbers, summed in float32
+EXACT_PRODUCT = 1e-5  # relative error of a product: 1e-7 in float32, 1e-4 and more with operands of 10 bits
 BATCH, LR = 4, 1e-3
+
+BASE = LlamaConfig(96, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, n_layers=2, context_length=16)
+ON_FILES = {  # case -> recipe, type of the file's matrices
+    "finetune f32": (FullFinetune, "f32"),
+    "lora f32": (LoRA, "f32"),
+    "lora f16": (LoRA, "f16"),
+    "lora q8_0": (LoRA, "q8_0"),
+    "lora q4_0": (LoRA, "q4_0"),
+}
+CASES = (*ARCHITECTURES, *ON_FILES)
 
 
 class Check(NamedTuple):
@@ -51,31 +68,56 @@ class Report(NamedTuple):
         return "\n".join([*lines, "", f"selftest on {self.device}: {'ok' if self.ok else 'FAILED'}"])
 
 
-def run(device="cpu", steps=200):
-    """Train every model on numpy and on a ggml device and compare -> `Report`.
+def run(device="cpu", steps=200, cases=CASES):
+    """Train every model and recipe on numpy and on a ggml device and compare -> `Report`.
 
-    device: "cpu", "cpu-native", "metal", "vulkan" or another ggml device name. Raises ValueError and
-    `toy.BackendUnavailableError` as `toy.recipes.FromScratch(backend="ggml", device=device)` does.
+    device: "cpu", "cpu-native", "cuda", "metal", "vulkan" or another ggml device name. cases: some of `CASES`. Raises
+    ValueError and `toy.BackendUnavailableError` as `toy.recipes.FromScratch(backend="ggml", device=device)` does.
     """
-    bars = EXACT if device in ("cpu", "cpu-native") else HALF
+    error = product_error(device)
+    exact = error <= EXACT_PRODUCT
+    products = "float32" if exact else "rounded, so the wider bars hold"
     checks = []
-    for name, row in ARCHITECTURES.items():
-        reference, tested = (_realize("numpy", "cpu", row.small), _realize("ggml", device, row.small))
-        expected, found = (_train(recipe, steps) for recipe in (reference, tested))
+    for name in cases:
+        checks += compare(name, device, steps, EXACT if exact else ROUNDED)
+    system = (*_system(device), f"products: relative error {error:.1e}: {products}")
+    return Report(device, system, tuple(checks), all(check.ok for check in checks))
+
+
+def compare(case, device, steps, bars):
+    """Train one of `CASES` on numpy and on a ggml device -> list of `Check`s. bars: `EXACT` or `ROUNDED`."""
+    with tempfile.TemporaryDirectory() as folder:
+        expected = _train(_realize(case, "numpy", "cpu", folder), steps)
+        tested = _realize(case, "ggml", device, folder)
+        found = _train(tested, steps)
         worst = max(_relative(found.gradients[key], expected.gradients[key]) for key in expected.gradients)
         difference = float(np.max(np.abs(np.subtract(found.losses, expected.losses))))
         explanation = tested.explain()
         elsewhere = sum(node.device != explanation.device for node in explanation.nodes)
-        checks += [
-            _check(name, "worst gradient, relative L2 to numpy", worst, bars["gradient"]),
-            _check(name, f"loss over {steps} steps, largest difference", difference, bars["loss"]),
-            _check(name, "splits of the graph", explanation.splits, 1),
-            _check(name, "nodes on another device", elsewhere, 0),
-            Check(name, "milliseconds a step", found.seconds * 1e3, None, True),
-            Check(name, "numpy, milliseconds a step", expected.seconds * 1e3, None, True),
-        ]
         tested.close()
-    return Report(device, tuple(_system(device)), tuple(checks), all(check.ok for check in checks))
+    return [
+        _check(case, "worst gradient, relative L2 to numpy", worst, bars["gradient"]),
+        _check(case, f"loss over {steps} steps, largest difference", difference, bars["loss"]),
+        _check(case, "splits of the graph", explanation.splits, 1),
+        _check(case, "nodes on another device", elsewhere, 0),
+        Check(case, "milliseconds a step", found.seconds * 1e3, None, True),
+        Check(case, "numpy, milliseconds a step", expected.seconds * 1e3, None, True),
+    ]
+
+
+def product_error(device, rows=64, inner=256):
+    """The relative L2 error of a matrix product (rows, inner) by (inner, rows) of random numbers on a device."""
+    x, w = np.random.default_rng(0).standard_normal((2, rows, inner)).astype(np.float32)
+    expected = x.astype(np.float64) @ w.astype(np.float64).T
+    with ggml_bridge.Backend("cpu" if device == "cpu-native" else device, 1) as backend:
+        g = backend.graph()
+        inputs = [g.input(array.shape) for array in (w, x)]
+        y = g.output(g.mul_mat(*inputs))
+        g.allocate()
+        for tensor, array in zip(inputs, (w, x)):
+            tensor.upload(array)
+        g.compute()
+        return _relative(y.download(), expected)
 
 
 class _Run(NamedTuple):
@@ -84,9 +126,26 @@ class _Run(NamedTuple):
     seconds: float
 
 
-def _realize(backend, device, config):
-    options = RecipeOptions(t_seq=config.context_length, t_batch=BATCH, seed=0)
-    return FromScratch(backend=backend, device=device).realize(config, options, keep_gradients=True)
+def _realize(case, backend, device, folder):
+    """The recipe of a case. folder: where the file of its base is, or is put."""
+    if case in ARCHITECTURES:
+        config = ARCHITECTURES[case].small
+        options = RecipeOptions(t_seq=config.context_length, t_batch=BATCH, seed=0)
+        return FromScratch(backend=backend, device=device).realize(config, options, keep_gradients=True)
+    recipe, kind = ON_FILES[case]
+    path = Path(folder, f"{kind}.gguf")
+    if not path.exists():
+        write_gguf(path, BASE, Llama(BASE, seed=1, init_scale=4.0).parameters, type=kind)
+    gguf = GGUF.open(path)
+    realize = recipe(backend=backend, device=device).realize
+    if recipe is LoRA:
+        realize = partial(realize, rank=4, targets=("q", "v", "down"))
+    made = realize(gguf, None, opts=RecipeOptions(t_seq=BASE.context_length, t_batch=BATCH), keep_gradients=True)
+    if recipe is LoRA:  # half of the gradients of fresh adapters are zeros
+        rng = np.random.default_rng(2)
+        drawn = {name: 0.1 * rng.standard_normal(array.shape) for name, array in made.parameters().items()}
+        made.load_parameters(drawn)
+    return made
 
 
 def _train(recipe, steps):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from toy.cli.base import ADAPTER, BACKEND, CHECKPOINT, MODEL, Phase, command, note, tell_checkpoint
+from toy.cli.base import ADAPTER, BACKEND, CHECKPOINT, DEVICE, MODEL, PRECISION, Phase, command, note, tell_checkpoint
 from toy.cli.progress import printable
 
 chats = click.Group()
@@ -34,7 +34,11 @@ A line that ends with \\ goes on in the next one."""
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
 @CHECKPOINT
 @BACKEND
-def chat(model, adapter, system, tokens, temperature, top_k, top_p, seed, checkpoint, backend, debug):
+@DEVICE
+@PRECISION
+def chat(
+    model, adapter, system, tokens, temperature, top_k, top_p, seed, checkpoint, backend, device, precision, debug
+):
     """Talk to a model that has a chat template.
 
     MODEL is as in toy generate. In the conversation, /help shows what can be done besides. Without a terminal, every line of
@@ -42,22 +46,27 @@ def chat(model, adapter, system, tokens, temperature, top_k, top_p, seed, checkp
     """
     from toy.trained import load as trained
     from toy.trained.chat import Chat
+    from toy.trained.generator import check_generator, generator
 
     with Phase(2, debug):
+        check_generator(backend, device, precision)
         loaded = trained.load_trained(model, adapter, backend, checkpoint)
+        writer = generator(loaded.model, backend, device, precision)
         conversation = Chat(
-            loaded.model, loaded.tokenizer, system, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            writer.model, loaded.tokenizer, system, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
     tell_checkpoint(model, loaded.step, checkpoint)
+    if writer.notice:
+        note(writer.notice)
     with Phase(1, debug):
-        return Terminal(conversation).talk()
+        return Terminal(conversation, writer.how).talk()
 
 
 class Terminal:
     """The conversation on stdin and stdout."""
 
-    def __init__(self, conversation):
-        self.conversation, self.is_terminal = conversation, sys.stdin.isatty()
+    def __init__(self, conversation, how=""):
+        self.conversation, self.how, self.is_terminal = conversation, how, sys.stdin.isatty()
         self.commands = {"/help": self.help, "/undo": self.undo, "/save": self.save, "/clear": self.clear}
 
     def talk(self):
@@ -65,6 +74,8 @@ class Terminal:
         if self.is_terminal:
             self._editing()
             click.echo(click.style("/help shows what can be done, Ctrl-D leaves", dim=True))
+            if self.how:
+                click.echo(click.style(f"computed by: {self.how}", dim=True))
         failed = False
         while (line := self._line()) is not None:
             name, _, rest = line.strip().partition(" ")

@@ -17,9 +17,11 @@ from toy.cli.base import (
     ADAPTER,
     BACKEND,
     CHECKPOINT,
+    DEVICE,
     JSON,
     MODEL,
     PATH,
+    PRECISION,
     Phase,
     adapter_option,
     as_json,
@@ -62,6 +64,8 @@ models = click.Group()
 @click.option("--json", "json_wanted", is_flag=True, help="One JSON object a text, on stdout: text, ids, and more.")
 @CHECKPOINT
 @BACKEND
+@DEVICE
+@PRECISION
 def generate(
     model,
     adapter,
@@ -79,6 +83,8 @@ def generate(
     json_wanted,
     checkpoint,
     backend,
+    device,
+    precision,
     debug,
 ):
     """Let a model write.
@@ -88,6 +94,7 @@ def generate(
     part of the text; a prompt that begins with @ itself is given as @@.
     """
     from toy.models.generation import generate as generate_ids
+    from toy.trained.generator import check_generator, generator
     from toy.trained.writing import Writing, check_stop, stop_ids_of
 
     with Phase(2, debug):
@@ -103,6 +110,7 @@ def generate(
                 "--prompt and --system cannot both be read from stdin: put one into a file, and give @FILE"
             )
         check_stop(stop)
+        check_generator(backend, device, precision)
         if num_samples > 1 and temperature == 0:
             note(f"at temperature 0 nothing is drawn: all {num_samples} texts are the same")
         prompt, system = text_of(prompt, "--prompt"), text_of(system, "--system")
@@ -115,13 +123,16 @@ def generate(
         else:
             ids = trained.first_prompt(tokenizer, [0])
         stops = stop_ids_of(tokenizer, stop)
+        writer = generator(model, backend, device, precision)
         streams = [
-            generate_ids(model, ids, tokens, temperature, top_k, top_p, seed + i, stops) for i in range(num_samples)
+            generate_ids(writer.model, ids, tokens, temperature, top_k, top_p, seed + i, stops) for i in range(num_samples)
         ]
     with Phase(1, debug):
         tell_checkpoint(named, loaded.step, checkpoint)
+        if writer.notice:
+            note(writer.notice)
         for i, stream in enumerate(streams):
-            speed = Speed(len(ids), stream)
+            speed = Speed(min(len(ids), model.config.context_length), stream, writer.how)
             writing = Writing(tokenizer, speed, stop)
             if json_wanted:
                 for _ in writing:
@@ -134,6 +145,8 @@ def generate(
                         "seed": seed + i,
                         "prompt_ids": [int(token) for token in ids],
                         "ids": [int(token) for token in writing.ids],
+                        "computed_by": writer.how,
+                        "timings": {"prompt_per_second": speed.of_prompt, "predicted_per_second": speed.of_new},
                     }
                 )
                 continue
@@ -192,10 +205,13 @@ def _prompt_ids(tokenizer, prompt, special, context_length):
 
 
 class Speed:
-    """Passes the ids of `toy.models.generation.generate` on and measures: the prompt is read before the first one comes."""
+    """Passes the ids of `toy.models.generation.generate` on and measures: the prompt is read before the first one comes.
 
-    def __init__(self, n_prompt, ids):
-        self.n_prompt, self.n_generated, self._ids = n_prompt, 0, ids
+    how: what computes them, for the line that tells. Tokens a second: of_prompt, and of_new; None before they are known.
+    """
+
+    def __init__(self, n_prompt, ids, how=""):
+        self.n_prompt, self.n_generated, self._ids, self.how = n_prompt, 0, ids, how
         self.prompt_seconds = self.seconds = 0.0
 
     def __iter__(self):
@@ -208,14 +224,20 @@ class Speed:
             self.seconds = now - started - self.prompt_seconds
             yield token
 
+    @property
+    def of_prompt(self):
+        return self.n_prompt / self.prompt_seconds if self.prompt_seconds > 0 else None
+
+    @property
+    def of_new(self):
+        return (self.n_generated - 1) / self.seconds if self.n_generated > 1 and self.seconds > 0 else None
+
     def __str__(self):
-        parts = [f"prompt {self.n_prompt} tokens"]
-        if self.prompt_seconds > 0:
-            parts[0] += f", {compact(self.n_prompt / self.prompt_seconds)} tok/s"
-        parts.append(f"generated {self.n_generated} tokens")
-        if self.n_generated > 1 and self.seconds > 0:
-            parts[1] += f", {compact((self.n_generated - 1) / self.seconds)} tok/s"
-        return "; ".join(parts)
+        parts = [f"prompt {self.n_prompt} tokens", f"generated {self.n_generated} tokens"]
+        for i, speed in enumerate((self.of_prompt, self.of_new)):
+            if speed is not None:
+                parts[i] += f", {compact(speed)} tok/s"
+        return "; ".join(parts) + (f" ({self.how})" if self.how else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,18 +16,20 @@ import numpy.typing as npt
 
 from toy.engines.weights import borrow
 from toy.models.base import LanguageModel, checked_ids
+from toy.models.llama import Llama
 from toy.models.parameters import ParameterTree
 from toy.ops.graph.decoding import DecodingOps, RecordedCache, Store, Weight
 from toy.quantized import Leaf, QuantizedMatrix
 from toy.switch import Resolved, num_threads, usable_processors
 
 if TYPE_CHECKING:
-    from ggml_bridge import Explanation
+    from ggml_bridge import Explanation, Tensor
 
 ROWS_STEP = 256  # attention reads so many rows of the store, or a multiple
 PROMPT_STEP = 512  # tokens of a prompt that one run of a graph reads
-# on the CPU the compiled kernels read a prompt of at least so many tokens: they dequantise each weight once for all of them
-EAGER_PROMPT = 32
+# on the CPU the compiled kernels read what has at least so many tokens: they dequantise each weight once for all of them, where
+# ggml's product takes as long for each as for one (SmolLM2 Q4_1, one thread: 63 ms for 16 tokens against 150)
+EAGER_PROMPT = 8
 
 
 class DeviceCache:
@@ -52,7 +54,8 @@ class DeviceCache:
 class Decoder:
     """A language model to generate from, with `config`, `new_kv_cache` and `forward` as a `LanguageModel` has them.
 
-    model: the model on an eager op table; its parameters are shared. choice: a device of the backend ggml. Raises ValueError,
+    model: the model on an eager op table; its parameters are shared. choice: a device of the backend ggml; on "cpu" the compiled
+    kernels read longer prompts, on "cpu-native" and other devices ggml's operations compute everything. Raises ValueError,
     RuntimeError or MemoryError, with a sentence that says why, for a model that the device does not take.
 
     There is one store of keys and values: the text that was read last is in it. A cache of another text is read again when it
@@ -67,7 +70,7 @@ class Decoder:
         threads = (num_threads() or usable_processors()) if self.on_cpu else None
         self.bridge = ggml_bridge.Backend("cpu" if self.on_cpu else choice.device, threads)
         self.weights = {
-            name: Weight(leaf, partial(borrow, self.bridge, leaf, name)) for name, leaf in model.parameters.items()
+            name: Weight(leaf, partial(self._place, leaf, name)) for name, leaf in model.parameters.items()
         }
         self.rounds_activations = any(is_rounded(weight.leaf) for weight in self.weights.values())
         self._store: Store | None = None
@@ -98,10 +101,10 @@ class Decoder:
             raise ValueError(f"a Decoder reads one sequence, token_ids (T,), got {ids.shape}")
         rows = np.ascontiguousarray(ids, np.int64)
         if self._in_store is not kv_cache:  # another text was read since
-            before, kv_cache.ids = kv_cache.ids, []
+            self._in_store, again = None, DeviceCache()
+            if kv_cache.ids:
+                self._read(np.array(kv_cache.ids, np.int64), again)
             self._in_store = kv_cache
-            if before:
-                self._read(np.array(before, np.int64), kv_cache)
         return self._read(rows, kv_cache), None
 
     def explain(self) -> "Explanation":
@@ -113,7 +116,7 @@ class Decoder:
     def _read(self, rows: np.ndarray, cache: DeviceCache) -> np.ndarray:
         """Read the tokens after those in the cache -> logits of the last one (1, V)."""
         logits = np.empty((0, 0), np.float32)
-        eager = self.on_cpu and len(rows) >= EAGER_PROMPT
+        eager = self.device == "cpu" and len(rows) >= EAGER_PROMPT
         step = len(rows) if eager else PROMPT_STEP
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
@@ -145,6 +148,14 @@ class Decoder:
         return recorded
 
     # -- memory -------------------------------------------------------------------------------------------------------
+
+    def _place(self, leaf: Leaf, name: str) -> "Tensor":
+        """A parameter as a tensor: where a CPU multiplies it faster in another order of its blocks, a copy in that order."""
+        if isinstance(leaf, QuantizedMatrix) and leaf.type != "F32":
+            repacked = self.bridge.repacked(leaf.raw, leaf.shape, leaf.type.lower(), name=name)
+            if repacked is not None:
+                return repacked
+        return borrow(self.bridge, leaf, name)
 
     def _reserve(self, length: int) -> None:
         """Make the store hold so many tokens; what is in it stays. It grows by doubling, up to the context."""
@@ -181,12 +192,14 @@ class _DecodingGraph:
     def __init__(self, decoder: Decoder, n: int, n_rows: int) -> None:
         eager, config = decoder.eager, decoder.config
         self.n, self.n_rows, self.graph = n, n_rows, decoder.bridge.graph()
-        ops = DecodingOps(self.graph, n)
+        ops = DecodingOps(self.graph, n, decoder.rounds_activations)
         token_ids = ops.integers("token_ids", n, config.vocab_size)
         positions = ops.integers("positions", n, config.context_length)
         model = type(eager).from_config(
             config, ops=ops, parameters=ParameterTree(decoder.weights), lora_scale=eager.lora_scale
         )
+        if isinstance(model, Llama):  # with the scores, not with the queries, which are rounded to half precision first
+            ops.attention_scale, model.query_scale = model.config.attention_scale, 1.0
         cache = RecordedCache(ops, decoder._store, n_rows)
         x, *_ = model.hidden_rows(token_ids, positions, 1, cache, keep_cache=False)  # (n, D)
         logits, *_ = model.unembed_rows(x if n == 1 else self.graph.slice(x, 0, n - 1, n))  # (1, V)

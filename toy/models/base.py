@@ -2,6 +2,7 @@
 ids become rows, and the key/value cache."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from toy.config import LanguageModelConfig, ModelConfig
 from toy.models.generation import Seed, generate
 from toy.models.inputs import Batch, TokenBatch, check_range
 from toy.models.parameters import Block, GradientTree, ParameterTree, Shapes, Stds, initialize
-from toy.op_table import Array, OpTable
+from toy.op_table import Array, OpCache, OpTable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -155,28 +156,96 @@ class Recomputed(NamedTuple):
     forward: Callable[[], tuple[Array, Any]]  # () -> x, cache
 
 
+class Cache(NamedTuple):
+    """What the backward of a language model needs."""
+
+    embed: Any
+    blocks: list[Any]  # a cache each; None: not kept; with `recompute` how to get it
+    unembed: Any
+
+
+class EmbedCache(NamedTuple):
+    """Of `embed` with learned positions."""
+
+    token: OpCache
+    position: OpCache
+
+
+class UnembedCache(NamedTuple):
+    norm: OpCache
+    linear: OpCache
+
+
 class LanguageModel(Model):
-    """A model that reads token ids. Its forward has two halves, for when not all logits are wanted:
+    """A model that reads token ids. It has three parts, each with its backward, which are in the subclasses:
 
-    forward_rows(token_ids (N,), positions (N,), batch, kv_cache) -> logits (N, V), cache
-    hidden_rows(...), unembed_rows(x (N, D))
+    embed(token_ids (N,), ...) -> x (N, D), cache                  embed_backward(d_x, cache, grads)
+    block_forward(layer, block, x, ...) -> x (N, D), cache         block_backward(d_x, cache, grads of the block) -> d_x
+    unembed_rows(x) -> logits (N, V), cache                        unembed_backward(d_logits, cache, grads) -> d_x
 
-    For training the second half is `loss_rows`, which never has all logits at a time; the backward of the first half is
-    hidden_rows_backward(d_x (N, D), *caches, grads), with the caches that `hidden_rows` gave beside x.
+    Here they are put together: the blocks one after another, and in the backward from the last one to the first. For training
+    the third part is `loss_rows`, in the subclasses too, which never has all logits at a time.
     """
 
     batch_type = TokenBatch
+    block_list: ClassVar[str] = "blk"  # the name of the list of blocks in the parameter tree
 
     config: LanguageModelConfig
-    hidden_rows: Callable[..., tuple[Any, ...]]
-    unembed_rows: Callable[[Array], tuple[Any, ...]]
-    hidden_rows_backward: Callable[..., None]
+    embed: Callable[..., tuple[Array, Any]]
+    embed_backward: Callable[[Array, Any, GradientTree], None]
+    block_forward: Callable[..., tuple[Array, Any]]
+    unembed_rows: Callable[[Array], tuple[Array, Any]]
+    unembed_backward: Callable[[Array, Any, GradientTree], Array]
     loss_rows: Callable[[Array, Array, GradientTree | None], tuple[float, Array | None]]
 
     def __init__(self, config: LanguageModelConfig, seed: int = 0, *, lora_scale: float = 1.0, **options: Any) -> None:
         """lora_scale: what the product of LoRA adapters is multiplied by, if the tree has any. Others as `Model`."""
         super().__init__(config, seed, **options)
         self.lora_scale = lora_scale
+
+    def forward_rows(
+        self, token_ids: Array, positions: Array, batch: int, kv_cache: "KeyValueCache | None" = None
+    ) -> tuple[Array, Cache]:
+        """token_ids, positions: int (N,) -> logits (N, V), cache."""
+        x, embed_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
+        logits, unembed_cache = self.unembed_rows(x)  # (N, V)
+        return logits, Cache(embed_cache, block_caches, unembed_cache)
+
+    def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
+        """d_logits: (N, V). Adds the gradient of every parameter to `grads` (None there: frozen)."""
+        d_x = self.unembed_backward(d_logits, cache.unembed, grads)  # (N, D)
+        self.hidden_rows_backward(d_x, cache.embed, cache.blocks, grads, release_cache)
+
+    def hidden_rows(
+        self,
+        token_ids: Array,
+        positions: Array,
+        batch: int,
+        kv_cache: "KeyValueCache | None" = None,
+        keep_cache: bool = True,
+    ) -> tuple[Array, Any, list[Any]]:
+        """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), and the caches of `embed` and of
+        the blocks.
+
+        keep_cache: False when no backward follows; the blocks' activations are then freed at once.
+        """
+        # learned positions are embedded like the tokens, others (RoPE) are needed in every block
+        places, more = ((positions,), ()) if self.learned_positions else ((), (positions,))
+        x, embed_cache = self.embed(token_ids, *places)  # (N, D)
+        block_caches = []
+        for layer, block in enumerate(getattr(self.parameters, self.block_list)):
+            forward = partial(self.block_forward, layer, block, x, *more, batch, kv_cache)
+            x, cache = forward()  # (N, D)
+            block_caches.append(self.to_keep(layer, cache, forward) if keep_cache else None)
+        return x, embed_cache, block_caches
+
+    def hidden_rows_backward(
+        self, d_x: Array, embed_cache: Any, block_caches: list[Any], grads: GradientTree, release_cache: bool = False
+    ) -> None:
+        """d_x: gradient of what `hidden_rows` gave (N, D). Adds to grads."""
+        blocks, lowest = getattr(grads, self.block_list), grads.lowest_block()
+        d_x = self.blocks_backward(d_x, block_caches, blocks, release_cache, lowest)  # (N, D)
+        self.embed_backward(d_x, embed_cache, grads)
 
     def loss(self, inputs: Mapping[str, Array], labels: Array, batch: int, grads: GradientTree | None = None) -> float:
         x, *caches = self.hidden_rows(**inputs, batch=batch, keep_cache=grads is not None)  # (N, D)

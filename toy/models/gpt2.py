@@ -5,16 +5,16 @@
                 x = x + W_down gelu(W_up LayerNorm(x) + bias) + bias
     logits = LayerNorm(x) E^T                  (tied)
 
-The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = d_model, F = d_ff, V = vocab_size. The four
-matrices of a block go through `project`, where LoRA adapters may join.
+The parameters carry their GGUF names. Letters in the shapes: N = B*T rows, D = d_model, F = d_ff, V = vocab_size. The parts
+and their order are those of `toy/models/transformer.py`. The four matrices of a block go through `project`, which is
+`ops.linear` until LoRA adapters join (`toy/models/lora.py`).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 from toy.adamw import AdamW
 from toy.config import GPT2Config
-from toy.models.base import KeyValueCache, LanguageModel
+from toy.models.base import EmbedCache, KeyValueCache, LanguageModel, UnembedCache
 from toy.models.gguf_form import SIZES, Form, Key
 from toy.models.lora import project, project_backward
 from toy.models.parameters import Block, GradientTree, Shapes, Stds, residual_stream_stds
@@ -34,14 +34,6 @@ class BlockCache(NamedTuple):
     ffn_up: OpCache
     gelu: OpCache
     ffn_down: OpCache
-
-
-class Cache(NamedTuple):
-    token: OpCache
-    position: OpCache
-    blocks: list[BlockCache | None]  # None: not kept; with `recompute` how to get them
-    output_norm: OpCache
-    unembed: OpCache
 
 
 class GPT2(LanguageModel):
@@ -77,59 +69,12 @@ class GPT2(LanguageModel):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def forward_rows(
-        self, token_ids: Array, positions: Array, batch: int, kv_cache: KeyValueCache | None = None
-    ) -> tuple[Array, Cache]:
-        """token_ids, positions: int (N,) -> logits (N, V), cache."""
-        x, token_cache, position_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
-        logits, norm_cache, unembed_cache = self.unembed_rows(x)  # (N, V)
-        return logits, Cache(token_cache, position_cache, block_caches, norm_cache, unembed_cache)
-
-    def hidden_rows(
-        self,
-        token_ids: Array,
-        positions: Array,
-        batch: int,
-        kv_cache: KeyValueCache | None = None,
-        keep_cache: bool = True,
-    ) -> tuple[Array, OpCache, OpCache, list[BlockCache | None]]:
-        """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), and the three caches.
-
-        keep_cache: False when no backward follows; the blocks' activations are then freed at once.
-        """
+    def embed(self, token_ids: Array, positions: Array) -> tuple[Array, EmbedCache]:
+        """token_ids, positions: int (N,) -> x (N, D), cache."""
         ops, p = self.ops, self.parameters
-        token, token_cache = ops.embedding(token_ids, p.token_embd.weight)  # (N, D)
+        token, token_cache = ops.embedding(token_ids, p.token_embd.weight)  # (N, D), first use of E
         position, position_cache = ops.embedding(positions, p.position_embd.weight)  # (N, D)
-        x = ops.add(token, position)  # (N, D)
-        block_caches = []
-        for layer, block in enumerate(p.blk):
-            forward = partial(self.block_forward, layer, block, x, batch, kv_cache)
-            x, cache = forward()
-            block_caches.append(self.to_keep(layer, cache, forward) if keep_cache else None)
-        return x, token_cache, position_cache, block_caches
-
-    def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache]:
-        """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
-        ops, p = self.ops, self.parameters
-        x, norm_cache = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
-        logits, unembed_cache = ops.linear(x, p.token_embd.weight)  # (N, V)
-        return logits, norm_cache, unembed_cache
-
-    def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
-        """x: (N, D) from `hidden_rows` -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
-
-        Adds to grads; grads None: the loss alone, None for d_x.
-        """
-        ops, p = self.ops, self.parameters
-        x, norm_cache = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
-        if grads is None:
-            return ops.linear_cross_entropy(x, p.token_embd.weight, labels, backward=False)
-        loss, d_x = ops.linear_cross_entropy(
-            x, p.token_embd.weight, labels, d_weight=grads.token_embd.weight
-        )  # first use of E
-        return loss, ops.layer_norm_backward(
-            d_x, norm_cache, grads.output_norm.weight, grads.output_norm.bias
-        )  # (N, D)
+        return ops.add(token, position), EmbedCache(token_cache, position_cache)
 
     def block_forward(
         self, layer: int, block: Block, x: Array, batch: int, kv_cache: KeyValueCache | None = None
@@ -152,30 +97,19 @@ class GPT2(LanguageModel):
         x = ops.add(x, f)  # (N, D)
         return x, BlockCache(attn_norm, attn_qkv, attention, attn_output, ffn_norm, ffn_up, gelu, ffn_down)
 
-    # -- backward -----------------------------------------------------------------------------------------------------
+    def unembed_rows(self, x: Array) -> tuple[Array, UnembedCache]:
+        """x: (N, D) -> logits (N, V), cache."""
+        ops, p = self.ops, self.parameters
+        x, norm = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
+        logits, linear = ops.linear(x, p.token_embd.weight)  # (N, V), second use of E
+        return logits, UnembedCache(norm, linear)
 
-    def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
-        """d_logits: (N, V). Adds the gradient of every parameter to `grads`."""
-        ops = self.ops
-        d_x = ops.linear_backward(d_logits, cache.unembed, grads.token_embd.weight)  # (N, D), first use of E
-        d_x = ops.layer_norm_backward(d_x, cache.output_norm, grads.output_norm.weight, grads.output_norm.bias)
-        self.hidden_rows_backward(d_x, cache.token, cache.position, cache.blocks, grads, release_cache)
+    # -- backward: from the logits down -------------------------------------------------------------------------------
 
-    def hidden_rows_backward(
-        self,
-        d_x: Array,
-        token_cache: OpCache,
-        position_cache: OpCache,
-        block_caches: list[BlockCache | None],
-        grads: GradientTree,
-        release_cache: bool = False,
-    ) -> None:
-        """d_x: gradient of what `hidden_rows` gave (N, D). Adds to grads."""
-        ops = self.ops
-        d_x = self.blocks_backward(d_x, block_caches, grads.blk, release_cache, grads.lowest_block())  # (N, D)
-        ops.embedding_backward(d_x, position_cache, grads.position_embd.weight)
-        # second use of E: the same gradient collects both
-        ops.embedding_backward(d_x, token_cache, grads.token_embd.weight)
+    def unembed_backward(self, d_logits: Array, cache: UnembedCache, grads: GradientTree) -> Array:
+        """d_logits: (N, V) -> d_x (N, D). Adds to grads."""
+        d_x = self.ops.linear_backward(d_logits, cache.linear, grads.token_embd.weight)  # (N, D), second use of E
+        return self.ops.layer_norm_backward(d_x, cache.norm, grads.output_norm.weight, grads.output_norm.bias)
 
     def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
@@ -191,6 +125,26 @@ class GPT2(LanguageModel):
         d_h = project_backward(ops, d_qkv, cache.attn_qkv, grads.attn_qkv, scale)  # (N, D)
         d_h = ops.layer_norm_backward(d_h, cache.attn_norm, grads.attn_norm.weight, grads.attn_norm.bias)  # (N, D)
         return ops.add(d_x, d_h)
+
+    def embed_backward(self, d_x: Array, cache: EmbedCache, grads: GradientTree) -> None:
+        """d_x: gradient of what `embed` gave (N, D). Adds to grads."""
+        self.ops.embedding_backward(d_x, cache.position, grads.position_embd.weight)
+        # first use of E: its gradient collects both
+        self.ops.embedding_backward(d_x, cache.token, grads.token_embd.weight)
+
+    # -- the head and the loss in one, without all logits at a time: for training -------------------------------------
+
+    def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
+        """x: (N, D) -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
+
+        Adds to grads; grads None: the loss alone, None for d_x.
+        """
+        ops, p = self.ops, self.parameters
+        x, norm = ops.layer_norm(x, p.output_norm.weight, p.output_norm.bias, NORM_EPS)  # (N, D)
+        if grads is None:
+            return ops.linear_cross_entropy(x, p.token_embd.weight, labels, backward=False)
+        loss, d_x = ops.linear_cross_entropy(x, p.token_embd.weight, labels, d_weight=grads.token_embd.weight)
+        return loss, ops.layer_norm_backward(d_x, norm, grads.output_norm.weight, grads.output_norm.bias)  # (N, D)
 
 
 # -- in GGUF files ----------------------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from toy.adamw import AdamW
 from toy.config import ROPE_SCALINGS, LlamaConfig
+from toy.models import lens
 from toy.models.base import KeyValueCache, LanguageModel
 from toy.models.gguf_form import PLAIN, SIZES, UNSCALED, Form, Key
-from toy.models.lens import embed, embed_backward, unembed, unembed_backward, unembed_loss
 from toy.models.lora import project, project_backward
 from toy.models.parameters import Block, GradientTree, Namespace, ParameterTree, Shapes, Stds, residual_stream_stds
 from toy.models.rotation import rotation
@@ -55,11 +55,9 @@ class BlockCache(NamedTuple):
     post_ffw_norm: OpCache | None
 
 
-class Cache(NamedTuple):
-    token: OpCache
-    blocks: list[BlockCache | None]  # None: not kept; with `recompute` how to get them
-    output_norm: OpCache
-    unembed: OpCache
+class UnembedCache(NamedTuple):
+    norm: OpCache
+    linear: OpCache
     softcap: OpCache | None  # None: no logit_softcap
 
 
@@ -124,61 +122,21 @@ class Llama(LanguageModel):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def forward_rows(
-        self, token_ids: Array, positions: Array, batch: int, kv_cache: KeyValueCache | None = None
-    ) -> tuple[Array, Cache]:
-        """token_ids, positions: int (N,) -> logits (N, V), cache."""
-        x, token_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
-        logits, *caches = self.unembed_rows(x)  # (N, V)
-        return logits, Cache(token_cache, block_caches, *caches)
+    def embed(self, token_ids: Array) -> tuple[Array, OpCache]:
+        """token_ids: int (N,) -> x (N, D), cache. The positions come in with RoPE, in every block."""
+        x, cache = lens.embed(self.ops, token_ids, self.parameters.token_embd, self.lora_scale)  # (N, D)
+        return self.scaled(x, self.config.embedding_scale), cache
 
-    def hidden_rows(
-        self,
-        token_ids: Array,
-        positions: Array,
-        batch: int,
-        kv_cache: KeyValueCache | None = None,
-        keep_cache: bool = True,
-    ) -> tuple[Array, OpCache, list[BlockCache | None]]:
-        """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), token_cache, block_caches.
-
-        keep_cache: False when no backward follows; the blocks' activations are then freed at once.
-        """
-        ops, p = self.ops, self.parameters
-        x, token_cache = embed(ops, token_ids, p.token_embd, self.lora_scale)  # (N, D)
-        x = self.scaled(x, self.config.embedding_scale)  # (N, D)
-        block_caches = []
-        for layer, block in enumerate(p.blk):
-            forward = partial(self.block_forward, layer, block, x, positions, batch, kv_cache)
-            x, cache = forward()
-            block_caches.append(self.to_keep(layer, cache, forward) if keep_cache else None)
-        return x, token_cache, block_caches
-
-    def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache, OpCache | None]:
-        """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache, softcap_cache."""
+    def unembed_rows(self, x: Array) -> tuple[Array, UnembedCache]:
+        """x: (N, D) -> logits (N, V), cache."""
         ops, p, c = self.ops, self.parameters, self.config
-        x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
+        x, norm = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
         x = self.scaled(x, 1 / c.logit_scale)  # (N, D), which is less than the logits are
-        logits, unembed_cache = unembed(ops, x, *self.head(p), self.lora_scale)  # (N, V)
-        softcap_cache = None
+        logits, linear = lens.unembed(ops, x, *self.head(p), self.lora_scale)  # (N, V)
+        softcap = None
         if c.logit_softcap is not None:
-            logits, softcap_cache = ops.softcap(logits, c.logit_softcap)  # (N, V)
-        return logits, norm_cache, unembed_cache, softcap_cache
-
-    def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
-        """x: (N, D) from `hidden_rows` -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
-
-        Adds to grads; grads None: the loss alone, None for d_x.
-        """
-        ops, p, c = self.ops, self.parameters, self.config
-        x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
-        x = self.scaled(x, 1 / c.logit_scale)  # (N, D)
-        d_head = None if grads is None else self.head(grads)
-        loss, d_x = unembed_loss(ops, x, self.head(p), labels, c.logit_softcap, d_head, self.lora_scale)
-        if grads is None:
-            return loss, None
-        d_x = self.scaled(d_x, 1 / c.logit_scale)  # (N, D)
-        return loss, ops.rms_norm_backward(d_x, norm_cache, grads.output_norm.weight)  # (N, D)
+            logits, softcap = ops.softcap(logits, c.logit_softcap)  # (N, V)
+        return logits, UnembedCache(norm, linear, softcap)
 
     def window(self, layer: int) -> int | None:
         """How many tokens the attention of a layer sees, None: all."""
@@ -245,31 +203,16 @@ class Llama(LanguageModel):
     def scaled(self, x: Array, factor: float) -> Array:
         return x if factor == 1 else self.ops.scale(x, factor)
 
-    # -- backward -----------------------------------------------------------------------------------------------------
+    # -- backward: from the logits down -------------------------------------------------------------------------------
 
-    def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
-        """d_logits: (N, V). Adds the gradient of every parameter to `grads` (None there: frozen)."""
+    def unembed_backward(self, d_logits: Array, cache: UnembedCache, grads: GradientTree) -> Array:
+        """d_logits: (N, V) -> d_x (N, D). Adds to grads."""
         ops = self.ops
         if cache.softcap is not None:
             d_logits = ops.softcap_backward(d_logits, cache.softcap)  # (N, V)
-        d_x = unembed_backward(ops, d_logits, cache.unembed, *self.head(grads), self.lora_scale)  # (N, D)
+        d_x = lens.unembed_backward(ops, d_logits, cache.linear, *self.head(grads), self.lora_scale)  # (N, D)
         d_x = self.scaled(d_x, 1 / self.config.logit_scale)  # (N, D)
-        d_x = ops.rms_norm_backward(d_x, cache.output_norm, grads.output_norm.weight)  # (N, D)
-        self.hidden_rows_backward(d_x, cache.token, cache.blocks, grads, release_cache)
-
-    def hidden_rows_backward(
-        self,
-        d_x: Array,
-        token_cache: OpCache,
-        block_caches: list[BlockCache | None],
-        grads: GradientTree,
-        release_cache: bool = False,
-    ) -> None:
-        """d_x: gradient of what `hidden_rows` gave (N, D). Adds to grads."""
-        d_x = self.blocks_backward(d_x, block_caches, grads.blk, release_cache, grads.lowest_block())  # (N, D)
-        d_x = self.scaled(d_x, self.config.embedding_scale)  # (N, D)
-        # tied: the second contribution
-        embed_backward(self.ops, d_x, token_cache, grads.token_embd, self.lora_scale)
+        return ops.rms_norm_backward(d_x, cache.norm, grads.output_norm.weight)  # (N, D)
 
     def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
@@ -311,6 +254,29 @@ class Llama(LanguageModel):
 
     def normed_backward(self, d_x: Array, cache: OpCache | None, norm: Namespace | None) -> Array:
         return d_x if norm is None else self.ops.rms_norm_backward(d_x, cache, norm.weight)
+
+    def embed_backward(self, d_x: Array, cache: OpCache, grads: GradientTree) -> None:
+        """d_x: gradient of what `embed` gave (N, D). Adds to grads."""
+        d_x = self.scaled(d_x, self.config.embedding_scale)  # (N, D)
+        # tied: the second contribution
+        lens.embed_backward(self.ops, d_x, cache, grads.token_embd, self.lora_scale)
+
+    # -- the head and the loss in one, without all logits at a time: for training -------------------------------------
+
+    def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
+        """x: (N, D) -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
+
+        Adds to grads; grads None: the loss alone, None for d_x.
+        """
+        ops, p, c = self.ops, self.parameters, self.config
+        x, norm_cache = ops.rms_norm(x, p.output_norm.weight, c.rms_eps)  # (N, D)
+        x = self.scaled(x, 1 / c.logit_scale)  # (N, D)
+        d_head = None if grads is None else self.head(grads)
+        loss, d_x = lens.unembed_loss(ops, x, self.head(p), labels, c.logit_softcap, d_head, self.lora_scale)
+        if grads is None:
+            return loss, None
+        d_x = self.scaled(d_x, 1 / c.logit_scale)  # (N, D)
+        return loss, ops.rms_norm_backward(d_x, norm_cache, grads.output_norm.weight)  # (N, D)
 
 
 # -- in GGUF files ----------------------------------------------------------------------------------------------------

@@ -5,14 +5,17 @@
                 x = x + W_ff2 gelu(W_ff1 RMSNorm(x))
     logits = RMSNorm(x) E^T                    (the embedding E is used twice: "tied")
 
-Letters in the shapes: N = B*T rows (one per token), D = d_model, F = d_ff, V = vocab_size,
-H = n_heads.
-The ops are in `toy/ops/reference.py`, each with its own backward. The backward below calls them in reverse order: read it
-from the bottom of `forward_rows` upwards. Where two paths of the forward meet (`add`), their gradients part; where one value
-was used twice, the gradients of its uses are summed.
+Letters in the shapes: N = B*T rows (one per token), D = d_model, F = d_ff, V = vocab_size, H = n_heads.
+The ops are in `toy/ops/reference.py`, each with its own backward. `LanguageModel` runs the parts below in this order:
+
+    forward     embed              block_forward, block by block             unembed_rows
+    backward    unembed_backward   block_backward, the last block first      embed_backward
+
+A backward calls the backward of each op, the last one first: read it beside its forward, from the bottom upwards. Where two
+paths of the forward meet (`add`), the gradient goes into both; where one value was used twice, the gradients of its uses are
+summed.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +23,7 @@ import numpy.typing as npt
 
 from toy.adamw import AdamW
 from toy.config import TransformerConfig
-from toy.models.base import KeyValueCache, LanguageModel
+from toy.models.base import EmbedCache, KeyValueCache, LanguageModel, UnembedCache
 from toy.models.parameters import Block, GradientTree, Shapes, Stds
 from toy.op_table import Array, OpCache
 
@@ -42,14 +45,6 @@ class BlockCache(NamedTuple):
     ff2: OpCache
 
 
-class Cache(NamedTuple):
-    token: OpCache
-    position: OpCache
-    blocks: list[BlockCache | None]  # None: not kept; with `recompute` how to get them
-    norm_final: OpCache
-    unembed: OpCache
-
-
 class TransformerLM(LanguageModel):
     """A decoder-only transformer language model, made from its sizes or, like the other models, from a `TransformerConfig`:
     `TransformerLM(config, seed=0)`.
@@ -61,6 +56,7 @@ class TransformerLM(LanguageModel):
     arch = "transformer"
     hp_mode = AdamW.MODE_FROM_SCRATCH
     learned_positions = True
+    block_list = "blocks"
     config: TransformerConfig
 
     def __init__(
@@ -126,55 +122,12 @@ class TransformerLM(LanguageModel):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def forward_rows(
-        self, token_ids: Array, positions: Array, batch: int, kv_cache: KeyValueCache | None = None
-    ) -> tuple[Array, Cache]:
-        """token_ids, positions: int (N,) -> logits (N, V), cache."""
-        x, token_cache, position_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
-        logits, norm_cache, unembed_cache = self.unembed_rows(x)  # (N, V)
-        return logits, Cache(token_cache, position_cache, block_caches, norm_cache, unembed_cache)
-
-    def hidden_rows(
-        self,
-        token_ids: Array,
-        positions: Array,
-        batch: int,
-        kv_cache: KeyValueCache | None = None,
-        keep_cache: bool = True,
-    ) -> tuple[Array, OpCache, OpCache, list[BlockCache | None]]:
-        """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), and the three caches.
-
-        keep_cache: False when no backward follows; the blocks' activations are then freed at once.
-        """
+    def embed(self, token_ids: Array, positions: Array) -> tuple[Array, EmbedCache]:
+        """token_ids, positions: int (N,) -> x (N, D), cache."""
         ops, p = self.ops, self.parameters
-        token, token_cache = ops.embedding(token_ids, p.token_embed)  # (N, D)
+        token, token_cache = ops.embedding(token_ids, p.token_embed)  # (N, D), first use of E
         position, position_cache = ops.embedding(positions, p.pos_embed)  # (N, D)
-        x = ops.add(token, position)  # (N, D)
-        block_caches = []
-        for layer, block in enumerate(p.blocks):
-            forward = partial(self.block_forward, layer, block, x, batch, kv_cache)
-            x, cache = forward()
-            block_caches.append(self.to_keep(layer, cache, forward) if keep_cache else None)
-        return x, token_cache, position_cache, block_caches
-
-    def unembed_rows(self, x: Array) -> tuple[Array, OpCache, OpCache]:
-        """x: (N, D) from `hidden_rows` -> logits (N, V), norm_cache, unembed_cache."""
-        ops, p = self.ops, self.parameters
-        x, norm_cache = ops.rms_norm(x, p.norm_final_gamma, NORM_EPS)  # (N, D)
-        logits, unembed_cache = ops.linear(x, p.token_embed)  # (N, V)
-        return logits, norm_cache, unembed_cache
-
-    def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
-        """x: (N, D) from `hidden_rows` -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
-
-        Adds to grads; grads None: the loss alone, None for d_x.
-        """
-        ops, p = self.ops, self.parameters
-        x, norm_cache = ops.rms_norm(x, p.norm_final_gamma, NORM_EPS)  # (N, D)
-        if grads is None:
-            return ops.linear_cross_entropy(x, p.token_embed, labels, backward=False)
-        loss, d_x = ops.linear_cross_entropy(x, p.token_embed, labels, d_weight=grads.token_embed)  # first use of E
-        return loss, ops.rms_norm_backward(d_x, norm_cache, grads.norm_final_gamma)  # (N, D)
+        return ops.add(token, position), EmbedCache(token_cache, position_cache)
 
     def block_forward(
         self, layer: int, block: Block, x: Array, batch: int, kv_cache: KeyValueCache | None = None
@@ -198,29 +151,19 @@ class TransformerLM(LanguageModel):
         x = ops.add(x, f)  # (N, D)
         return x, BlockCache(norm1, q_cache, k_cache, v_cache, attention, o_cache, norm2, ff1, gelu, ff2)
 
-    # -- backward -----------------------------------------------------------------------------------------------------
+    def unembed_rows(self, x: Array) -> tuple[Array, UnembedCache]:
+        """x: (N, D) -> logits (N, V), cache."""
+        ops, p = self.ops, self.parameters
+        x, norm = ops.rms_norm(x, p.norm_final_gamma, NORM_EPS)  # (N, D)
+        logits, linear = ops.linear(x, p.token_embed)  # (N, V), second use of E
+        return logits, UnembedCache(norm, linear)
 
-    def backward_rows(self, d_logits: Array, cache: Cache, grads: GradientTree, release_cache: bool = False) -> None:
-        """d_logits: (N, V). Adds the gradient of every parameter to `grads`."""
-        ops = self.ops
-        d_x = ops.linear_backward(d_logits, cache.unembed, grads.token_embed)  # (N, D), first use of E
-        d_x = ops.rms_norm_backward(d_x, cache.norm_final, grads.norm_final_gamma)  # (N, D)
-        self.hidden_rows_backward(d_x, cache.token, cache.position, cache.blocks, grads, release_cache)
+    # -- backward: from the logits down ------------------------------------------------------------------------------------
 
-    def hidden_rows_backward(
-        self,
-        d_x: Array,
-        token_cache: OpCache,
-        position_cache: OpCache,
-        block_caches: list[BlockCache | None],
-        grads: GradientTree,
-        release_cache: bool = False,
-    ) -> None:
-        """d_x: gradient of what `hidden_rows` gave (N, D). Adds to grads."""
-        ops = self.ops
-        d_x = self.blocks_backward(d_x, block_caches, grads.blocks, release_cache)  # (N, D)
-        ops.embedding_backward(d_x, position_cache, grads.pos_embed)
-        ops.embedding_backward(d_x, token_cache, grads.token_embed)  # second use of E: the same gradient collects both
+    def unembed_backward(self, d_logits: Array, cache: UnembedCache, grads: GradientTree) -> Array:
+        """d_logits: (N, V) -> d_x (N, D). Adds to grads."""
+        d_x = self.ops.linear_backward(d_logits, cache.linear, grads.token_embed)  # (N, D), second use of E
+        return self.ops.rms_norm_backward(d_x, cache.norm, grads.norm_final_gamma)  # (N, D)
 
     def block_backward(self, d_x: Array, cache: BlockCache, grads: Block) -> Array:
         """d_x: gradient of the block's output (N, D) -> gradient of its input (N, D). Adds to grads."""
@@ -238,6 +181,25 @@ class TransformerLM(LanguageModel):
         d_h = ops.add(d_h, ops.linear_backward(d_v, cache.v, grads.w_v))
         d_h = ops.rms_norm_backward(d_h, cache.norm1, grads.norm1_gamma)  # (N, D)
         return ops.add(d_x, d_h)
+
+    def embed_backward(self, d_x: Array, cache: EmbedCache, grads: GradientTree) -> None:
+        """d_x: gradient of what `embed` gave (N, D). Adds to grads."""
+        self.ops.embedding_backward(d_x, cache.position, grads.pos_embed)
+        self.ops.embedding_backward(d_x, cache.token, grads.token_embed)  # first use of E: its gradient collects both
+
+    # -- the head and the loss in one, without all logits at a time: for training ------------------------------------------
+
+    def loss_rows(self, x: Array, labels: Array, grads: GradientTree | None) -> tuple[float, Array | None]:
+        """x: (N, D) -> the mean loss, d_x (N, D): `unembed_rows`, cross-entropy and the backward of both.
+
+        Adds to grads; grads None: the loss alone, None for d_x.
+        """
+        ops, p = self.ops, self.parameters
+        x, norm = ops.rms_norm(x, p.norm_final_gamma, NORM_EPS)  # (N, D)
+        if grads is None:
+            return ops.linear_cross_entropy(x, p.token_embed, labels, backward=False)
+        loss, d_x = ops.linear_cross_entropy(x, p.token_embed, labels, d_weight=grads.token_embed)
+        return loss, ops.rms_norm_backward(d_x, norm, grads.norm_final_gamma)  # (N, D)
 
 
 def parameter_shapes(

@@ -23,9 +23,9 @@ from toy._kernels import quantized as _quantized
 from toy._kernels.arrays import check_matrix
 from toy._kernels.threads import get_num_threads, set_num_threads  # noqa: F401
 from toy.op_table import Array, OpCache, row_bands
-from toy.ops.reference import QUANTIZED_IS_FROZEN, _checked_labels
+from toy.ops.reference import _checked_labels
 from toy.ops.reference import again as again
-from toy.quantized import Leaf, QuantizedMatrix
+from toy.quantized import QUANTIZED_IS_FROZEN, Leaf, QuantizedMatrix
 
 if TYPE_CHECKING:  # the types of an op are those of its twin
     from toy.ops.reference import *  # noqa: F403

@@ -9,9 +9,10 @@ Conventions, the same in every op table:
   activations and *adds* (+=) the gradients of the parameters into the arrays it is given. Passing None for a
   parameter gradient means that parameter is frozen.
 * Token ids and labels are checked and copied, because a backward indexes with them; other arrays are neither.
-* The arithmetic is done in the dtype of the inputs: float32 for training, float64 for checking derivatives.
-* The weight of `embedding` and `linear` may be a `toy.quantized.QuantizedMatrix`. It is frozen, and exactly the numbers that
-  its bytes stand for; the activations are not rounded.
+* The arithmetic is done in the dtype of the inputs: float32 for training, float64 for checking derivatives. Hence the
+  `x.dtype.type(eps)`: a number that came as a float64 would make everything after it float64.
+* A weight may stay quantised as its file has it, frozen: `toy.quantized.QuantizedMatrix` multiplies and is looked up in as an
+  array does, with exactly the numbers that its bytes stand for.
 
 The letters of all shapes and formulas, here, in the models and in the lessons; a file names those that it adds:
 
@@ -31,6 +32,8 @@ The letters of all shapes and formulas, here, in the models and in the lessons; 
     d_x      the gradient of the loss with respect to x, in the shape of x       d_x
 
 `d_model`, `d_ff` and `d_head` are widths, called so in the papers; every other `d_...` is a gradient.
+
+The ops stand in the order in which a model calls them; the last two sections, the optimizer and what spares memory, can wait.
 """
 
 import itertools
@@ -41,9 +44,10 @@ import numpy as np
 
 from toy.arrays import whole_numbers
 from toy.op_table import Array, Result, row_bands
-from toy.quantized import Leaf, QuantizedMatrix
+from toy.quantized import Leaf, check_trainable, is_frozen
 
 name = "reference"
+PARTS = ("softmax", "multi_head_attention", "_capped_attention")  # of attention: no ops that a model calls
 
 # ----------------------------------------------------------------------------------------------------------------------
 # embedding: out[n] = table[token_ids[n]]
@@ -52,23 +56,20 @@ name = "reference"
 
 class EmbeddingCache(NamedTuple):
     token_ids: np.ndarray  # (N,)
-    table_is_quantized: bool = False
+    table: Leaf  # (V, D)
 
 
 def embedding(token_ids: Array, table: Leaf) -> tuple[Array, EmbeddingCache]:
     """Look up one row per id. token_ids: int (N,), table: (V, D) -> (N, D)."""
     token_ids = whole_numbers("token_ids", token_ids, 0, table.shape[0])
-    if isinstance(table, QuantizedMatrix):
-        return table.take(token_ids), EmbeddingCache(token_ids, table_is_quantized=True)
-    return table[token_ids], EmbeddingCache(token_ids)
+    return table[token_ids], EmbeddingCache(token_ids, table)
 
 
 def embedding_backward(d_out: Array, cache: EmbeddingCache, d_table: Array | None) -> None:
     """d_out: (N, D). Adds into d_table (V, D); an id that occurs k times collects k rows."""
     if d_table is not None:
-        if cache.table_is_quantized:
-            raise ValueError(QUANTIZED_IS_FROZEN)
-        np.add.at(d_table, cache.token_ids, d_out)
+        check_trainable(cache.table)
+        np.add.at(d_table, cache.token_ids, d_out)  # d_table[token_ids] += d_out would keep one row of each id
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,50 +78,26 @@ def embedding_backward(d_out: Array, cache: EmbeddingCache, d_table: Array | Non
 
 
 class LinearCache(NamedTuple):
-    x: np.ndarray | None  # (N, in); None for a quantised weight, whose backward has no use for it
-    weight: np.ndarray | QuantizedMatrix  # (out, in)
-
-
-QUANTIZED_IS_FROZEN = (
-    "d_weight or d_table: a quantised weight is frozen and has no gradient: pass None, or dequantise it to train it"
-)
+    x: np.ndarray | None  # (N, in), for d_weight; None where there is none, the weight being frozen
+    weight: Leaf  # (out, in)
 
 
 def linear(x: Array, weight: Leaf, bias: Array | None = None) -> tuple[Array, LinearCache]:
     """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out)."""
-    y = _times_quantized_transposed(x, weight) if isinstance(weight, QuantizedMatrix) else x @ weight.T
+    y = x @ weight.T  # (N, in) @ (in, out)
     if bias is not None:
         y += bias
-    return y, LinearCache(None if isinstance(weight, QuantizedMatrix) else x, weight)
+    return y, LinearCache(None if is_frozen(weight) else x, weight)
 
 
 def linear_backward(d_y: Array, cache: LinearCache, d_weight: Array | None, d_bias: Array | None = None) -> Array:
     """d_y: (N, out) -> d_x (N, in). Adds into d_weight (out, in) and d_bias (out,)."""
     if d_weight is not None:
-        if isinstance(cache.weight, QuantizedMatrix):
-            raise ValueError(QUANTIZED_IS_FROZEN)
+        check_trainable(cache.weight)
         d_weight += d_y.T @ cache.x  # (out, N) @ (N, in)
     if d_bias is not None:
         d_bias += d_y.sum(axis=0)
-    if isinstance(cache.weight, QuantizedMatrix):
-        return _times_quantized(d_y, cache.weight)
     return d_y @ cache.weight  # (N, out) @ (out, in)
-
-
-def _times_quantized_transposed(x: Array, weight: QuantizedMatrix) -> Array:
-    """x W^T, a band of rows of W at a time: x (N, in) -> (N, out)."""
-    y = np.empty((len(x), weight.shape[0]), x.dtype)
-    for rows in weight.bands():
-        y[:, rows] = x @ weight.rows(rows.start, rows.stop).T  # (N, in) @ (in, rows)
-    return y
-
-
-def _times_quantized(d_y: Array, weight: QuantizedMatrix) -> Array:
-    """d_y W, a band of rows of W at a time: d_y (N, out) -> (N, in)."""
-    d_x = np.zeros((len(d_y), weight.shape[1]), d_y.dtype)
-    for rows in weight.bands():
-        d_x += d_y[:, rows] @ weight.rows(rows.start, rows.stop)  # (N, rows) @ (rows, in)
-    return d_x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -395,17 +372,63 @@ def _rotate_pairs(x: Array, cos: Array, sin: Array, halves: bool) -> Array:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# attention (Vaswani et al. 2017, eq. 1): softmax(q k^T / sqrt(d_head)) v, per head
-# grouped-query (Ainslie et al. 2023): query head h reads key/value head h // (n_heads / n_kv_heads)
+# softmax over the last axis: p_i = exp(s_i) / sum_j exp(s_j)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def softmax(scores: Array) -> Array:
+    """scores: (..., V) -> probabilities (..., V). -inf among the scores gives probability 0."""
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))  # the largest is exp(0): nothing overflows
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def softmax_backward(d_probabilities: Array, probabilities: Array) -> Array:
+    """d_probabilities: (..., V) -> d_scores (..., V). A masked score has p = 0 and so gets no gradient."""
+    # every p depends on every score of its row, hence the mean (weighted with p) that is subtracted
+    return probabilities * (d_probabilities - (d_probabilities * probabilities).sum(axis=-1, keepdims=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# multi-head attention (Vaswani et al. 2017, eq. 1): softmax(q k^T / sqrt(d_head)) v, each head by itself
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def multi_head_attention(q: Array, k: Array, v: Array, hidden: Array | None) -> tuple[Array, Array]:
+    """q: (B, H, Tq, d_head), k and v: (B, H, Tk, d_head) -> (B, H, Tq, d_head), probabilities (B, H, Tq, Tk).
+
+    hidden: bool (Tq, Tk), the keys that a query must not see; None: it sees all.
+    """
+    scores = (q @ k.swapaxes(-1, -2)) * q.shape[-1] ** -0.5  # (B, H, Tq, Tk)
+    if hidden is not None:
+        scores = np.where(hidden, -np.inf, scores).astype(q.dtype)
+    probabilities = softmax(scores)  # (B, H, Tq, Tk)
+    return probabilities @ v, probabilities  # (B, H, Tq, d_head)
+
+
+def multi_head_attention_backward(
+    d_out: Array, q: Array, k: Array, v: Array, probabilities: Array
+) -> tuple[Array, Array, Array]:
+    """d_out: (B, H, Tq, d_head) -> d_q, d_k, d_v in the shapes of q, k, v."""
+    d_probabilities = d_out @ v.swapaxes(-1, -2)  # (B, H, Tq, Tk)
+    d_v = probabilities.swapaxes(-1, -2) @ d_out  # (B, H, Tk, d_head)
+    d_scores = softmax_backward(d_probabilities, probabilities)  # (B, H, Tq, Tk)
+    d_scores *= q.shape[-1] ** -0.5
+    return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, d_v
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention as models call it: on rows, and with what some models add to the plain one
+# grouped-query (Ainslie et al. 2023): query head h reads key/value head h // (H/G). The heads get one axis more,
+# (B, G, H/G, T, d_head), on which k and v have a length of 1: numpy lends it to all query heads of the group
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class AttentionCache(NamedTuple):
-    q: np.ndarray  # (B, n_kv_heads, group, Tq, d_head)
-    k: np.ndarray  # (B, n_kv_heads, 1, Tk, d_head)
-    v: np.ndarray  # (B, n_kv_heads, 1, Tk, d_head)
-    probabilities: np.ndarray  # (B, n_kv_heads, group, Tq, Tk); reshape to (B, n_heads, Tq, Tk) for a picture
-    slope: np.ndarray | None  # (B, n_kv_heads, group, Tq, Tk) of the cap; None: no cap
+    q: np.ndarray  # (B, G, H/G, Tq, d_head)
+    k: np.ndarray  # (B, G, 1, Tk, d_head)
+    v: np.ndarray  # (B, G, 1, Tk, d_head)
+    probabilities: np.ndarray  # (B, G, H/G, Tq, Tk); reshape to (B, H, Tq, Tk) for a picture
+    slope: np.ndarray | None  # (B, G, H/G, Tq, Tk) of the cap; None: no cap
 
 
 def attention(
@@ -427,39 +450,47 @@ def attention(
     scores' size, reached through a tanh: softcap * tanh(s / softcap) (Gemma 2).
     """
     n_kv_heads = n_kv_heads or n_heads
-    q, k, v = (
-        _to_heads(q, batch, n_kv_heads, n_heads // n_kv_heads),
-        *(_to_heads(a, batch, n_kv_heads, 1) for a in (k, v)),
-    )
-    t_q, t_k, d_head = q.shape[3], k.shape[3], q.shape[4]
-    scores = (q @ k.swapaxes(3, 4)) * q.dtype.type(d_head**-0.5)  # (B, kv, group, Tq, Tk)
-    slope = None
-    if softcap is not None:
-        capped = np.tanh(scores / q.dtype.type(softcap))
-        scores, slope = q.dtype.type(softcap) * capped, 1 - capped * capped
-    if causal:
-        scores = np.where(_hidden_keys(t_q, t_k, window), -np.inf, scores).astype(q.dtype)
-    scores = np.exp(scores - scores.max(axis=4, keepdims=True))
-    probabilities = scores / scores.sum(axis=4, keepdims=True)
-    return _from_heads(probabilities @ v), AttentionCache(q, k, v, probabilities, slope)
+    q = _to_heads(q, batch, n_kv_heads, n_heads // n_kv_heads)  # (B, G, H/G, Tq, d_head)
+    k, v = (_to_heads(a, batch, n_kv_heads, 1) for a in (k, v))  # (B, G, 1, Tk, d_head) each
+    hidden = _hidden_keys(q.shape[3], k.shape[3], window) if causal else None
+    if softcap is None:
+        out, probabilities = multi_head_attention(q, k, v, hidden)
+        return _from_heads(out), AttentionCache(q, k, v, probabilities, None)
+    out, probabilities, slope = _capped_attention(q, k, v, hidden, softcap)
+    return _from_heads(out), AttentionCache(q, k, v, probabilities, slope)
 
 
 def attention_backward(d_out: Array, cache: AttentionCache) -> tuple[Array, Array, Array]:
     """d_out: (B*Tq, n_heads*d_head) -> d_q, d_k, d_v in the shapes of q, k, v."""
     q, k, v, probabilities, slope = cache
-    batch, n_kv_heads, group, _, d_head = q.shape
-    d_out = _to_heads(d_out, batch, n_kv_heads, group)  # (B, kv, group, Tq, d_head)
-    d_probabilities = d_out @ v.swapaxes(3, 4)  # (B, kv, group, Tq, Tk)
-    d_v = probabilities.swapaxes(3, 4) @ d_out  # (B, kv, group, Tk, d_head)
-    # softmax: d_s = p * (d_p - sum(d_p * p)); a masked score has p = 0 and so gets no gradient
-    d_scores = probabilities * (d_probabilities - (d_probabilities * probabilities).sum(axis=4, keepdims=True))
-    if slope is not None:
-        d_scores *= slope
-    d_scores *= q.dtype.type(d_head**-0.5)
-    d_q = d_scores @ k  # (B, kv, group, Tq, d_head)
-    d_k = d_scores.swapaxes(3, 4) @ q  # (B, kv, group, Tk, d_head)
+    d_out = _to_heads(d_out, q.shape[0], q.shape[1], q.shape[2])  # (B, G, H/G, Tq, d_head)
+    if slope is None:
+        d_q, d_k, d_v = multi_head_attention_backward(d_out, q, k, v, probabilities)
+    else:
+        d_q, d_k, d_v = _capped_attention_backward(d_out, *cache)
     # the query heads of a group share one key/value head: its gradient is their sum
     return _from_heads(d_q), _from_heads(d_k.sum(axis=2, keepdims=True)), _from_heads(d_v.sum(axis=2, keepdims=True))
+
+
+def _capped_attention(q: Array, k: Array, v: Array, hidden: Array | None, cap: float) -> tuple[Array, Array, Array]:
+    """`multi_head_attention` of scores with a cap, and the cap's slope at each score."""
+    scores = (q @ k.swapaxes(-1, -2)) * q.shape[-1] ** -0.5
+    capped = np.tanh(scores / q.dtype.type(cap))
+    scores, slope = q.dtype.type(cap) * capped, 1 - capped * capped
+    if hidden is not None:
+        scores = np.where(hidden, -np.inf, scores).astype(q.dtype)
+    probabilities = softmax(scores)
+    return probabilities @ v, probabilities, slope
+
+
+def _capped_attention_backward(
+    d_out: Array, q: Array, k: Array, v: Array, probabilities: Array, slope: Array
+) -> tuple[Array, Array, Array]:
+    d_v = probabilities.swapaxes(-1, -2) @ d_out
+    d_scores = softmax_backward(d_out @ v.swapaxes(-1, -2), probabilities)
+    d_scores *= slope
+    d_scores *= q.shape[-1] ** -0.5
+    return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, d_v
 
 
 def _hidden_keys(t_q: int, t_k: int, window: int | None = None) -> np.ndarray:
@@ -471,14 +502,14 @@ def _hidden_keys(t_q: int, t_k: int, window: int | None = None) -> np.ndarray:
 
 
 def _to_heads(x: Array, batch: int, n_kv_heads: int, group: int) -> Array:
-    """(B*T, n_kv_heads*group*d_head) -> (B, n_kv_heads, group, T, d_head)."""
+    """(B*T, H*d_head) -> (B, G, H/G, T, d_head)."""
     rows, width = x.shape
     heads = x.reshape(batch, rows // batch, n_kv_heads, group, width // (n_kv_heads * group))
     return heads.transpose(0, 2, 3, 1, 4)
 
 
 def _from_heads(x: Array) -> Array:
-    """(B, n_kv_heads, group, T, d_head) -> (B*T, n_kv_heads*group*d_head)."""
+    """(B, G, H/G, T, d_head) -> (B*T, H*d_head)."""
     batch, n_kv_heads, group, t, d_head = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch * t, n_kv_heads * group * d_head)
 
@@ -528,6 +559,33 @@ def cross_entropy_backward(cache: CrossEntropyCache) -> Array:
         # sum over the row first: labels need not sum to 1
         d_logits = probabilities * labels.sum(axis=1, keepdims=True) - labels
     return d_logits / probabilities.dtype.type(max(n_counted, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the optimizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def adamw_step(weight: Array, gradient: Array, m: Array, v: Array, hp: Array) -> None:
+    """One AdamW update (Loshchilov & Hutter 2019, algorithm 2), in place on weight, m and v; all of one shape.
+
+    hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,).
+    Raises ValueError when two of the four arrays share memory.
+    """
+    if any(np.shares_memory(a, b) for a, b in itertools.combinations((weight, gradient, m, v), 2)):
+        raise ValueError("weight, gradient, m and v must be four arrays: two of them share memory")
+    lr, beta1, beta2, eps, weight_decay, s5, s6 = (weight.dtype.type(number) for number in np.ravel(hp))
+    m *= beta1
+    m += (1 - beta1) * gradient
+    v *= beta2
+    v += (1 - beta2) * gradient * gradient
+    weight *= 1 - lr * weight_decay
+    weight -= lr * (m * s5) / (np.sqrt(v * s6) + eps)
+
+
+def sum_of_squares(x: Array) -> float:
+    """Sum of x^2 over all elements of x (any shape), added up in double precision -> float. For the gradient norm."""
+    return float(np.sum(np.square(x, dtype=np.float64)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -582,30 +640,3 @@ def _checked_labels(labels: Array, rows: int, classes: int) -> tuple[Array, int]
 def again(forward: Callable[[], Result]) -> Result:
     """forward(), which calls ops that have been called before with the same arguments (graphs count uses of parameters)."""
     return forward()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the optimizer
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def adamw_step(weight: Array, gradient: Array, m: Array, v: Array, hp: Array) -> None:
-    """One AdamW update (Loshchilov & Hutter 2019, algorithm 2), in place on weight, m and v; all of one shape.
-
-    hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,).
-    Raises ValueError when two of the four arrays share memory.
-    """
-    if any(np.shares_memory(a, b) for a, b in itertools.combinations((weight, gradient, m, v), 2)):
-        raise ValueError("weight, gradient, m and v must be four arrays: two of them share memory")
-    lr, beta1, beta2, eps, weight_decay, s5, s6 = (weight.dtype.type(number) for number in np.ravel(hp))
-    m *= beta1
-    m += (1 - beta1) * gradient
-    v *= beta2
-    v += (1 - beta2) * gradient * gradient
-    weight *= 1 - lr * weight_decay
-    weight -= lr * (m * s5) / (np.sqrt(v * s6) + eps)
-
-
-def sum_of_squares(x: Array) -> float:
-    """Sum of x^2 over all elements of x (any shape), added up in double precision -> float. For the gradient norm."""
-    return float(np.sum(np.square(x, dtype=np.float64)))

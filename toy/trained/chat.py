@@ -7,8 +7,7 @@ import numpy as np
 
 from toy.data.encoding import Encoder
 from toy.data.tokenizers import Tokenizer
-from toy.models.base import LanguageModel
-from toy.models.generation import check_sampling, go_on
+from toy.models.generation import GeneratingModel, check_sampling, go_on
 
 ROOM = 4  # of the context at least one part in so many is left for an answer
 
@@ -16,7 +15,7 @@ ROOM = 4  # of the context at least one part in so many is left for an answer
 class Chat:
     """Messages back and forth, through the model's own chat template.
 
-    model, tokenizer: as `toy.load` gives them. system: the system message, None for what the template does without one.
+    model, tokenizer: as `toy.load` gives them, or for the model what `toy.trained.generator` makes of it. system: the system message, None for what the template does without one.
     n_tokens: longest answer. temperature, top_k, top_p, seed: as in `toy.models.generation.generate`.
     Raises ValueError for a model without a chat template, and settings out of range.
 
@@ -26,7 +25,7 @@ class Chat:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: GeneratingModel,
         tokenizer: Tokenizer,
         system: str | None = None,
         n_tokens: int = 512,

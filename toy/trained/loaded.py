@@ -1,6 +1,8 @@
 """The front door: `toy.load(path)` opens whatever is there, for use."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
@@ -11,10 +13,10 @@ from toy.data.tokenizers import Tokenizer
 from toy.files.atomic import StrPath
 from toy.models.base import LanguageModel, Model
 from toy.models.generation import Seed, generate
-from toy.switch import eager_ops
 from toy.trained.adapters import Adapters
 from toy.trained.classify import Classifier, ImageEvaluation, Prediction
 from toy.trained.evaluate import TextEvaluation, evaluate_text
+from toy.trained.generator import Generator, check_generator, generator
 from toy.trained.load import Stored, first_prompt, read_trained, text_ids
 from toy.trained.writing import Writing, check_stop, stop_ids_of
 
@@ -25,21 +27,28 @@ M = TypeVar("M", bound=Model)
 
 
 def load(
-    path: StrPath, adapter: Adapters | None = None, backend: str = "auto", checkpoint: str | int = "last"
+    path: StrPath,
+    adapter: Adapters | None = None,
+    backend: str = "auto",
+    checkpoint: str | int = "last",
+    device: str = "auto",
+    precision: str = "auto",
 ) -> "Loaded | LoadedClassifier":
     """A model that exists, to use -> `Loaded`, or `LoadedClassifier` for an image model.
 
     path: a run directory, a checkpoint, a GGUF file, a Hugging Face folder, the name of a fetched model, or what
     `recipe.save` wrote. adapter: a LoRA adapter (GGUF, or a PEFT folder) to put on it, a list of several, or a dict of their
-    paths to what each is multiplied by. backend: "auto", "numpy", "cython" or "ggml" (which generates on the compiled
-    kernels). checkpoint: of a run, "last", "best" (the lowest validation loss) or a step. Raises FileNotFoundError for a path
+    paths to what each is multiplied by. backend: "auto", "numpy", "cython" or "ggml". device: of the backend ggml, on which
+    `generate` runs. precision: of `generate` on that backend, "auto" or "f32", see `toy.trained.generator`; logits and
+    evaluation are always float32, on the compiled kernels. checkpoint: of a run, "last", "best" (the lowest validation loss) or a step. Raises FileNotFoundError for a path
     where nothing is, BadFileError for a damaged file, ValueError for one that does not serve.
     """
-    eager_ops(backend)  # a backend that is not there is told before anything is read
+    check_generator(backend, device, precision)  # a backend that is not there is told before anything is read
     stored = read_trained(path, adapter, checkpoint)
     if not stored.reads_text:
         return LoadedClassifier(Classifier(stored.path, backend))
-    return Loaded(cast(LanguageModel, stored.model(backend)), stored.tokenizer, stored)
+    model = cast(LanguageModel, stored.model(backend))
+    return Loaded(model, stored.tokenizer, stored, partial(generator, model, backend, device, precision))
 
 
 class _Open(Generic[M]):
@@ -71,9 +80,28 @@ class Loaded(_Open[LanguageModel]):
     """A language model to use. Attributes: model, tokenizer (None where the file has none), config, path, step (of a run's
     checkpoint, None otherwise)."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None, stored: Stored) -> None:
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer | None, stored: Stored, how: Callable[[], Generator]
+    ) -> None:
+        """how: makes what `generate` runs on, when it is first called."""
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
         self.path, self.step = stored.path, stored.step
+        self._how: Callable[[], Generator] | None = how
+        self._generator: Generator | None = None
+
+    def close(self) -> None:
+        super().close()
+        self._how = self._generator = None
+
+    @property
+    def generator(self) -> Generator:
+        """What `generate` runs on, and how it computes. Warns when that is not what was asked for."""
+        self._open_model()
+        if self._generator is None:
+            self._generator = cast(Callable[[], Generator], self._how)()
+            if self._generator.notice:
+                warnings.warn(self._generator.notice, stacklevel=3)
+        return self._generator
 
     def logits(self, token_ids: npt.ArrayLike) -> np.ndarray:
         """token_ids: int (T,) or (B, T) -> float32 (T, vocab_size) or (B, T, vocab_size). Errors as `Model.forward`."""
@@ -95,10 +123,11 @@ class Loaded(_Open[LanguageModel]):
         Raises ValueError as `toy.models.generation`, for a text that the tokenizer has no ids for, and an empty stop text.
         """
         check_stop(stop)
-        model, tokenizer = self._open_model(), self._tokenizer()
+        self._open_model()
+        tokenizer = self._tokenizer()
         ids = text_ids(tokenizer, text, "prompt") if text else first_prompt(tokenizer, [0])
         stops = stop_ids_of(tokenizer, stop)
-        generated = generate(model, ids, n_tokens, temperature, top_k, top_p, seed, stops)
+        generated = generate(self.generator.model, ids, n_tokens, temperature, top_k, top_p, seed, stops)
         return "".join(Writing(tokenizer, generated, stop))
 
     def evaluate(

@@ -68,13 +68,15 @@ class RecordedCache:
 
 class DecodingOps(NativeGraphOps):
     """See above. n: tokens that a run of the graph reads. The arrays of a run are token_ids and positions, both (n,): a
-    token's position is its row in the cache, too. Parameters are `Weight`s."""
+    token's position is its row in the cache, too. Parameters are `Weight`s. rounded: products round the activations, so GELU
+    may be ggml's own, on the CPU a table of float16 numbers: with it a text is llama.cpp's."""
 
     name = "graph-decoding"
 
-    def __init__(self, graph, n):
+    def __init__(self, graph, n, rounded=True):
         super().__init__(graph)
-        self.n, self._places = n, {}
+        self.n, self.rounded, self._places = n, rounded, {}
+        self.attention_scale = None  # what scores are multiplied by, None: 1 / sqrt(d_head)
 
     def integers(self, role, n, limit):
         # token ids never reach the device: their embeddings do
@@ -110,6 +112,12 @@ class DecodingOps(NativeGraphOps):
     def layer_norm(self, x, gamma, beta, eps=1e-5):
         return super().layer_norm(x, gamma.tensor, beta.tensor, eps)
 
+    def gelu(self, x):
+        return (self.graph.unary(self._contiguous(x), "gelu"), None) if self.rounded else super().gelu(x)
+
+    def geglu(self, gate, up):
+        return (self.graph.geglu(gate, up), None) if self.rounded else super().geglu(gate, up)
+
     def attention(self, q, k, v, batch, n_heads, n_kv_heads=None, causal=True, window=None, softcap=None):
         """q: (n, H), k: (n_rows, K), v: (K, rows), see `RecordedCache` -> (n, H)."""
         g, n_kv_heads = self.graph, n_kv_heads or n_heads
@@ -119,7 +127,7 @@ class DecodingOps(NativeGraphOps):
         q = g.permute(g.reshape(self._contiguous(q), (n, n_heads, d)), (1, 0, 2))  # (H, n, d)
         k = g.permute(g.reshape(k, (n_rows, n_kv_heads, d)), (1, 0, 2))  # (K, n_rows, d)
         v = g.slice(g.reshape(v, (n_kv_heads, k_width // n_kv_heads, v.shape[1])), 2, 0, n_rows)  # (K, d, n_rows)
-        scores, factor = g.mul_mat(k, q), d**-0.5  # (H, n, n_rows)
+        scores, factor = g.mul_mat(k, q), self.attention_scale or d**-0.5  # (H, n, n_rows)
         if softcap is not None:
             scores, factor = g.scale(g.tanh(g.scale(scores, factor / softcap)), softcap), 1.0
         p = g.soft_max_ext(scores, self._cache_mask(n_rows, window), factor)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from toy.op_table import row_bands
-from toy.ops.reference import QUANTIZED_IS_FROZEN
+from toy.quantized import QUANTIZED_IS_FROZEN
 
 # numbers of a quantised weight that ggml's own operations dequantise at a time: 8 MB, whatever the size of the matrix
 _BAND = 2**21

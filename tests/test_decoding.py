@@ -1,0 +1,354 @@
+"""Generation as a ggml graph: the same numbers as the model itself, whatever the order in which texts are read."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from single_thread import single_thread  # noqa: F401 (autouse)
+
+import ggml_bridge
+import toy
+from toy.checks import gradcheck
+from toy.engines import decoding
+from toy.engines.decoding import Decoder
+from toy.files.gguf import GGUF
+from toy.files.gguf_write import write_adapter, write_gguf
+from toy.models import model_for
+from toy.models.architectures import language_models
+from toy.models.generation import generate, go_on
+from toy.switch import Resolved
+from toy.trained import read_trained
+from toy.trained.export import export_model
+from toy.trained.generator import generator
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+V, CONTEXT = 97, 640
+SIZES = {"vocab_size": V, "d_model": 64, "n_heads": 4, "d_ff": 96, "n_layers": 2, "context_length": CONTEXT}
+CONFIGS = {
+    "transformer": toy.TransformerConfig(**SIZES),
+    "gpt2": toy.GPT2Config(**SIZES),
+    "llama": toy.LlamaConfig(**SIZES, n_kv_heads=2),
+}
+IDS = np.arange(CONTEXT) ** 2 * 7 % V
+
+
+def random_model(config):
+    model = model_for(config)(config)
+    gradcheck.random_parameters(model.parameters, np.random.default_rng(0))
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    return random_model(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return random_model(CONFIGS["llama"])
+
+
+@pytest.fixture
+def decode():
+    """Makes a `Decoder` that is closed at the end."""
+    made = []
+
+    def make(model, device="cpu"):
+        made.append(Decoder(model, Resolved("ggml", device, "")))
+        return made[-1]
+
+    yield make
+    for decoder in made:
+        decoder.close()
+
+
+def close_to(expected, found, bar=2e-5):
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= bar * np.abs(expected).max()
+
+
+def read(decoder, cache, *parts):
+    """The logits of the last token of each part, (number of parts, V)."""
+    return np.concatenate([decoder.forward(part, kv_cache=cache, last_only=True)[0] for part in parts])
+
+
+def test_every_language_model_is_here():
+    assert CONFIGS.keys() == {row.name for row, fields in language_models().values() if not fields}
+
+
+def test_in_any_parts_it_is_the_model(model, decode, monkeypatch):
+    """Token by token, a prompt by the compiled kernels, and by graphs of several runs; the store grows meanwhile."""
+    monkeypatch.setattr(decoding, "PROMPT_STEP", 100)
+    wanted = model.forward(IDS[:600])[0]
+    for device in ("cpu", "cpu-native"):
+        decoder = decode(model, device)
+        cache = decoder.new_kv_cache()
+        parts = [IDS[:1], IDS[1:4], IDS[4:250], *IDS[250:260, None], IDS[260:500], IDS[500:501], IDS[501:600]]
+        ends = np.cumsum([len(part) for part in parts]) - 1
+        close_to(wanted[ends], read(decoder, cache, *parts))
+        assert cache.length == 600
+
+
+def test_the_store_grows_with_the_text(llama, decode):
+    decoder, rows = decode(llama), []
+    cache = decoder.new_kv_cache()
+    for part in (IDS[:1], IDS[1:256], IDS[256:257], IDS[257:600]):
+        read(decoder, cache, part)
+        rows.append((decoder._store.rows, decoder.bridge.persistent_bytes))
+    assert [n for n, _ in rows] == [256, 256, 512, 768]  # 640 tokens of the context are at most 768 rows
+    weight = 2 * 2 * 2 * 16 * 4  # bytes of a token: keys and values, layers, heads, numbers, float32
+    assert [n_bytes for _, n_bytes in rows] == [n * weight for n, _ in rows]  # what was outgrown is given back
+
+
+def test_texts_that_take_turns(model, decode):
+    """There is memory for one text: another one is read again when it is gone on from."""
+    decoder = decode(model)
+    one, other = decoder.new_kv_cache(), decoder.new_kv_cache()
+    begun = IDS[:20], IDS[100:103]
+    read(decoder, one, begun[0])
+    read(decoder, other, begun[1])
+    found = [read(decoder, cache, IDS[50:51]) for cache in (one, other, one)]
+    texts = [[*begun[0], IDS[50]], [*begun[1], IDS[50]], [*begun[0], IDS[50], IDS[50]]]
+    for text, logits in zip(texts, found):
+        close_to(model.forward(np.array(text), last_only=True)[0], logits)
+
+
+def test_a_cache_is_cut_and_gone_on_from(model, decode):
+    decoder = decode(model)
+    cache = decoder.new_kv_cache()
+    read(decoder, cache, IDS[:30])
+    cache.length = 12
+    close_to(model.forward(np.r_[IDS[:12], 5, 6], last_only=True)[0], read(decoder, cache, np.array([5, 6])))
+    ids = [*IDS[:12].tolist(), 5, 6, 7]
+    assert list(go_on(decoder, ids, cache, 5, temperature=0)) == list(
+        generate(model, [*IDS[:12].tolist(), 5, 6, 7], 5, temperature=0)
+    )
+    for wrong in (-1, cache.length + 1):
+        with pytest.raises(ValueError, match="can be set to at most the 19 tokens"):
+            cache.length = wrong
+    assert cache.length == 19
+
+
+def test_the_window_moves_when_the_context_is_full(decode):
+    for config in CONFIGS.values():
+        small = random_model(dataclasses.replace(config, context_length=24))
+        wanted = list(generate(small, IDS[:20], 40, temperature=0))
+        assert len(set(wanted)) > 3
+        assert list(generate(decode(small), IDS[:20], 40, temperature=0)) == wanted
+
+
+def test_sampling_and_stops(model, decode):
+    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 4}
+    wanted = list(generate(model, IDS[:9], 60, **options))
+    decoder = decode(model)
+    assert list(generate(decoder, IDS[:9], 60, **options)) == wanted
+    stop = wanted[30]
+    assert list(generate(decoder, IDS[:9], 60, **options, stop_ids=[stop])) == wanted[: wanted.index(stop)]
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0", "q4_1"])
+def test_quantised_weights_round_the_activations(decode, tmp_path, kind):
+    """Close to the exact numbers, but not equal to them; and what a graph of several tokens says is what one token says."""
+    config = dataclasses.replace(CONFIGS["llama"], d_ff=128)
+    write_gguf(tmp_path / "f32.gguf", config, random_model(config).parameters)
+    export_model(read_trained(tmp_path / "f32.gguf"), tmp_path / "m.gguf", kind)
+    model = read_trained(tmp_path / "m.gguf").model("cython")
+    decoder, native = decode(model), decode(model, "cpu-native")
+    assert decoder.rounds_activations
+    wanted = model.forward(IDS[:40])[0]
+    cache = decoder.new_kv_cache()
+    found = read(decoder, cache, *IDS[:40, None])
+    spread = wanted.std()
+    assert 1e-5 * spread < np.abs(found - wanted).mean() < 0.03 * spread
+    together = read(native, native.new_kv_cache(), IDS[:40])
+    assert np.abs(together - found[-1:]).max() < 0.01 * spread
+
+
+def test_adapters(decode, tmp_path):
+    config = dataclasses.replace(CONFIGS["llama"], untied=True)
+    write_gguf(tmp_path / "m.gguf", config, random_model(config).parameters)
+    generator = np.random.default_rng(1)
+    arrays = {
+        f"{name}.lora_{which}": generator.normal(0, 0.2, shape).astype(np.float32)
+        for name, width in (("blk.0.attn_q", 64), ("blk.1.ffn_up", 96))
+        for which, shape in (("a", (3, 64)), ("b", (width, 3)))
+    }
+    arrays |= {"token_embd.lora_a": generator.normal(0, 0.2, (V, 3)).astype(np.float32)}
+    arrays |= {"token_embd.lora_b": generator.normal(0, 0.2, (64, 3)).astype(np.float32)}
+    with GGUF.open(tmp_path / "m.gguf") as gguf:
+        write_adapter(tmp_path / "a.gguf", config, arrays, 2.0, base=gguf)
+    with_it = toy.load(tmp_path / "m.gguf", tmp_path / "a.gguf")
+    wanted = with_it.model.forward(IDS[:12])[0]
+    plain = toy.load(tmp_path / "m.gguf").model.forward(IDS[:12])[0]
+    assert np.abs(wanted - plain).max() > 0.1 * np.abs(plain).max()
+    decoder = decode(with_it.model)
+    close_to(wanted, read(decoder, decoder.new_kv_cache(), *IDS[:12, None]))
+
+
+def test_one_piece_that_metal_runs(model, decode):
+    decoder = decode(model, "cpu-native")
+    read(decoder, decoder.new_kv_cache(), IDS[:3], IDS[3:4])
+    for recorded in decoder._graphs.values():
+        assert ggml_bridge.metal_unsupported(recorded.graph) == []
+        assert recorded.graph.explain().splits == 1
+    assert decoder.explain().splits == 1
+
+
+def test_wrong_ids_are_told_and_change_nothing(llama, decode):
+    decoder = decode(llama)
+    cache = decoder.new_kv_cache()
+    read(decoder, cache, IDS[:5])
+    for wrong, message in (([V], "token_ids"), ([[1, 2]], "one sequence"), ([], "token_ids"), (IDS, "do not fit")):
+        with pytest.raises(ValueError, match=message):
+            decoder.forward(np.array(wrong, np.int64), kv_cache=cache, last_only=True)
+    with pytest.raises(ValueError, match="last_only"):
+        decoder.forward(IDS[:1], kv_cache=cache, last_only=False)
+    assert cache.length == 5
+    close_to(llama.forward(IDS[:6], last_only=True)[0], read(decoder, cache, IDS[5:6]))
+
+
+# -- who computes ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_for_is_taken(llama):
+    assert isinstance(generator(llama, "ggml").model, Decoder)
+    assert generator(llama, "ggml").how == "ggml graph, float32"
+    for backend, precision in (("cython", "auto"), ("ggml", "f32")):
+        found = generator(llama, backend, precision=precision)
+        assert found.model is llama and found.how == "compiled kernels, float32"
+    with pytest.raises(ValueError, match="precision must be one of auto, f32"):
+        generator(llama, precision="bf16")
+
+
+def test_a_model_that_the_graph_does_not_take_is_told(llama, monkeypatch, tmp_path):
+    write_gguf(tmp_path / "m.gguf", llama.config, llama.parameters, model_tokenizer())
+    loaded = toy.load(tmp_path / "m.gguf", backend="ggml")
+    wanted = loaded.generate("ab", 8, temperature=0)
+    assert loaded.generator.notice == ""
+
+    def refuse(*arguments):
+        raise RuntimeError("no such node")
+
+    monkeypatch.setattr(decoding, "_DecodingGraph", refuse)
+    loaded = toy.load(tmp_path / "m.gguf", backend="ggml")
+    with pytest.warns(UserWarning, match="compiled kernels, float32, because the ggml graph does not take it: no such node"):
+        assert loaded.generate("ab", 8, temperature=0) == wanted
+
+
+def model_tokenizer():
+    from toy.data.tokenizers import CharTokenizer
+
+    return CharTokenizer("".join(chr(i) for i in range(32, 127)) + "\n\t")
+
+
+def test_the_command_says_how_fast_and_how(llama, toy_command, tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, llama.config, llama.parameters, model_tokenizer())
+    records = []
+    for arguments in ((), ("--precision", "f32"), ("--backend", "cython"), ("--device", "cpu-native")):
+        code, out, err = toy_command("generate", path, "--prompt=ab", "--tokens=6", "--temperature=0", "--json", *arguments)
+        assert (code, err) == (0, "")
+        records.append(json.loads(out))
+    assert len({record["text"] for record in records}) == 1
+    exact = "compiled kernels, float32"
+    assert [record["computed_by"] for record in records] == ["ggml graph, float32", exact, exact, "ggml graph, float32"]
+    assert all(speed > 0 for record in records for speed in record["timings"].values())
+    code, _, err = toy_command("generate", path, "--precision=f16")
+    assert code == 2 and "precision must be one of auto, f32" in err
+
+
+# -- the bridge --------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_persistent_tensors_is_given_back():
+    with ggml_bridge.Backend("cpu", 1) as backend:
+        kept = backend.persistent((8, 4))
+        backend.allocate()
+        kept.upload(np.ones((8, 4)))
+        one, two = backend.persistent((100, 4)), backend.persistent((100, 4))
+        backend.allocate()
+        n_bytes, graph = backend.persistent_bytes, backend.graph()
+        graph.output(graph.add(one, two))
+        graph.allocate()
+        with pytest.raises(ValueError, match="no persistent tensor of this backend with memory"):
+            backend.release_tensors([one, graph.input((4,))] if not graph.is_allocated else [one, backend.persistent((2,))])
+        one.upload(np.zeros((100, 4)))  # nothing was given back
+        backend.release_tensors([one])
+        assert graph.closed and backend.persistent_bytes == n_bytes  # they share a buffer
+        backend.release_tensors([two, two])
+        assert backend.persistent_bytes < n_bytes
+        with pytest.raises(RuntimeError, match="has no memory"):
+            one.download()
+        with pytest.raises(ValueError, match="was given back"):
+            backend.graph().add(one, kept)
+        assert (kept.download() == 1).all()
+
+
+def test_rows_are_written_into_half_precision():
+    with ggml_bridge.Backend("cpu", 1) as backend:
+        target = backend.persistent((5, 3), "f16")
+        g = backend.graph()
+        rows, ids = g.input((2, 3)), g.input((2,), "i32")
+        g.set_rows(target, rows, ids)
+        with pytest.raises(ValueError, match="must be f32"):
+            g.set_rows(g.cast(rows, "f16"), rows, ids)
+        g.allocate()
+        numbers = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+        rows.upload(numbers)
+        ids.upload(np.array([3, 1]))
+        g.compute()
+        wanted = np.zeros((5, 3), np.float32)
+        wanted[[3, 1]] = numbers.astype(np.float16)
+        assert (target.download() == wanted).all()
+
+
+def test_repacked_weights_give_the_same_products():
+    generator = np.random.default_rng(0)
+    w = generator.normal(size=(64, 256)).astype(np.float32)
+    n_repacked = 0
+    with ggml_bridge.Backend("cpu", 1) as backend:
+        for dtype in ("q4_0", "q4_1", "q8_0", "q4_k", "q6_k", "iq4_nl"):
+            raw = ggml_bridge.quantize(w, dtype)
+            plain, packed = backend.mapped(aligned(raw), w.shape, dtype), backend.repacked(raw, w.shape, dtype)
+            if packed is None:
+                continue
+            n_repacked += 1
+            for rows in (1, 7):
+                g = backend.graph()
+                x = g.input((rows, 256))
+                products = [g.output(g.mul_mat(weight, x)) for weight in (plain, packed)]
+                g.allocate()
+                x.upload(generator.normal(size=(rows, 256)))
+                g.compute()
+                wanted, found = (product.download() for product in products)
+                assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+            g = backend.graph()
+            ids = g.input((1,), "i32")
+            for use in (
+                lambda g=g, packed=packed, ids=ids: g.get_rows(packed, ids),
+                lambda g=g, packed=packed: g.slice(packed, 0, 0, 8),
+                lambda g=g, packed=packed: g.reshape(packed, (128, 128)),
+                lambda g=g, packed=packed: g.cast(packed, "f32"),
+            ):
+                with pytest.raises(ValueError, match="repacked for products"):
+                    use()
+            with pytest.raises(ValueError, match="cannot be read back"):
+                packed.download()
+            with pytest.raises(ValueError):
+                packed.upload(raw)
+            with pytest.raises(ValueError):
+                packed.zero()
+        with pytest.raises(ValueError, match="takes 4608 bytes"):
+            backend.repacked(raw[:2], w[:32].shape, dtype)
+        assert backend.repacked(w, w.shape, "f32") is None  # there is nothing to repack
+    if ggml_bridge.load().x86_features() > 0:
+        assert n_repacked > 0
+
+
+def aligned(raw):
+    memory = np.empty(raw.nbytes + 32, np.uint8)
+    start = -memory.ctypes.data % 32
+    memory[start : start + raw.nbytes] = raw.reshape(-1)
+    return memory[start : start + raw.nbytes]
