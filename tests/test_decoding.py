@@ -233,7 +233,9 @@ def test_a_model_that_the_graph_does_not_take_is_told(llama, monkeypatch, tmp_pa
 
     monkeypatch.setattr(decoding, "_DecodingGraph", refuse)
     loaded = toy.load(tmp_path / "m.gguf", backend="ggml")
-    with pytest.warns(UserWarning, match="compiled kernels, float32, because the ggml graph does not take it: no such node"):
+    with pytest.warns(
+        UserWarning, match="compiled kernels, float32, because the ggml graph does not take it: no such node"
+    ):
         assert loaded.generate("ab", 8, temperature=0) == wanted
 
 
@@ -248,7 +250,9 @@ def test_the_command_says_how_fast_and_how(llama, toy_command, tmp_path):
     write_gguf(path, llama.config, llama.parameters, model_tokenizer())
     records = []
     for arguments in ((), ("--precision", "f32"), ("--backend", "cython"), ("--device", "cpu-native")):
-        code, out, err = toy_command("generate", path, "--prompt=ab", "--tokens=6", "--temperature=0", "--json", *arguments)
+        code, out, err = toy_command(
+            "generate", path, "--prompt=ab", "--tokens=6", "--temperature=0", "--json", *arguments
+        )
         assert (code, err) == (0, "")
         records.append(json.loads(out))
     assert len({record["text"] for record in records}) == 1
@@ -273,7 +277,9 @@ def test_memory_of_persistent_tensors_is_given_back():
         graph.output(graph.add(one, two))
         graph.allocate()
         with pytest.raises(ValueError, match="no persistent tensor of this backend with memory"):
-            backend.release_tensors([one, graph.input((4,))] if not graph.is_allocated else [one, backend.persistent((2,))])
+            backend.release_tensors(
+                [one, graph.input((4,))] if not graph.is_allocated else [one, backend.persistent((2,))]
+            )
         one.upload(np.zeros((100, 4)))  # nothing was given back
         backend.release_tensors([one])
         assert graph.closed and backend.persistent_bytes == n_bytes  # they share a buffer

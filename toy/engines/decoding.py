@@ -1,8 +1,9 @@
 """Decoding as a ggml graph of its own: a language model that goes on from a text, one token after the other.
 
-A `Decoder` generates what `toy.models.generation` samples from. The weights stay in their GGUF type; on the CPU they stay where
-they lie, mapped from the file. The keys and values of the tokens read so far are on the device, in a store that grows with the
-text. One graph reads one token; it serves until attention needs more rows of the store (`ROWS_STEP`).
+A `Decoder` generates what `toy.models.generation` samples from. The weights stay in their GGUF type; on the CPU they stay
+where they lie, mapped from the file, except for types that ggml multiplies faster in another order of their blocks. The keys
+and values of the tokens read so far are on the device, in a store that grows with the text. One graph reads one token; it
+serves until attention needs more rows of the store (`ROWS_STEP`).
 
 Its products are ggml's own: for quantised weights ggml rounds the activations to 8-bit integers, as llama.cpp does, so that a
 text is llama.cpp's text. Where the eager op table computes with the same weights in float32 it is exact, and slower.
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 ROWS_STEP = 256  # attention reads so many rows of the store, or a multiple
 PROMPT_STEP = 512  # tokens of a prompt that one run of a graph reads
-# on the CPU the compiled kernels read what has at least so many tokens: they dequantise each weight once for all of them, where
-# ggml's product takes as long for each as for one (SmolLM2 Q4_1, one thread: 63 ms for 16 tokens against 150)
+# on the CPU the compiled kernels read what has at least so many tokens: they dequantise each weight once for all of them
+# (SmolLM2 Q4_1, one thread: 63 ms for 16 tokens, where ggml's products take 150, and llama.cpp 145)
 EAGER_PROMPT = 8
 
 
@@ -54,9 +55,9 @@ class DeviceCache:
 class Decoder:
     """A language model to generate from, with `config`, `new_kv_cache` and `forward` as a `LanguageModel` has them.
 
-    model: the model on an eager op table; its parameters are shared. choice: a device of the backend ggml; on "cpu" the compiled
-    kernels read longer prompts, on "cpu-native" and other devices ggml's operations compute everything. Raises ValueError,
-    RuntimeError or MemoryError, with a sentence that says why, for a model that the device does not take.
+    model: the model on an eager op table; its parameters are shared. choice: a device of the backend ggml; on "cpu" the
+    compiled kernels read longer prompts, on "cpu-native" and other devices ggml's operations compute everything. Raises
+    ValueError, RuntimeError or MemoryError, with a sentence that says why, for a model that the device does not take.
 
     There is one store of keys and values: the text that was read last is in it. A cache of another text is read again when it
     is gone on from.
@@ -69,9 +70,7 @@ class Decoder:
         self.on_cpu = choice.device.startswith("cpu")
         threads = (num_threads() or usable_processors()) if self.on_cpu else None
         self.bridge = ggml_bridge.Backend("cpu" if self.on_cpu else choice.device, threads)
-        self.weights = {
-            name: Weight(leaf, partial(self._place, leaf, name)) for name, leaf in model.parameters.items()
-        }
+        self.weights = {name: Weight(leaf, partial(self._place, leaf, name)) for name, leaf in model.parameters.items()}
         self.rounds_activations = any(is_rounded(weight.leaf) for weight in self.weights.values())
         self._store: Store | None = None
         self._in_store: DeviceCache | None = None  # whose keys and values those are

@@ -41,8 +41,8 @@ class Weight:
 
 
 class Store(NamedTuple):
-    """The device's memory for keys and values. keys: a tensor (rows, K) for each layer; values: the same numbers as (K, rows),
-    each a tensor (K*rows, 1), whose rows can be written one by one; rows: how many tokens fit."""
+    """The device's memory for keys and values. keys: a tensor (rows, K) for each layer; values: the same as (K, rows), each
+    a tensor (K*rows, 1), whose rows can be written one by one; rows: how many tokens fit."""
 
     keys: list[Any]
     values: list[Any]
