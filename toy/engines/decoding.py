@@ -9,12 +9,16 @@ Its products are ggml's own: for quantised weights ggml rounds the activations t
 text is llama.cpp's text. Where the eager op table computes with the same weights in float32 it is exact, and slower.
 """
 
+import statistics
+import time
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from toy.engines.graph import WORTH_TWO_THREADS
 from toy.engines.weights import borrow
 from toy.models.base import LanguageModel, checked_ids
 from toy.models.llama import Llama
@@ -31,6 +35,7 @@ PROMPT_STEP = 512  # tokens of a prompt that one run of a graph reads
 # on the CPU the compiled kernels read what has at least so many tokens: they dequantise each weight once for all of them
 # (SmolLM2 Q4_1, one thread: 63 ms for 16 tokens, where ggml's products take 150, and llama.cpp 145)
 EAGER_PROMPT = 8
+TRY_AFTER = 8  # tokens until another number of threads is tried, at first: each time that it is no faster twice as many
 
 
 class DeviceCache:
@@ -68,8 +73,9 @@ class Decoder:
 
         self.eager, self.config, self.device = model, model.config, choice.device
         self.on_cpu = choice.device.startswith("cpu")
-        threads = (num_threads() or usable_processors()) if self.on_cpu else None
-        self.bridge = ggml_bridge.Backend("cpu" if self.on_cpu else choice.device, threads)
+        worth_two = 2 * sum(leaf.size for leaf in model.parameters.values()) >= WORTH_TWO_THREADS
+        self.threads = ThreadChoice((num_threads() or usable_processors()) if self.on_cpu and worth_two else 1)
+        self.bridge = ggml_bridge.Backend("cpu" if self.on_cpu else choice.device, self.threads.now)
         self.weights = {name: Weight(leaf, partial(self._place, leaf, name)) for name, leaf in model.parameters.items()}
         self.rounds_activations = any(is_rounded(weight.leaf) for weight in self.weights.values())
         self._store: Store | None = None
@@ -124,7 +130,13 @@ class Decoder:
                 logits = self._read_eagerly(part, positions)
             else:
                 recorded = self._recorded(len(part), cache.length + len(part))
+                threads = self.threads.next() if len(part) == 1 else self.threads.now
+                if threads != self.bridge.n_threads:
+                    self.bridge.n_threads = threads
+                started = time.perf_counter()
                 logits = recorded.run(token_ids=part, positions=positions)
+                if len(part) == 1:
+                    self.threads.took(time.perf_counter() - started)
             cache.ids.extend(part.tolist())
         return logits
 
@@ -183,6 +195,44 @@ class Decoder:
     def _width(self) -> int:
         """Numbers in the key of a token, in all heads."""
         return getattr(self.config, "n_kv_heads", self.config.n_heads) * self.config.d_head
+
+
+class ThreadChoice:
+    """All threads or one, whichever reads a token sooner. ggml's threads wait for each other after every node, spinning: on a
+    machine that others use, two are slower than one (SmolLM2 on 2 processors at a load of 16: 0.45 tokens a second against
+    5). So now and then two tokens are read the other way. The numbers are the same either way.
+
+    most: all threads. now: as many as are used. `next` gives those for the next token, then `took` is told how long it took.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = self.now = most
+        self._period = self._left = TRY_AFTER
+        self._times: deque[float] = deque(maxlen=5)  # of the last tokens as it is now
+        self._tried: list[float] = []  # of the tokens of a trial
+
+    def next(self) -> int:
+        return self._other() if self.most > 1 and self._left <= 0 else self.now
+
+    def took(self, seconds: float) -> None:
+        if self.most == 1:
+            return
+        if self._left > 0:
+            self._times.append(seconds)
+            self._left -= 1
+            return
+        self._tried.append(seconds)
+        if len(self._tried) < 2:
+            return
+        if min(self._tried) < 0.9 * statistics.median(self._times):
+            self.now, self._period = self._other(), TRY_AFTER
+        else:
+            self._period = min(2 * self._period, 16 * TRY_AFTER)
+        self._left, self._tried = self._period, []
+        self._times.clear()
+
+    def _other(self) -> int:
+        return 1 if self.now > 1 else self.most
 
 
 class _DecodingGraph:
