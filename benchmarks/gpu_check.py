@@ -485,7 +485,8 @@ def machine_lines(item, found):
         total, free = (device[name] / 2**30 for name in ("memory_total", "memory_free"))
         yield f"device {device['name']} ({device['backend']}): {device['description']}, {total:.1f} GiB, {free:.1f} free"
     for backend, features in found["backends"].items():
-        yield f"{backend}: " + ", ".join(f"{name} {value}" for name, value in features.items())
+        if features:
+            yield f"{backend}: " + ", ".join(f"{name} {value}" for name, value in features.items())
     if "nvidia-smi" in found:
         yield f"nvidia-smi: {found['nvidia-smi']}"
 

@@ -326,7 +326,7 @@ def test_a_broken_link_is_found(tmp_path):
         "b.html: a.html#gone names a place that is not on that page",
         "b.html: ../x.html leads nowhere",
     ]
-    assert links.images_without_text(tmp_path) == ["b.html: a.html"]
+    assert links.images_without_text(tmp_path) == ["b.html: a.html has no alternative text"]
 
 
 def test_links_of_the_repository_lead_to_pages_or_to_the_sources(monkeypatch):

@@ -64,18 +64,20 @@ def kernels(op):
     """[(file, source)]: the compiled functions of an op that do its arithmetic, from toy/_kernels."""
     root = op.removesuffix("_step")  # adamw_step: adamw_update
     others = [name for name in ops() if name != op and name.startswith(op + "_")]
-    result = []
+    arithmetic, others_there = [], []  # functions of C; those of Python count where there are none, as for `split`
     for path in sorted((ROOT / "toy" / "_kernels").glob("*.pyx")):
-        text = path.read_text(encoding="utf-8")
+        file, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
         pieces = [
             body
             for name, body in compiled_functions(text)
             if (name == op or name.startswith(root + "_")) and not name.startswith(tuple(others))
         ]
-        arithmetic = [body for body in pieces if body.startswith("cdef void")] or pieces
-        if arithmetic:
-            result.append((path.relative_to(ROOT).as_posix(), "\n\n".join(arithmetic)))
-    return result
+        computing = [body for body in pieces if body.startswith("cdef void")]
+        if computing:
+            arithmetic.append((file, "\n\n".join(computing)))
+        elif pieces:
+            others_there.append((file, "\n\n".join(pieces)))
+    return arithmetic or others_there
 
 
 def compiled_functions(text):
