@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ PROMPT_STEP = 512  # tokens of a prompt that one run of a graph reads
 # on the CPU the compiled kernels read what has at least so many tokens: they dequantise each weight once for all of them
 # (SmolLM2 Q4_1, one thread: 63 ms for 16 tokens, where ggml's products take 150, and llama.cpp 145)
 EAGER_PROMPT = 8
-TRY_AFTER = 8  # tokens until another number of threads is tried, at first: each time that it is no faster twice as many
+TRY_AFTER = 2  # tokens until another number of threads is tried, at first: each time that it is no faster twice as many
 
 
 class DeviceCache:
@@ -141,8 +141,8 @@ class Decoder:
         return logits
 
     def _read_eagerly(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        self._reserve(positions[-1] + 1)
-        x, *_ = self.eager.hidden_rows(rows, positions, 1, _StoredCache(self._store, positions[0]), keep_cache=False)
+        store: Any = _StoredCache(self._reserve(positions[-1] + 1), positions[0])
+        x, *_ = self.eager.hidden_rows(rows, positions, 1, store, keep_cache=False)
         logits, *_ = self.eager.unembed_rows(x[-1:])
         return np.asarray(logits)
 
@@ -168,11 +168,11 @@ class Decoder:
                 return repacked
         return borrow(self.bridge, leaf, name)
 
-    def _reserve(self, length: int) -> None:
-        """Make the store hold so many tokens; what is in it stays. It grows by doubling, up to the context."""
+    def _reserve(self, length: int) -> Store:
+        """The store, which holds so many tokens now; what is in it stays. It grows by doubling, up to the context."""
         store, rows = self._store, padded(length)
         if store is not None and rows <= store.rows:
-            return
+            return store
         rows = max(rows, min(2 * store.rows if store else 0, padded(self.config.context_length)))
         kept = []
         if store is not None:
@@ -191,6 +191,7 @@ class Decoder:
         for layer, (keys, values) in enumerate(kept):
             write_rows(made, layer, 0, keys, values.T)
         self._store = made
+        return made
 
     def _width(self) -> int:
         """Numbers in the key of a token, in all heads."""
@@ -227,7 +228,7 @@ class ThreadChoice:
         if min(self._tried) < 0.9 * statistics.median(self._times):
             self.now, self._period = self._other(), TRY_AFTER
         else:
-            self._period = min(2 * self._period, 16 * TRY_AFTER)
+            self._period = min(2 * self._period, 64 * TRY_AFTER)
         self._left, self._tried = self._period, []
         self._times.clear()
 
@@ -244,12 +245,12 @@ class _DecodingGraph:
         ops = DecodingOps(self.graph, n, decoder.rounds_activations)
         token_ids = ops.integers("token_ids", n, config.vocab_size)
         positions = ops.integers("positions", n, config.context_length)
-        model = type(eager).from_config(
+        model: Any = type(eager).from_config(
             config, ops=ops, parameters=ParameterTree(decoder.weights), lora_scale=eager.lora_scale
         )
         if isinstance(model, Llama):  # with the scores, not with the queries, which are rounded to half precision first
             ops.attention_scale, model.query_scale = model.config.attention_scale, 1.0
-        cache = RecordedCache(ops, decoder._store, n_rows)
+        cache = RecordedCache(ops, decoder._reserve(n_rows), n_rows)
         x, *_ = model.hidden_rows(token_ids, positions, 1, cache, keep_cache=False)  # (n, D)
         logits, *_ = model.unembed_rows(x if n == 1 else self.graph.slice(x, 0, n - 1, n))  # (1, V)
         self.logits = self.graph.output(logits)
