@@ -1,7 +1,8 @@
 """Build the site of the project: `python docs/build.py` writes it to build/site, with `--out FOLDER` elsewhere.
 
 What the site says of the code is made from the code: `site_pages` writes those pages beside copies of the hand-written ones
-of this folder, and Sphinx turns them all into HTML. A warning is an error, and so is a link that leads nowhere.
+of this folder, and Sphinx turns them all into HTML. A warning is an error, and so are a link that leads nowhere and a picture
+without a text for those who do not see it.
 TOY_REPOSITORY_URL, the address of the sources (as for setup.py), gives links to them, to Colab and to Binder.
 """
 
@@ -29,7 +30,8 @@ def build(out):
     if code := build_main([*options, "-b", "html", "-c", str(DOCS), str(source), str(out)]):
         raise SystemExit(code)
     slides.write(out / "slides")
-    for line in (broken := links.broken_links(out)):
+    broken = links.broken_links(out) + links.images_without_text(out)
+    for line in broken:
         print(line, file=sys.stderr)
     if broken:
         raise SystemExit(1)

@@ -233,7 +233,9 @@ def test_a_model_that_the_graph_does_not_take_is_told(llama, monkeypatch, tmp_pa
 
     monkeypatch.setattr(decoding, "_DecodingGraph", refuse)
     loaded = toy.load(tmp_path / "m.gguf", backend="ggml")
-    with pytest.warns(UserWarning, match="compiled kernels, float32, because the ggml graph does not take it: no such node"):
+    with pytest.warns(
+        UserWarning, match="compiled kernels, float32, because the ggml graph does not take it: no such node"
+    ):
         assert loaded.generate("ab", 8, temperature=0) == wanted
 
 
@@ -248,7 +250,9 @@ def test_the_command_says_how_fast_and_how(llama, toy_command, tmp_path):
     write_gguf(path, llama.config, llama.parameters, model_tokenizer())
     records = []
     for arguments in ((), ("--precision", "f32"), ("--backend", "cython"), ("--device", "cpu-native")):
-        code, out, err = toy_command("generate", path, "--prompt=ab", "--tokens=6", "--temperature=0", "--json", *arguments)
+        code, out, err = toy_command(
+            "generate", path, "--prompt=ab", "--tokens=6", "--temperature=0", "--json", *arguments
+        )
         assert (code, err) == (0, "")
         records.append(json.loads(out))
     assert len({record["text"] for record in records}) == 1
@@ -257,6 +261,41 @@ def test_the_command_says_how_fast_and_how(llama, toy_command, tmp_path):
     assert all(speed > 0 for record in records for speed in record["timings"].values())
     code, _, err = toy_command("generate", path, "--precision=f16")
     assert code == 2 and "precision must be one of auto, f32" in err
+
+
+def test_threads_are_as_many_as_are_faster():
+    """By times that are made up: first two threads are faster, then, with other programs about, one, then two again."""
+    choice, seconds, used = decoding.ThreadChoice(2), {1: 1.7, 2: 1.0}, []
+
+    def read(n):
+        for _ in range(n):
+            threads = choice.next()
+            used.append(threads)
+            choice.took(seconds[threads])
+
+    read(200)
+    assert choice.now == 2 and used.count(1) <= 14
+    seconds[2] = 20.0
+    read(200)
+    assert choice.now == 1 and used[-50:].count(2) <= 2
+    seconds[2] = 1.0
+    read(200)
+    assert choice.now == 2
+    alone = decoding.ThreadChoice(1)
+    for _ in range(100):
+        assert alone.next() == 1
+        alone.took(1.0)
+
+
+def test_another_number_of_threads_gives_the_same_numbers(llama, decode):
+    decoder = decode(llama)
+    assert decoder.threads.most == 1  # too small to be worth two
+    found = []
+    for threads in (1, 2):
+        decoder.bridge.n_threads = decoder.threads.now = threads
+        found.append(read(decoder, decoder.new_kv_cache(), *IDS[:6, None]))
+        assert decoder.bridge.n_threads == threads
+    assert np.array_equal(*found)
 
 
 # -- the bridge --------------------------------------------------------------------------------------------------------
@@ -273,7 +312,9 @@ def test_memory_of_persistent_tensors_is_given_back():
         graph.output(graph.add(one, two))
         graph.allocate()
         with pytest.raises(ValueError, match="no persistent tensor of this backend with memory"):
-            backend.release_tensors([one, graph.input((4,))] if not graph.is_allocated else [one, backend.persistent((2,))])
+            backend.release_tensors(
+                [one, graph.input((4,))] if not graph.is_allocated else [one, backend.persistent((2,))]
+            )
         one.upload(np.zeros((100, 4)))  # nothing was given back
         backend.release_tensors([one])
         assert graph.closed and backend.persistent_bytes == n_bytes  # they share a buffer

@@ -40,8 +40,8 @@ PROMPTS = ("The ", "Python\n", "a = ")
 
 
 class LlamaCpp:
-    """A model file in llama.cpp, for the length of the object. adapter: a path, or a dict of paths to their scales. half_cache:
-    keys and values in half precision, as it has them by itself."""
+    """A model file in llama.cpp, for the length of the object. adapter: a path, or a dict of paths to their scales.
+    half_cache: keys and values in half precision, as it has them by itself."""
 
     def __init__(self, path, adapter=None, half_cache=False):
         settings = xllamacpp.CommonParams()

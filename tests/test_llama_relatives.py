@@ -286,8 +286,8 @@ def test_a_quantised_file(relative, llama_cpp, tmp_path, untied):
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
 def test_the_decoding_graph(relative, llama_cpp, tmp_path, kind):
     """It rounds as llama.cpp does: the same log-probabilities on a quantised file too, and the same greedy text. What is left
-    of Gemma in float32 is llama.cpp's GELU. Its queries are scaled before they are rounded to half precision, ours afterwards:
-    heads of 16, whose scale is a power of two, are rounded alike."""
+    of Gemma in float32 is llama.cpp's GELU. Its queries are scaled before they are rounded to half precision, ours
+    afterwards: heads of 16, whose scale is a power of two, are rounded alike."""
     from toy.engines.decoding import Decoder
 
     heads = {"n_heads": 6, "n_kv_heads": 6} if "geglu" in relative.fields else {}
@@ -303,7 +303,6 @@ def test_the_decoding_graph(relative, llama_cpp, tmp_path, kind):
         assert np.abs(theirs - ours).max() <= (5 * BAR if config.geglu else BAR)
     else:  # a number that was rounded up here and down there is a step of the rounding
         rounding = np.abs(theirs - log_softmax(loaded.logits(IDS))).mean()
-        print("RATIO", np.abs(theirs - ours).mean() / rounding)
         assert np.abs(theirs - ours).mean() <= 0.1 * rounding
     for prompt in ("The ", "b = "):
         assert loaded.generate(prompt, 64, temperature=0) == judge.write(prompt, 64)

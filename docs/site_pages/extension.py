@@ -5,10 +5,15 @@ import re
 
 
 def mathml(latex, display):
-    """A formula as MathML, with its source as the text that is read out or copied."""
+    """A formula as MathML. Raises ValueError for what would stand in it as it was typed."""
     from latex2mathml.converter import convert  # here: most of these pages, and their tests, do without
 
-    return convert(latex, display="block" if display else "inline")
+    # latex2mathml knows aligned equations by the name of those that are numbered
+    written = re.sub(r"\{aligned\}", "{align*}", latex)
+    result = convert(written, display="block" if display else "inline")
+    if unknown := re.search(r"<m[io]>(&|\\\w+)</m[io]>", result):
+        raise ValueError(f"{unknown[1]} is not understood in the formula {latex}")
+    return result
 
 
 def inline(self, node):
@@ -61,10 +66,24 @@ def escaped(line):
 
 
 def process_docstring(app, what, name, obj, options, lines):
-    lines[:] = as_plain_text(list(lines))
+    of_a_field = len(lines) == 2 and lines[0].startswith("Alias for field number")  # Python's own, says nothing
+    lines[:] = [] if of_a_field else as_plain_text(list(lines))
+
+
+def process_signature(app, what, name, obj, options, signature, returned):
+    """A signature with the name ArrayLike in place of all that it may be."""
+    return tuple(text and text.replace(whole_array_like(), "ArrayLike") for text in (signature, returned))
+
+
+def whole_array_like():
+    import numpy.typing
+    from sphinx.util.typing import stringify_annotation
+
+    return stringify_annotation(numpy.typing.ArrayLike, "smart")
 
 
 def setup(app):
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     app.connect("autodoc-process-docstring", process_docstring)
+    app.connect("autodoc-process-signature", process_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -3,7 +3,7 @@
 import json
 import re
 
-from site_pages import words
+from site_pages import picture, words
 from site_pages.repository import ROOT, online, relink
 from toy.checks.exercises.engine import LESSONS
 from toy.checks.exercises.tasks import TASKS
@@ -139,6 +139,8 @@ def preface(number, path, row):
     relative = path.relative_to(ROOT).as_posix().replace("solutions/", "")
     if links := online(relative):
         lines.append("Open it in " + " or ".join(f"[{name}]({address})" for name, address in links) + ".")
+    if number == 1:
+        lines.append(f"![{picture.ALT}](../architecture.svg)")
     new = words.by_lesson().get(number, [])
     if new:
         listed = "\n".join(f"* **{word.term}**: {word.meaning}" for word in new)

@@ -43,5 +43,8 @@ def broken_links(folder):
 
 def images_without_text(folder):
     """A line for each picture of the HTML files of a folder that has no alternative text."""
-    pages = ((path, _Page(path.read_text(encoding="utf-8"))) for path in sorted(Path(folder).rglob("*.html")))
-    return [f"{path.relative_to(folder)}: {source[:60]}" for path, page in pages for source in page.images_without_text]
+    found = []
+    for path in sorted(Path(folder).rglob("*.html")):
+        images = _Page(path.read_text(encoding="utf-8")).images_without_text
+        found += [f"{path.relative_to(folder)}: {source[:60]} has no alternative text" for source in images]
+    return found

@@ -13,6 +13,7 @@ import numpy as np
 from site_pages.repository import ROOT, relink
 
 FILE = ROOT / "docs" / "architecture.svg"
+ALT = "The architecture of the readable transformer, with the shape of every array"
 # all different, so that each number in a shape stands for one letter
 BATCH, T, D, HEADS, F, V, CONTEXT, LAYERS = 3, 5, 28, 2, 44, 17, 7, 2
 LETTERS = {BATCH * T: "N", D: "D", F: "F", V: "V", CONTEXT: "context", BATCH: "B", HEADS: "H", T: "T"}
@@ -260,7 +261,7 @@ def frame(picture, bottom, block_top, block_bottom):
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}"',
         'role="img" aria-labelledby="title description"',
         "font-family=\"system-ui, 'DejaVu Sans', 'Segoe UI', Helvetica, Arial, sans-serif\">",
-        '<title id="title">The architecture of the readable transformer, with the shape of every array</title>',
+        '<title id="title">' + ALT + "</title>",
         f'<desc id="description">{html.escape(description)}</desc>',
         '<defs><marker id="arrow" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0 L10 5 L0 10 z" fill="{INK}"/></marker></defs>',

@@ -21,7 +21,15 @@ def ops():
         and value.__module__ == reference.__name__
         and not name.startswith("_")
         and not name.endswith("_backward")
+        and name not in reference.PARTS
     ]
+
+
+def parts(op):
+    """The parts that an op is made of, each after those that it is made of itself: attention has two."""
+    text = inspect.getsource(getattr(reference, op))
+    found = [name for name in reference.PARTS if name != op and re.search(rf"\b{name}\(", text)]
+    return list(dict.fromkeys(other for name in found for other in (*parts(name), name)))
 
 
 def has_backward(op):
@@ -53,8 +61,9 @@ def caches():
 
 
 def numpy_source(op):
-    """The cache, the forward and the backward of an op, as they stand in toy/ops/reference.py."""
-    names = [caches().get(op), op, f"{op}_backward"]
+    """The cache, the forward and the backward of an op, after those of its parts, as they stand in toy/ops/reference.py."""
+    names = [name for part in parts(op) for name in (part, f"{part}_backward")]
+    names += [caches().get(op), op, f"{op}_backward"]
     return "\n\n".join(
         inspect.getsource(getattr(reference, name)) for name in names if name and hasattr(reference, name)
     )
@@ -64,18 +73,20 @@ def kernels(op):
     """[(file, source)]: the compiled functions of an op that do its arithmetic, from toy/_kernels."""
     root = op.removesuffix("_step")  # adamw_step: adamw_update
     others = [name for name in ops() if name != op and name.startswith(op + "_")]
-    result = []
+    arithmetic, others_there = [], []  # functions of C; those of Python count where there are none, as for `split`
     for path in sorted((ROOT / "toy" / "_kernels").glob("*.pyx")):
-        text = path.read_text(encoding="utf-8")
+        file, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
         pieces = [
             body
             for name, body in compiled_functions(text)
             if (name == op or name.startswith(root + "_")) and not name.startswith(tuple(others))
         ]
-        arithmetic = [body for body in pieces if body.startswith("cdef void")] or pieces
-        if arithmetic:
-            result.append((path.relative_to(ROOT).as_posix(), "\n\n".join(arithmetic)))
-    return result
+        computing = [body for body in pieces if body.startswith("cdef void")]
+        if computing:
+            arithmetic.append((file, "\n\n".join(computing)))
+        elif pieces:
+            others_there.append((file, "\n\n".join(pieces)))
+    return arithmetic or others_there
 
 
 def compiled_functions(text):

@@ -26,7 +26,7 @@ from toy._kernels.arrays cimport (
     ANY, Matrix, check_cache, check_filled, get_count, get_matrix, get_number, new_matrix,
 )
 from toy._kernels.memory cimport empty_matrix, empty_vector, matrix_view
-from toy._kernels.threads cimport run, slice_start
+from toy._kernels.threads cimport run, slice_start, slices_for
 
 cnp.import_array()
 
@@ -52,20 +52,22 @@ cdef extern from "attention_lanes.h" nogil:
     void toy_multiply(int columns, Py_ssize_t rows, Py_ssize_t n, const float* a, Py_ssize_t a_row, Py_ssize_t a_step,
                       const float* b, Py_ssize_t b_step, float* c, Py_ssize_t c_row, int add, Fetch* fetch)
     void toy_into_lanes(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, float* lanes)
-    void toy_out_of_lanes(Py_ssize_t rows, Py_ssize_t n, const float* lanes, const float* factors,
+    void toy_out_of_lanes(Py_ssize_t rows, Py_ssize_t n, float* lanes, const float* factors,
                           float* x, Py_ssize_t x_row)
     void toy_copy_rows(Py_ssize_t rows, Py_ssize_t n, const float* x, Py_ssize_t x_row, float* copy)
     void toy_hide_keys(float* scores, Py_ssize_t n, Py_ssize_t key, Py_ssize_t first, Py_ssize_t last, float value)
+    void toy_cap_scores(float* scores, Py_ssize_t n, float scale, float softcap, float* slopes)
     void toy_largest_scores(const float* scores, Py_ssize_t n, float* largest)
     void toy_exp_scores(float* scores, Py_ssize_t n, float scale, const float* largest, float* total)
     void toy_exp_scores_and_expect(float* scores, const float* d_p, Py_ssize_t n, float scale, const float* largest,
                                    float* total, float* expected)
-    void toy_d_scores(float* p, float* d_p, Py_ssize_t n, float scale, const float* inverse, const float* expected)
+    void toy_d_scores(float* p, float* d_p, Py_ssize_t n, float scale, const float* inverse, const float* expected,
+                      const float* slopes)
 
 cdef enum:
     BLOCK = 64          # query rows a block by sgemm: enough for it to be fast, few enough for the scores to stay in cache
     CHUNK = 96          # keys at a time in lanes: their scores, 12 KB at most, stay in the first cache
-    FEWEST_QUERIES = 5  # that are worth a vector of lanes
+    FEWEST_QUERIES = 5  # that are worth a vector of lanes, if the keys are few too; else those that fill half of one
 
 
 cdef inline Py_ssize_t visible_keys(const Attention* a, Py_ssize_t query) noexcept nogil:
@@ -104,7 +106,7 @@ cdef inline Py_ssize_t hide_rest(float* row, Py_ssize_t seen) noexcept nogil:
 
 
 cdef inline bint is_in_lanes(const Attention* a) noexcept nogil:
-    return LANES > 0 and a.t_q >= FEWEST_QUERIES
+    return LANES > 0 and (2 * a.t_q > LANES or (a.t_q >= FEWEST_QUERIES and a.t_k <= 2 * a.t_q))
 
 
 cdef inline bint packs(const Attention* a) noexcept nogil:
@@ -396,22 +398,16 @@ cdef void find_scores(const Attention* a, const Block* block, const Band* bands,
                       Py_ssize_t k_stride, Py_ssize_t start, Py_ssize_t end, float scale, float* scores, float* slopes,
                       Fetch* fetch) noexcept nogil:
     """The scores of the keys start .. end-1, and the slopes of their cap unless that is NULL or there is no cap."""
-    cdef Py_ssize_t base = block.start[0], column, j, i
-    cdef float one = 1.0
-    cdef float* row
+    cdef Py_ssize_t base = block.start[0], column, i
     cdef Band keys
     dot_keys(a, bands, q, k, k_stride, scores, base, fetch)
     if a.softcap > 0:
         for column in range(block.columns):
             keys = column_keys(block, column, start, end)
-            for j in range(keys.start, keys.end):
-                row = scores + (j - base) * LANES_BLOCK + column * LANES
-                cap_scores(row, LANES, scale, a.softcap)
-                if slopes != NULL:
-                    for i in range(LANES):
-                        slopes[(j - base) * LANES_BLOCK + column * LANES + i] = (
-                            one - (row[i] / a.softcap) * (row[i] / a.softcap)
-                        )
+            i = (keys.start - base) * LANES_BLOCK + column * LANES
+            toy_cap_scores(
+                scores + i, keys.end - keys.start, scale, a.softcap, NULL if slopes == NULL else slopes + i
+            )
     if a.causal:
         hide_keys(a, block, scores, base, start, end, -INFINITY)
 
@@ -551,7 +547,7 @@ cdef void plan_backward(const Attention* a, const Block* block, Py_ssize_t pair,
         plan(fetch, a.q + (b * a.t_q + first) * a.q_stride + h * a.d_head, a.q_stride, rows, False)
         plan(fetch, a.d_out + (b * a.t_q + first) * a.d_out_stride + h * a.d_head, a.d_out_stride, rows, False)
     b, h, rows = (pair + 1) // a.n_kv_heads, (pair + 1) % a.n_kv_heads, min(share, a.t_k - start)
-    if b < a.batch:
+    if b < a.batch and packs(a):
         plan(fetch, a.k + (b * a.t_k + start) * a.k_stride + h * a.d_head, a.k_stride, rows, False)
         plan(fetch, a.v + (b * a.t_k + start) * a.v_stride + h * a.d_head, a.v_stride, rows, False)
         plan(fetch, a.d_k + (b * a.t_k + start) * a.d_k_stride + h * a.d_head, a.d_k_stride, rows, True)
@@ -567,7 +563,7 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef Py_ssize_t group = a.n_heads // a.n_kv_heads
     cdef Py_ssize_t pairs = a.batch * a.n_kv_heads
     cdef Py_ssize_t blocks = (a.t_q + LANES_BLOCK - 1) // LANES_BLOCK
-    cdef Py_ssize_t pair, b, kv_head, h, unit, first, chunk, start, end, column, base, i, j
+    cdef Py_ssize_t pair, b, kv_head, h, unit, first, chunk, start, end, column, base, i
     cdef Py_ssize_t k_stride, v_stride, size = a.d_head * LANES_BLOCK
     cdef float scale = <float> (1.0 / sqrt(<double> a.d_head))
     cdef float of_score = 1.0 if a.softcap > 0 else scale
@@ -583,7 +579,6 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
     cdef float* p = v_copy + (a.t_k * a.d_head if packs(a) else 0)    # (keys, LANES_BLOCK) scores, exponentials, probabilities
     cdef float* d_p = p + a.t_k * LANES_BLOCK        # (keys, LANES_BLOCK) their gradient, then that of the scores
     cdef float* slopes = d_p + a.t_k * LANES_BLOCK   # (keys, LANES_BLOCK) of the cap, where there is one
-    cdef float* slope
     cdef float[32] largest    # of each lane
     cdef float[32] total
     cdef float[32] expected
@@ -660,13 +655,9 @@ cdef void backward_in_lanes(Attention* a, int ith, int nth) noexcept nogil:
                         keys = column_keys(&block, column, start, end)
                         i = (keys.start - base) * LANES_BLOCK + column * LANES
                         toy_d_scores(
-                            p + i, d_p + i, keys.end - keys.start, scale, total + column * LANES, expected + column * LANES
+                            p + i, d_p + i, keys.end - keys.start, scale, total + column * LANES,
+                            expected + column * LANES, slopes + i if a.softcap > 0 else NULL,
                         )
-                        if a.softcap > 0:
-                            for j in range(keys.start, keys.end):
-                                slope = slopes + (j - base) * LANES_BLOCK + column * LANES
-                                for i in range(LANES):
-                                    d_p[(j - base) * LANES_BLOCK + column * LANES + i] *= slope[i]
                     find_bands(&block, start, end, bands)
                     add_keys(a, bands, d_p, base, k, k_stride, d_q_lanes, &fetch)
                     add_queries(a, &block, bands, d_p, base, q, a.q_stride, q_rest, sums, d_k, a.d_k_stride, add, &fetch)
@@ -777,7 +768,7 @@ def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True, window=None
     cache.q, cache.k, cache.v = q, k, v
     a.out, a.out_stride = out_.data, out_.stride
     a.largest = <float*> cnp.PyArray_DATA(cache.largest)
-    cdef int slices = blas.product_slices(attention_flops(a, 4.0), True)
+    cdef int slices = attention_slices(a, 4.0, a.batch * a.n_heads * ((a.t_q + BLOCK - 1) // BLOCK))
     scratch = empty_vector(slices * attention_scratch(a))
     a.scratch = <float*> cnp.PyArray_DATA(scratch)
     blas.enter()
@@ -787,9 +778,17 @@ def attention(q, k, v, batch, n_heads, n_kv_heads=None, causal=True, window=None
     return out, cache
 
 
-cdef double attention_flops(const Attention* a, double per_score):
-    """Rough work, counting a score's exponential and its bookkeeping as some 60 flops."""
-    return <double> a.batch * a.n_heads * a.t_q * a.t_k * (per_score * a.d_head + 60.0) * (0.6 if a.causal else 1.0)
+cdef int attention_slices(const Attention* a, double flops_per_score, Py_ssize_t units):
+    """How many slices pay: no more than there are units, for each has scratch memory of its own."""
+    cdef double scores = <double> a.batch * a.n_heads * a.t_q * a.t_k * (0.6 if a.causal else 1.0)
+    # rough work, counting a score's exponential and its bookkeeping as some 60 flops
+    cdef double flops = scores * (flops_per_score * a.d_head + 60.0)
+    cdef int slices
+    if is_in_lanes(a):    # without BLAS, whose threads might be in the way
+        slices = slices_for(flops / blas.FLOPS_PER_NANOSECOND, True)
+    else:
+        slices = blas.product_slices(flops, True)
+    return <int> max(1, min(<Py_ssize_t> slices, units))
 
 
 def attention_backward(d_out, cache):
@@ -825,7 +824,7 @@ def attention_backward(d_out, cache):
         d_v = new_matrix(&d_v_, a.batch * a.t_k, kv_width)
         a.d_q, a.d_q_stride, a.d_k, a.d_k_stride = d_q_.data, d_q_.stride, d_k_.data, d_k_.stride
         a.d_v, a.d_v_stride = d_v_.data, d_v_.stride
-    cdef int slices = blas.product_slices(attention_flops(&a, 10.0), True)
+    cdef int slices = attention_slices(&a, 10.0, a.batch * a.n_kv_heads)
     scratch = empty_vector(slices * attention_scratch(&a))
     a.scratch = <float*> cnp.PyArray_DATA(scratch)
     blas.enter()

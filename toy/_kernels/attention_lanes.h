@@ -245,26 +245,25 @@ static void toy_into_lanes(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_
     }
 }
 
-/* lanes (n, TOY_BLOCK), each lane times its factor -> x (rows, n) */
-static void toy_out_of_lanes(ptrdiff_t rows, ptrdiff_t n, const float *lanes, const float *factors, float *x,
-                             ptrdiff_t x_row) {
+/* lanes (n, TOY_BLOCK), each lane times its factor -> x (rows, n); the lanes are scratch afterwards */
+static void toy_out_of_lanes(ptrdiff_t rows, ptrdiff_t n, float *lanes, const float *factors, float *x, ptrdiff_t x_row) {
     for (ptrdiff_t i = 0; i < rows; i += TOY_LANES, lanes += TOY_LANES, factors += TOY_LANES) {
-        ptrdiff_t j = 0, end = rows - i < TOY_LANES ? rows - i : TOY_LANES;
-        if (end == TOY_LANES) {
-            const toy_lanes factor = toy_get(factors);
-            float *row[TOY_LANES];
-            for (ptrdiff_t l = 0; l < TOY_LANES; l++) row[l] = x + (i + l) * x_row;
-            for (; j + 4 <= n; j += 4) {
-                toy_lanes four[4];
+        const ptrdiff_t end = rows - i < TOY_LANES ? rows - i : TOY_LANES;
+        const toy_lanes factor = toy_get(factors);
+        float *row[TOY_LANES];
+        /* a lane without a row goes to the beginning of the lanes, which has been read by then */
+        for (ptrdiff_t l = 0; l < TOY_LANES; l++) row[l] = l < end ? x + (i + l) * x_row : lanes;
+        ptrdiff_t j = 0;
+        for (; j + 4 <= n; j += 4) {
+            toy_lanes four[4];
 #pragma GCC unroll 4
-                for (int l = 0; l < 4; l++) four[l] = factor * toy_get(lanes + (j + l) * TOY_BLOCK);
-                toy_turn(four);
+            for (int l = 0; l < 4; l++) four[l] = factor * toy_get(lanes + (j + l) * TOY_BLOCK);
+            toy_turn(four);
 #pragma GCC unroll 4
-                for (int l = 0; l < 4; l++) toy_part_rows(four[l], row + l, j);
-            }
+            for (int l = 0; l < 4; l++) toy_part_rows(four[l], row + l, j);
         }
         for (; j < n; j++)
-            for (ptrdiff_t l = 0; l < end; l++) x[(i + l) * x_row + j] = factors[l] * lanes[j * TOY_BLOCK + l];
+            for (ptrdiff_t l = 0; l < end; l++) row[l][j] = factors[l] * lanes[j * TOY_BLOCK + l];
     }
 }
 
@@ -291,6 +290,31 @@ static void toy_hide_keys(float *scores, ptrdiff_t n, ptrdiff_t key, ptrdiff_t f
         const int above = (int)(key - first < TOY_LANES ? key - first : TOY_LANES); /* lanes after it have it behind them */
         const toy_lane_bits hide = (lane < below) | (lane > above);
         toy_put(scores, (toy_lanes)((hide & bits) | (~hide & (toy_lane_bits)toy_get(scores))));
+    }
+}
+
+/* tanh(x), error below 3 ulp, NaN -> NaN. Near 0 it is x + x^3 q(x^2), q interpolated at Chebyshev's points (3e-8); elsewhere
+ * (1 - e) / (1 + e) with e = exp(-2 |x|). */
+TOY_INLINE toy_lanes toy_tanh(toy_lanes x) {
+    const toy_lane_bits sign = (toy_lane_bits)x & INT32_MIN;
+    const toy_lanes size = (toy_lanes)((toy_lane_bits)x & INT32_MAX), square = x * x;
+    const toy_lanes e = toy_exp2_of_negative(size * -2.88539008f);
+    const toy_lanes far = (toy_lanes)((toy_lane_bits)((1.0f - e) / (1.0f + e)) | sign);
+    toy_lanes q = toy_all(-5.9329797e-3f);
+    q = q * square + 2.0881319e-2f;
+    q = q * square - 5.3825848e-2f;
+    q = q * square + 1.3332602e-1f;
+    q = q * square - 3.3333327e-1f;
+    const toy_lane_bits is_near = size < 0.625f;
+    return (toy_lanes)((is_near & (toy_lane_bits)(x + x * square * q)) | (~is_near & (toy_lane_bits)far));
+}
+
+/* scores -> softcap tanh(scale score / softcap); slopes, unless NULL: the derivatives of that by scale score */
+static void toy_cap_scores(float *scores, ptrdiff_t n, float scale, float softcap, float *slopes) {
+    for (ptrdiff_t j = 0; j < n; j++, scores += TOY_BLOCK) {
+        const toy_lanes share = toy_tanh(toy_get(scores) * (scale / softcap));
+        toy_put(scores, share * softcap);
+        if (slopes) toy_put(slopes + j * TOY_BLOCK, 1.0f - share * share);
     }
 }
 
@@ -334,13 +358,16 @@ static void toy_exp_scores_and_expect(float *scores, const float *d_p, ptrdiff_t
     toy_put(expected, toy_get(expected) + dot);
 }
 
-/* p -> p inverse, the probabilities; d_p -> p (d_p - expected) scale, the gradient of the scores before they were scaled */
-static void toy_d_scores(float *p, float *d_p, ptrdiff_t n, float scale, const float *inverse, const float *expected) {
+/* p -> p inverse, the probabilities; d_p -> p (d_p - expected) scale, times the slopes unless NULL: the gradient of the
+ * scores before they were scaled */
+static void toy_d_scores(float *p, float *d_p, ptrdiff_t n, float scale, const float *inverse, const float *expected,
+                         const float *slopes) {
     const toy_lanes factor = toy_get(inverse), mean = toy_get(expected);
     for (ptrdiff_t j = 0; j < n; j++, p += TOY_BLOCK, d_p += TOY_BLOCK) {
         const toy_lanes probability = toy_get(p) * factor;
         toy_put(p, probability);
-        toy_put(d_p, probability * (toy_get(d_p) - mean) * scale);
+        const toy_lanes d_score = probability * (toy_get(d_p) - mean) * scale;
+        toy_put(d_p, slopes ? d_score * toy_get(slopes + j * TOY_BLOCK) : d_score);
     }
 }
 
@@ -354,6 +381,7 @@ static void toy_d_scores(float *p, float *d_p, ptrdiff_t n, float scale, const f
 #define toy_out_of_lanes(...) ((void)0)
 #define toy_copy_rows(...) ((void)0)
 #define toy_hide_keys(...) ((void)0)
+#define toy_cap_scores(...) ((void)0)
 #define toy_largest_scores(...) ((void)0)
 #define toy_exp_scores(...) ((void)0)
 #define toy_exp_scores_and_expect(...) ((void)0)

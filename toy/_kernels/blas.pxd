@@ -13,6 +13,8 @@ cdef void multiply_nn(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const float* a, 
 cdef void multiply_tn(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const float* a, Py_ssize_t lda,
                       const float* b, Py_ssize_t ldb, float beta, float* c, Py_ssize_t ldc) noexcept nogil
 
+cdef double FLOPS_PER_NANOSECOND    # of one core, for the question whether threads pay
+
 cdef void enter()    # with the GIL held; calls nest
 cdef void leave()
 # How many slices for that much work: 1 if this BLAS cannot be held to one thread. Not `fine` for one large product:

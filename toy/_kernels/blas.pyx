@@ -27,7 +27,7 @@ cdef SetThreads set_blas_threads = NULL
 cdef int inside = 0             # callers between enter() and leave(); guarded by the GIL
 cdef int threads_outside = 1    # what the first of them found
 
-cdef double FLOPS_PER_NANOSECOND = 80.0    # of one core, for the question whether threads pay; a rough figure is enough
+FLOPS_PER_NANOSECOND = 80.0    # a rough figure is enough
 
 
 cdef void multiply_nt(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const float* a, Py_ssize_t lda,

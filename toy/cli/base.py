@@ -66,12 +66,14 @@ def adapter_option(name, help):
 
 ADAPTER = adapter_option("--adapter", "LoRA adapter (GGUF, or a PEFT folder) to put on the model, times SCALE")
 BACKEND = click.option("--backend", default="auto", help=f"One of {', '.join(BACKEND_NAMES)}.")
-DEVICE = click.option("--device", default="auto", help="Of backend ggml: cpu, metal, vulkan, cuda or another ggml device.")
+DEVICE = click.option(
+    "--device", default="auto", help="Of backend ggml: cpu, metal, vulkan, cuda or another ggml device."
+)
 PRECISION = click.option(
     "--precision",
     default="auto",
-    help="f32: products in float32, as in toy eval. auto: on backend ggml its own, which are faster and round the activations "
-    "beside quantised weights, as llama.cpp does.",
+    help="f32: products in float32, as in toy eval. auto: on backend ggml its own, which are faster and round the "
+    "activations beside quantised weights, as llama.cpp does.",
 )
 
 

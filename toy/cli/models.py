@@ -125,7 +125,8 @@ def generate(
         stops = stop_ids_of(tokenizer, stop)
         writer = generator(model, backend, device, precision)
         streams = [
-            generate_ids(writer.model, ids, tokens, temperature, top_k, top_p, seed + i, stops) for i in range(num_samples)
+            generate_ids(writer.model, ids, tokens, temperature, top_k, top_p, seed + i, stops)
+            for i in range(num_samples)
         ]
     with Phase(1, debug):
         tell_checkpoint(named, loaded.step, checkpoint)

@@ -15,7 +15,8 @@ ROOM = 4  # of the context at least one part in so many is left for an answer
 class Chat:
     """Messages back and forth, through the model's own chat template.
 
-    model, tokenizer: as `toy.load` gives them, or for the model what `toy.trained.generator` makes of it. system: the system message, None for what the template does without one.
+    model, tokenizer: as `toy.load` gives them, or for the model what `toy.trained.generator` makes of it. system: the system
+    message, None for what the template does without one.
     n_tokens: longest answer. temperature, top_k, top_p, seed: as in `toy.models.generation.generate`.
     Raises ValueError for a model without a chat template, and settings out of range.
 

@@ -38,10 +38,11 @@ def load(
 
     path: a run directory, a checkpoint, a GGUF file, a Hugging Face folder, the name of a fetched model, or what
     `recipe.save` wrote. adapter: a LoRA adapter (GGUF, or a PEFT folder) to put on it, a list of several, or a dict of their
-    paths to what each is multiplied by. backend: "auto", "numpy", "cython" or "ggml". device: of the backend ggml, on which
-    `generate` runs. precision: of `generate` on that backend, "auto" or "f32", see `toy.trained.generator`; logits and
-    evaluation are always float32, on the compiled kernels. checkpoint: of a run, "last", "best" (the lowest validation loss) or a step. Raises FileNotFoundError for a path
-    where nothing is, BadFileError for a damaged file, ValueError for one that does not serve.
+    paths to what each is multiplied by. backend: "auto", "numpy", "cython" or "ggml". checkpoint: of a run, "last", "best"
+    (the lowest validation loss) or a step. device: of the backend ggml, on which `generate` runs. precision: of `generate` on
+    that backend, "auto" or "f32", see `toy.trained.generator`; logits and evaluation are always float32, on the compiled
+    kernels. Raises FileNotFoundError for a path where nothing is, BadFileError for a damaged file, ValueError for one that
+    does not serve.
     """
     check_generator(backend, device, precision)  # a backend that is not there is told before anything is read
     stored = read_trained(path, adapter, checkpoint)

@@ -41,8 +41,8 @@ class Weight:
 
 
 class Store(NamedTuple):
-    """The device's memory for keys and values. keys: a tensor (rows, K) for each layer; values: the same numbers as (K, rows),
-    each a tensor (K*rows, 1), whose rows can be written one by one; rows: how many tokens fit."""
+    """The device's memory for keys and values. keys: a tensor (rows, K) for each layer; values: the same as (K, rows), each
+    a tensor (K*rows, 1), whose rows can be written one by one; rows: how many tokens fit."""
 
     keys: list[Any]
     values: list[Any]
@@ -80,9 +80,7 @@ class DecodingOps(NativeGraphOps):
 
     def integers(self, role, n, limit):
         # token ids never reach the device: their embeddings do
-        ids = Integers(n, limit, None) if role == "token_ids" else super().integers(role, n, limit)
-        ids.role = role
-        return ids
+        return Integers(n, limit, None, role) if role == "token_ids" else super().integers(role, n, limit)
 
     def cache_rows(self):
         """The rows of the cache that the tokens are written to, i32 (n,)."""
