@@ -222,9 +222,10 @@ print(f"validation at the end:                {last_of_validation:.3f} nats, a d
 print(f"the run has read {seen:.2f} times as many characters as the training part has")
 
 # %% [markdown]
-# The validation part is made of whole documents from all over the text, as hard as the others on average, but not exactly:
-# it is a tenth of them. A small difference to either side is that luck. The run has read hardly anything twice, so it cannot
-# know it by heart. In a long run it would, the line would sink below the points, and the points are what counts.
+# The ± is that of the batches alone. The validation part is a tenth of the documents, taken from all over the text, and these
+# are not exactly as hard as the others: a difference of many ± says nothing yet about learning by heart. The run has read
+# less than the whole text once. In a long run the line would sink further and further below the points, and the points are
+# what counts.
 #
 # Here is what was noted down beside: how strongly the loss pulls at each part of the model.
 
