@@ -353,9 +353,9 @@ def test_ggmls_own_gelu():
         g = backend.graph()
         inputs = g.input((5, 12)), g.input((5, 12))
         alone, gated = g.output(g.unary(inputs[0], "gelu")), g.output(g.geglu(*inputs))
-        with pytest.raises(ValueError, match="geglu: .* must be of the same shape"):
+        with pytest.raises(ValueError, match=r"geglu: .* must be of the same shape"):
             g.geglu(inputs[0], g.input((5, 4)))
-        with pytest.raises(ValueError, match="geglu: .* view with gaps|geglu: .* strided"):
+        with pytest.raises(ValueError, match=r"geglu: .* view with gaps|geglu: .* strided"):
             g.geglu(g.transpose(inputs[0]), g.transpose(inputs[1]))
         assert ggml_bridge.metal_unsupported(g) == []
         g.allocate()
