@@ -350,7 +350,7 @@ for offset, values, colour, label in [(-0.2, before, "0.6", "before"), (0.2, aft
     bars = ax.bar(np.arange(3) + offset, means, width=0.38, color=colour, label=label)
     ax.bar_label(bars, fmt="%.2f")
 ax.set_xticks(range(3), [f"{name}\n({(kinds == name).mean():.0%} of the tokens)" for name in names])
-ax.set(ylabel="loss (nats per token)", title="Loss by kind of token")
+ax.set(ylabel="loss (nats per token)", title="Loss by kind of token", ylim=(0, 1.12 * ax.get_ylim()[1]))
 ax.legend()
 plt.show()
 
