@@ -263,6 +263,41 @@ def test_the_command_says_how_fast_and_how(llama, toy_command, tmp_path):
     assert code == 2 and "precision must be one of auto, f32" in err
 
 
+def test_threads_are_as_many_as_are_faster():
+    """By times that are made up: first two threads are faster, then, with other programs about, one, then two again."""
+    choice, seconds, used = decoding.ThreadChoice(2), {1: 1.7, 2: 1.0}, []
+
+    def read(n):
+        for _ in range(n):
+            threads = choice.next()
+            used.append(threads)
+            choice.took(seconds[threads])
+
+    read(200)
+    assert choice.now == 2 and used.count(1) <= 14
+    seconds[2] = 20.0
+    read(200)
+    assert choice.now == 1 and used[-50:].count(2) <= 2
+    seconds[2] = 1.0
+    read(200)
+    assert choice.now == 2
+    alone = decoding.ThreadChoice(1)
+    for _ in range(100):
+        assert alone.next() == 1
+        alone.took(1.0)
+
+
+def test_another_number_of_threads_gives_the_same_numbers(llama, decode):
+    decoder = decode(llama)
+    assert decoder.threads.most == 1  # too small to be worth two
+    found = []
+    for threads in (1, 2):
+        decoder.bridge.n_threads = decoder.threads.now = threads
+        found.append(read(decoder, decoder.new_kv_cache(), *IDS[:6, None]))
+        assert decoder.bridge.n_threads == threads
+    assert np.array_equal(*found)
+
+
 # -- the bridge --------------------------------------------------------------------------------------------------------
 
 

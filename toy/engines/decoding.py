@@ -9,12 +9,16 @@ Its products are ggml's own: for quantised weights ggml rounds the activations t
 text is llama.cpp's text. Where the eager op table computes with the same weights in float32 it is exact, and slower.
 """
 
+import statistics
+import time
+from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from toy.engines.graph import WORTH_TWO_THREADS
 from toy.engines.weights import borrow
 from toy.models.base import LanguageModel, checked_ids
 from toy.models.llama import Llama
@@ -31,6 +35,7 @@ PROMPT_STEP = 512  # tokens of a prompt that one run of a graph reads
 # on the CPU the compiled kernels read what has at least so many tokens: they dequantise each weight once for all of them
 # (SmolLM2 Q4_1, one thread: 63 ms for 16 tokens, where ggml's products take 150, and llama.cpp 145)
 EAGER_PROMPT = 8
+TRY_AFTER = 2  # tokens until another number of threads is tried, at first: each time that it is no faster twice as many
 
 
 class DeviceCache:
@@ -68,8 +73,9 @@ class Decoder:
 
         self.eager, self.config, self.device = model, model.config, choice.device
         self.on_cpu = choice.device.startswith("cpu")
-        threads = (num_threads() or usable_processors()) if self.on_cpu else None
-        self.bridge = ggml_bridge.Backend("cpu" if self.on_cpu else choice.device, threads)
+        worth_two = 2 * sum(leaf.size for leaf in model.parameters.values()) >= WORTH_TWO_THREADS
+        self.threads = ThreadChoice((num_threads() or usable_processors()) if self.on_cpu and worth_two else 1)
+        self.bridge = ggml_bridge.Backend("cpu" if self.on_cpu else choice.device, self.threads.now)
         self.weights = {name: Weight(leaf, partial(self._place, leaf, name)) for name, leaf in model.parameters.items()}
         self.rounds_activations = any(is_rounded(weight.leaf) for weight in self.weights.values())
         self._store: Store | None = None
@@ -124,13 +130,19 @@ class Decoder:
                 logits = self._read_eagerly(part, positions)
             else:
                 recorded = self._recorded(len(part), cache.length + len(part))
+                threads = self.threads.next() if len(part) == 1 else self.threads.now
+                if threads != self.bridge.n_threads:
+                    self.bridge.n_threads = threads
+                started = time.perf_counter()
                 logits = recorded.run(token_ids=part, positions=positions)
+                if len(part) == 1:
+                    self.threads.took(time.perf_counter() - started)
             cache.ids.extend(part.tolist())
         return logits
 
     def _read_eagerly(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        self._reserve(positions[-1] + 1)
-        x, *_ = self.eager.hidden_rows(rows, positions, 1, _StoredCache(self._store, positions[0]), keep_cache=False)
+        store: Any = _StoredCache(self._reserve(positions[-1] + 1), positions[0])
+        x, *_ = self.eager.hidden_rows(rows, positions, 1, store, keep_cache=False)
         logits, *_ = self.eager.unembed_rows(x[-1:])
         return np.asarray(logits)
 
@@ -156,11 +168,11 @@ class Decoder:
                 return repacked
         return borrow(self.bridge, leaf, name)
 
-    def _reserve(self, length: int) -> None:
-        """Make the store hold so many tokens; what is in it stays. It grows by doubling, up to the context."""
+    def _reserve(self, length: int) -> Store:
+        """The store, which holds so many tokens now; what is in it stays. It grows by doubling, up to the context."""
         store, rows = self._store, padded(length)
         if store is not None and rows <= store.rows:
-            return
+            return store
         rows = max(rows, min(2 * store.rows if store else 0, padded(self.config.context_length)))
         kept = []
         if store is not None:
@@ -179,10 +191,49 @@ class Decoder:
         for layer, (keys, values) in enumerate(kept):
             write_rows(made, layer, 0, keys, values.T)
         self._store = made
+        return made
 
     def _width(self) -> int:
         """Numbers in the key of a token, in all heads."""
         return getattr(self.config, "n_kv_heads", self.config.n_heads) * self.config.d_head
+
+
+class ThreadChoice:
+    """All threads or one, whichever reads a token sooner. ggml's threads wait for each other after every node, spinning: on a
+    machine that others use, two are slower than one (SmolLM2 on 2 processors at a load of 16: 0.45 tokens a second against
+    5). So now and then two tokens are read the other way. The numbers are the same either way.
+
+    most: all threads. now: as many as are used. `next` gives those for the next token, then `took` is told how long it took.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = self.now = most
+        self._period = self._left = TRY_AFTER
+        self._times: deque[float] = deque(maxlen=5)  # of the last tokens as it is now
+        self._tried: list[float] = []  # of the tokens of a trial
+
+    def next(self) -> int:
+        return self._other() if self.most > 1 and self._left <= 0 else self.now
+
+    def took(self, seconds: float) -> None:
+        if self.most == 1:
+            return
+        if self._left > 0:
+            self._times.append(seconds)
+            self._left -= 1
+            return
+        self._tried.append(seconds)
+        if len(self._tried) < 2:
+            return
+        if min(self._tried) < 0.9 * statistics.median(self._times):
+            self.now, self._period = self._other(), TRY_AFTER
+        else:
+            self._period = min(2 * self._period, 64 * TRY_AFTER)
+        self._left, self._tried = self._period, []
+        self._times.clear()
+
+    def _other(self) -> int:
+        return 1 if self.now > 1 else self.most
 
 
 class _DecodingGraph:
@@ -194,12 +245,12 @@ class _DecodingGraph:
         ops = DecodingOps(self.graph, n, decoder.rounds_activations)
         token_ids = ops.integers("token_ids", n, config.vocab_size)
         positions = ops.integers("positions", n, config.context_length)
-        model = type(eager).from_config(
+        model: Any = type(eager).from_config(
             config, ops=ops, parameters=ParameterTree(decoder.weights), lora_scale=eager.lora_scale
         )
         if isinstance(model, Llama):  # with the scores, not with the queries, which are rounded to half precision first
             ops.attention_scale, model.query_scale = model.config.attention_scale, 1.0
-        cache = RecordedCache(ops, decoder._store, n_rows)
+        cache = RecordedCache(ops, decoder._reserve(n_rows), n_rows)
         x, *_ = model.hidden_rows(token_ids, positions, 1, cache, keep_cache=False)  # (n, D)
         logits, *_ = model.unembed_rows(x if n == 1 else self.graph.slice(x, 0, n - 1, n))  # (1, V)
         self.logits = self.graph.output(logits)

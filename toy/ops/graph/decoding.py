@@ -80,9 +80,7 @@ class DecodingOps(NativeGraphOps):
 
     def integers(self, role, n, limit):
         # token ids never reach the device: their embeddings do
-        ids = Integers(n, limit, None) if role == "token_ids" else super().integers(role, n, limit)
-        ids.role = role
-        return ids
+        return Integers(n, limit, None, role) if role == "token_ids" else super().integers(role, n, limit)
 
     def cache_rows(self):
         """The rows of the cache that the tokens are written to, i32 (n,)."""

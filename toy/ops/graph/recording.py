@@ -27,12 +27,12 @@ class Slot:
 class Integers:
     """An integer vector (N,) that is filled at every step; its numbers are below `limit`.
 
-    narrow: int32, what ggml's own operations read; tensor: what the ops of the table read."""
+    narrow: int32, what ggml's own operations read; tensor: what the ops of the table read. role: among the arrays of a step."""
 
     ndim = 1
 
-    def __init__(self, n, limit, narrow):
-        self.n, self.limit, self.narrow, self.tensor = n, limit, narrow, narrow
+    def __init__(self, n, limit, narrow, role):
+        self.n, self.limit, self.narrow, self.tensor, self.role = n, limit, narrow, narrow, role
 
 
 class GraphOps:
@@ -60,7 +60,7 @@ class GraphOps:
         narrow = self.feed((n,), "i32", lambda arrays: arrays[role])
         self.graph.set_name(narrow, role)
         self.graph.limit(narrow, -1 if role == "labels" else 0, limit, role)
-        return Integers(n, limit, narrow)
+        return Integers(n, limit, narrow, role)
 
     def feed(self, shape, dtype, function):
         """A graph input whose value at each step is function(arrays by role)."""
