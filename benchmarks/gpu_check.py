@@ -33,7 +33,7 @@ from timing import alternate, processors, thread_environment
 
 HERE = Path(__file__).resolve().parent
 MINUTES = 8
-LIMITS = {  # seconds of each part
+LIMITS = {  # seconds of each part, when all have so many minutes
     "build": 330, "machine": 40, "curves": 100, "curves, float32": 60, "graphs": 60, "steps": 150, "lora": 90, "decode": 60,
 }  # fmt: skip
 PARTS = tuple(LIMITS)
@@ -413,7 +413,7 @@ def check(asked):
     environment = thread_environment(asked.threads) | {"PYTHONPATH": python_path()}
 
     def left(part):
-        return max(min(LIMITS[part], asked.minutes * 60 - (time.monotonic() - started)), 1)
+        return max(min(LIMITS[part] * asked.minutes / MINUTES, asked.minutes * 60 - (time.monotonic() - started)), 1)
 
     for part in asked.parts:
         if part == "curves, float32" and not asked.device.lower().startswith("cuda"):
@@ -537,7 +537,7 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="small shapes and few steps")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", metavar="FILE", default="gpu_check.json", help="where the figures go")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it; each part's share grows with it")
     parser.add_argument("--model", default="smollm2-135m", help="GGUF file of a llama, or the name of a fetched model")
     parser.add_argument("--sdist", help="of libggml-python, for a build without a network")
     parser.add_argument("--architecture", help="of CUDA, for a build")

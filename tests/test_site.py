@@ -57,6 +57,8 @@ def test_the_page_of_an_op_shows_its_code(op):
     if sources.has_backward(op):
         assert inspect.getsource(getattr(reference, f"{op}_backward")).rstrip() in text
         assert "## Is the backward the derivative?" in text
+    for part in sources.parts(op):
+        assert inspect.getsource(getattr(reference, f"{part}_backward")).rstrip() in text
     for file, kernel in sources.kernels(op):
         assert kernel.rstrip() in text
         assert kernel.splitlines()[0] in (ROOT / file).read_text(encoding="utf-8")
@@ -74,6 +76,13 @@ def test_kernels_go_to_their_own_op():
     assert names("adamw_step") == {"adamw_update"}
     without = {"masked", "again", "linear_cross_entropy"}  # in Python, around the kernels of others
     assert {op for op in sources.ops() if not sources.kernels(op)} == without
+
+
+def test_parts_are_shown_where_they_are_used():
+    from toy.ops import reference
+
+    assert sources.parts("attention") == ["softmax", "multi_head_attention", "_capped_attention"]
+    assert {part for op in sources.ops() for part in sources.parts(op)} == set(reference.PARTS)
 
 
 def test_a_wrong_backward_gets_no_page(monkeypatch):

@@ -186,11 +186,13 @@ class QuantizedMatrix:
         return out
 
 
-class _Transposed(NamedTuple):
+class _Transposed:
     """W^T of a `QuantizedMatrix` W, to multiply with from the left."""
 
-    matrix: QuantizedMatrix
     __array_ufunc__ = None
+
+    def __init__(self, matrix: QuantizedMatrix) -> None:
+        self.matrix = matrix
 
     def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
         """x W^T, a band of rows of W at a time: x (N, in) -> (N, out)."""

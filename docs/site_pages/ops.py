@@ -98,7 +98,8 @@ def checked(op):
 
 def exercises(op):
     """The exercises that ask for this op."""
-    found = [task for name, task in TASKS.items() if name in (op, f"{op}_backward")]
+    names = {name for part in (*sources.parts(op), op) for name in (part, f"{part}_backward")}
+    found = [task for name, task in TASKS.items() if name in names]
     if not found:
         return []
     lines = ["## Write it yourself", ""]

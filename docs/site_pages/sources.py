@@ -21,7 +21,15 @@ def ops():
         and value.__module__ == reference.__name__
         and not name.startswith("_")
         and not name.endswith("_backward")
+        and name not in reference.PARTS
     ]
+
+
+def parts(op):
+    """The parts that an op is made of, each after those that it is made of itself: attention has two."""
+    text = inspect.getsource(getattr(reference, op))
+    found = [name for name in reference.PARTS if name != op and re.search(rf"\b{name}\(", text)]
+    return list(dict.fromkeys(other for name in found for other in (*parts(name), name)))
 
 
 def has_backward(op):
@@ -53,8 +61,9 @@ def caches():
 
 
 def numpy_source(op):
-    """The cache, the forward and the backward of an op, as they stand in toy/ops/reference.py."""
-    names = [caches().get(op), op, f"{op}_backward"]
+    """The cache, the forward and the backward of an op, after those of its parts, as they stand in toy/ops/reference.py."""
+    names = [name for part in parts(op) for name in (part, f"{part}_backward")]
+    names += [caches().get(op), op, f"{op}_backward"]
     return "\n\n".join(
         inspect.getsource(getattr(reference, name)) for name in names if name and hasattr(reference, name)
     )

@@ -405,7 +405,7 @@ print("largest difference:", np.abs(from_cache - probabilities).max())
 # %% [markdown]
 # ## What the causal mask promises
 #
-# If position `t` sees only what is to its left, then a change of the last character can change only the last row of the
+# If position `t` sees only itself and what is to its left, then a change of the last character can change only the last row of the
 # logits. We change one character in the middle and look at which rows move. Those before it must not move at all, not
 # even by a rounding error.
 

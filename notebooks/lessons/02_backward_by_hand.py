@@ -21,6 +21,8 @@
 # has to do all of them.
 
 # %%
+import inspect
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -30,7 +32,7 @@ import toy
 from toy.checks.gradcheck import central_difference, check_model, relative_error
 from toy.data import CharTokenizer
 from toy.ops import reference as ops  # the textbook operations: plain numpy, one small function each
-from toy.plots import lesson_style
+from toy.plots import lesson_style, smooth
 
 lesson_style()
 np.set_printoptions(precision=3, suppress=True, linewidth=110)
@@ -80,9 +82,13 @@ ax.set(
 ax.legend()
 plt.show()
 
+for name, errors in (("one-sided", one_sided), ("central", central)):
+    exact = 1 - np.tanh(0.7) ** 2
+    print(f"{name:9} best at h = {steps[errors.argmin()]:.0e}: {-np.log10(errors.min() / exact):.0f} digits")
+
 
 # %% [markdown]
-# The central difference is good to ten digits at its best point. `toy.checks.gradcheck.central_difference` takes three
+# At its best point, which is printed, the central difference has several digits more. `toy.checks.gradcheck.central_difference` takes three
 # values of $h$ and combines them so that the bending cancels, which gives a few digits more.
 #
 # A layer has many outputs, but a slope needs one number. So the check draws random weights $c$, one per output, and
@@ -95,6 +101,32 @@ def check(name, given, f, x, c):
     measured = central_difference(f, x, c)  # varies the elements of x one by one
     error = relative_error(given, measured)
     print(f"{name:8} {x.shape!s:9} relative error {error:.0e}   {'ok' if error < 1e-7 else 'WRONG'}")
+
+
+# %% [markdown]
+# Each layer below has its derivation, folded away: click on it. A derivation ends in a line of `toy/ops/reference.py`, which
+# is the code that trains. The cell after it looks whether that line stands there, and whether its number is the measured one.
+
+
+# %%
+def ends_in(function, *lines):
+    """Show lines of a function of the library, with their numbers in its file; fails where one is not there."""
+    source, first = inspect.getsourcelines(function)
+    stripped = [line.strip() for line in source]
+    for line in lines:
+        assert line in stripped, f"{function.__name__} has no line {line!r}"
+        print(f"toy/ops/reference.py, line {first + stripped.index(line)}:  {line}")
+
+
+def assert_same(given, expected):
+    """Two computations of one thing, which differ by rounding at most."""
+    assert np.abs(given - expected).max() < 1e-12 * max(1, np.abs(expected).max())
+
+
+def jacobian(f, x):
+    """dy_j / dx_i of a function of a vector, measured: (outputs, inputs)"""
+    outputs = f(x).size
+    return np.stack([central_difference(f, x, c) for c in np.eye(outputs)])
 
 
 # %% [markdown]
@@ -131,6 +163,42 @@ d_x, d_w = linear_backward(c, cache)
 
 check("d_x", d_x, lambda x: linear(x, w)[0], x, c)
 check("d_w", d_w, lambda w: linear(x, w)[0], w, c)
+
+
+# %% [markdown]
+# <details>
+# <summary>Derivation: linear</summary>
+#
+# Write out one output: $y_{no} = \sum_i x_{ni} W_{oi}$. Then
+#
+# $$\frac{\partial y_{no}}{\partial x_{mi}} = \delta_{nm} W_{oi}, \qquad \frac{\partial y_{no}}{\partial W_{pi}} = \delta_{op}\, x_{ni},$$
+#
+# where $\delta$ is 1 for equal indices and 0 otherwise. The chain rule sums over all outputs, and each $\delta$ ends one of the
+# two sums:
+#
+# $$\mathrm{d\_x}_{mi} = \sum_{n,o} \mathrm{d\_y}_{no}\, \delta_{nm} W_{oi} = \sum_o \mathrm{d\_y}_{mo} W_{oi},
+# \qquad
+# \mathrm{d\_W}_{pi} = \sum_{n,o} \mathrm{d\_y}_{no}\, \delta_{op}\, x_{ni} = \sum_n \mathrm{d\_y}_{np}\, x_{ni}.$$
+#
+# A sum over a shared index is a matrix product: over $o$ it is $\mathrm{d\_y}\,W$, over the rows $n$ it is
+# $\mathrm{d\_y}^\top x$. A bias is added to every row, so its gradient is the sum of $\mathrm{d\_y}$ over the rows.
+#
+#     d_weight += d_y.T @ cache.x
+#     return d_y @ cache.weight
+#
+# </details>
+
+# %%
+ends_in(
+    ops.linear_backward,
+    "d_weight += d_y.T @ cache.x  # (out, N) @ (N, in)",
+    "return d_y @ cache.weight  # (N, out) @ (out, in)",
+)
+measured = jacobian(lambda row: row @ w.T, x[0])  # of one row: W itself
+assert_same(measured.round(9), w.round(9))
+in_the_library = np.zeros_like(w)
+assert_same(ops.linear_backward(c, ops.linear(x, w)[1], in_the_library), d_x)
+assert_same(in_the_library, d_w)
 
 
 # %% [markdown]
@@ -212,6 +280,34 @@ check("d_gamma", d_gamma, lambda gamma: rms_norm(x, gamma)[0], gamma, c)
 print(f"part of d_x along x (not quite zero, because of eps): {np.abs((d_x * x).sum(axis=1)).max():.0e}")
 
 # %% [markdown]
+# <details>
+# <summary>Derivation: RMSNorm</summary>
+#
+# One row at a time. Let $r = (\tfrac1D\sum_j x_j^2 + \epsilon)^{-1/2}$ be one over the rms, so that $\hat x_j = r\,x_j$. Every
+# element of the row is in $r$:
+#
+# $$\frac{\partial r}{\partial x_i} = -\tfrac12\, r^3 \cdot \tfrac{2}{D}\, x_i = -\tfrac{1}{D}\, r^2\, \hat x_i .$$
+#
+# The product rule gives $\partial \hat x_j / \partial x_i = r\,\delta_{ij} + x_j\,\partial r/\partial x_i
+# = r\,(\delta_{ij} - \tfrac1D\, \hat x_j\, \hat x_i)$, because $r\,x_j = \hat x_j$. With
+# $\mathrm{d\_\hat x} = \gamma \odot \mathrm{d\_y}$ the chain rule is
+#
+# $$\mathrm{d\_x}_i = \sum_j \mathrm{d\_\hat x}_j\, r\,(\delta_{ij} - \tfrac1D\, \hat x_j \hat x_i)
+# = r\,\Big(\mathrm{d\_\hat x}_i - \hat x_i \cdot \tfrac1D \sum_j \mathrm{d\_\hat x}_j\, \hat x_j\Big).$$
+#
+#     return rstd * (d_x_hat - x_hat * np.mean(d_x_hat * x_hat, axis=1, keepdims=True))
+#
+# </details>
+
+# %%
+ends_in(ops.rms_norm_backward, "return rstd * (d_x_hat - x_hat * np.mean(d_x_hat * x_hat, axis=1, keepdims=True))")
+r = 1 / np.sqrt(np.mean(x[0] ** 2) + 1e-5)
+x_hat = r * x[0]
+measured = jacobian(lambda row: rms_norm(row[None], np.ones(6))[0][0], x[0])
+assert np.abs(measured - r * (np.eye(6) - np.outer(x_hat, x_hat) / 6)).max() < 1e-9
+assert_same(ops.rms_norm_backward(c, ops.rms_norm(x, gamma)[1], None), d_x)
+
+# %% [markdown]
 # ### LayerNorm
 #
 # LayerNorm also takes the mean out of each row. So there is a second direction in which a row can be moved without a
@@ -257,6 +353,34 @@ check("d_x", gelu_backward(c, cache), lambda x: gelu(x)[0], x, c)
 
 
 # %% [markdown]
+# <details>
+# <summary>Derivation: GELU</summary>
+#
+# $y = \tfrac{x}{2}(1 + \tanh u)$ is a product of $\tfrac x2$ and $1 + \tanh u$. The product rule takes each factor's slope once:
+#
+# $$\frac{\mathrm{d}y}{\mathrm{d}x} = \tfrac12(1 + \tanh u) + \tfrac{x}{2}\,\frac{\mathrm{d}\tanh u}{\mathrm{d}u}\,\frac{\mathrm{d}u}{\mathrm{d}x}.$$
+#
+# The slope of the tanh is $1 - \tanh^2 u$, and that of $u = \sqrt{2/\pi}\,(x + 0.044715\,x^3)$ is
+# $\sqrt{2/\pi}\,(1 + 3\cdot 0.044715\,x^2)$, which the code calls `d_inner`. An output depends on its own input alone, so the
+# chain rule has a single term: $\mathrm{d\_x} = \mathrm{d\_y}\cdot \mathrm{d}y/\mathrm{d}x$.
+#
+#     d_inner = _GELU_SCALE * (1.0 + 3.0 * _GELU_CUBIC * x * x)
+#     return d_y * (0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * d_inner)
+#
+# </details>
+
+# %%
+ends_in(
+    ops.gelu_backward,
+    "d_inner = _GELU_SCALE * (1.0 + 3.0 * _GELU_CUBIC * x * x)",
+    "return d_y * (0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * d_inner)",
+)
+measured = jacobian(lambda row: gelu(row)[0], x[0])
+assert np.abs(measured - np.diag(np.diag(measured))).max() < 1e-9  # an output depends on its own input alone
+assert_same(ops.gelu_backward(c, ops.gelu(x)[1]), gelu_backward(c, x))
+
+
+# %% [markdown]
 # ## Softmax
 #
 # $$p_i = \frac{e^{s_i}}{\sum_j e^{s_j}} \qquad\Rightarrow\qquad \mathrm{d\_s}_i = p_i \Big(\mathrm{d\_p}_i - \textstyle\sum_j \mathrm{d\_p}_j\, p_j\Big)$$
@@ -285,6 +409,32 @@ c = rng.normal(size=s.shape)
 d_s = softmax_backward(c, softmax(s))
 check("d_s", d_s, softmax, s, c)
 print(f"largest sum of a row of d_s: {np.abs(d_s.sum(axis=1)).max():.0e}")
+
+# %% [markdown]
+# <details>
+# <summary>Derivation: softmax</summary>
+#
+# With $Z = \sum_k e^{s_k}$ and $p_j = e^{s_j}/Z$: moving $s_i$ changes the numerator of $p_i$ alone, and the $Z$ of every $p_j$,
+# where $\partial Z/\partial s_i = e^{s_i}$. So
+#
+# $$\frac{\partial p_j}{\partial s_i} = \frac{\delta_{ij}\, e^{s_i}}{Z} - \frac{e^{s_j} e^{s_i}}{Z^2} = p_i\,(\delta_{ij} - p_j).$$
+#
+# The chain rule, with $p_i$ taken out of the sum:
+#
+# $$\mathrm{d\_s}_i = \sum_j \mathrm{d\_p}_j\, p_i\,(\delta_{ij} - p_j) = p_i\,\Big(\mathrm{d\_p}_i - \sum_j \mathrm{d\_p}_j\, p_j\Big).$$
+#
+#     return probabilities * (d_probabilities - (d_probabilities * probabilities).sum(axis=-1, keepdims=True))
+#
+# </details>
+
+# %%
+ends_in(
+    ops.softmax_backward,
+    "return probabilities * (d_probabilities - (d_probabilities * probabilities).sum(axis=-1, keepdims=True))",
+)
+one = softmax(s[0])
+assert np.abs(jacobian(softmax, s[0]) - (np.diag(one) - np.outer(one, one))).max() < 1e-9
+assert_same(ops.softmax_backward(c, softmax(s)), d_s)
 
 # %% [markdown]
 # Here one sees why the check needs *random* weights $c$. With all ones, $L$ is the sum of the probabilities. That is 1,
@@ -363,6 +513,42 @@ check("d_v", d_v, lambda v: attention(q, k, v, 2)[0], v, c)
 
 
 # %% [markdown]
+# <details>
+# <summary>Derivation: attention</summary>
+#
+# Nothing new is needed. One head is three steps, and each has its rule already.
+#
+# 1. $\mathrm{out} = p\,v$ is a matrix product. By the rule of the linear layer (there $y = xW^\top$; here $x = p$, $W = v^\top$):
+#    $\mathrm{d\_p} = \mathrm{d\_out}\,v^\top$ and $\mathrm{d\_v} = p^\top\,\mathrm{d\_out}$.
+# 2. $p = \mathrm{softmax}(s)$, row by row: $\mathrm{d\_s} = p \odot (\mathrm{d\_p} - \sum_j \mathrm{d\_p}_j\,p_j)$. Where the
+#    mask put $-\infty$ there is $p = 0$, so the factor in front makes $\mathrm{d\_s} = 0$.
+# 3. $s = q\,k^\top \cdot d^{-1/2}$ (with $d$ columns in a head): first the number in front, then the product. With
+#    $\mathrm{d\_s}$ multiplied by $d^{-1/2}$, the rule of the linear layer ($x = q$, $W = k$) gives
+#    $\mathrm{d\_q} = \mathrm{d\_s}\,k$ and $\mathrm{d\_k} = \mathrm{d\_s}^\top q$.
+#
+# `swapaxes(-1, -2)` is the transpose of every matrix in a stack of them.
+#
+#     d_scores = softmax_backward(d_probabilities, probabilities)
+#     d_scores *= q.shape[-1] ** -0.5
+#     return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, d_v
+#
+# </details>
+
+# %%
+ends_in(
+    ops.multi_head_attention_backward,
+    "d_probabilities = d_out @ v.swapaxes(-1, -2)  # (B, H, Tq, Tk)",
+    "d_v = probabilities.swapaxes(-1, -2) @ d_out  # (B, H, Tk, d_head)",
+    "d_scores = softmax_backward(d_probabilities, probabilities)  # (B, H, Tq, Tk)",
+    "d_scores *= q.shape[-1] ** -0.5",
+    "return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, d_v",
+)
+in_the_library = ops.attention_backward(c, ops.attention(q, k, v, 1, 2)[1])
+for theirs, ours in zip(in_the_library, (d_q, d_k, d_v)):
+    assert_same(theirs, ours)
+
+
+# %% [markdown]
 # ## Cross-entropy
 #
 # $$\mathrm{loss} = -\frac1N \sum_{n} \ln p_{n,\,\mathrm{label}_n} \qquad\Rightarrow\qquad
@@ -396,6 +582,35 @@ d_logits = cross_entropy_backward(cache)
 check("d_logits", d_logits, lambda logits: cross_entropy(logits, labels)[0], logits, 1.0)
 
 # %% [markdown]
+# <details>
+# <summary>Derivation: cross-entropy</summary>
+#
+# One row with the label $l$. The logarithm of the softmax takes its fraction apart:
+#
+# $$-\ln p_l = \ln Z - s_l, \qquad Z = \sum_k e^{s_k}.$$
+#
+# So $\dfrac{\partial(-\ln p_l)}{\partial s_i} = \dfrac{e^{s_i}}{Z} - \delta_{il} = p_i - \delta_{il}$: the probability, less
+# one at the label. The loss is the mean over the $N$ rows that count, so every row's gradient is divided by $N$. A row with the
+# label $-1$ does not count, and its gradient is 0.
+#
+#     d_logits[counted, labels[counted]] -= 1.0
+#     return d_logits / probabilities.dtype.type(max(n_counted, 1))
+#
+# </details>
+
+# %%
+ends_in(
+    ops.cross_entropy_backward,
+    "d_logits[counted, labels[counted]] -= 1.0",
+    "return d_logits / probabilities.dtype.type(max(n_counted, 1))",
+)
+assert_same(ops.cross_entropy_backward(ops.cross_entropy(logits, labels)[1]), d_logits)
+with_one_less = np.where(np.arange(4) == 2, -1, labels)  # row 2 does not count
+theirs = ops.cross_entropy_backward(ops.cross_entropy(logits, with_one_less)[1])
+assert not theirs[2].any()
+assert_same(theirs[0], d_logits[0] * 4 / 3)
+
+# %% [markdown]
 # In the picture, a step *against* the gradient raises the logit of the label (negative gradient) and lowers all others,
 # most of all those that the model wrongly believed in.
 
@@ -417,6 +632,126 @@ right.bar(range(V), d_logits[row] * len(labels), color="#009E73")
 right.axhline(0, color="black", lw=1)
 right.set(xlabel="token id", ylabel="N x d_logits", title="Its gradient: the difference")
 plt.show()
+
+# %% [markdown]
+# ## What other models have instead
+#
+# GPT-2 has a norm with a mean, Llama turns its queries and keys and has a gate in its MLP. Three more backwards, and nearly
+# every language model of today is covered. Here are the library's own, checked in the same way.
+#
+# **LayerNorm**: $y = \gamma \odot \hat x + \beta$ with $\hat x = (x - \mathrm{mean}(x)) / \mathrm{std}(x)$.
+
+# %%
+x, gamma, beta = rng.normal(size=(4, 6)), rng.normal(size=6), rng.normal(size=6)
+y, cache = ops.layer_norm(x, gamma, beta)
+c = rng.normal(size=y.shape)
+check("d_x", ops.layer_norm_backward(c, cache, None, None), lambda x: ops.layer_norm(x, gamma, beta)[0], x, c)
+
+# %% [markdown]
+# <details>
+# <summary>Derivation: LayerNorm</summary>
+#
+# One row at a time. Centre it first: $z_j = x_j - \mu$ with $\mu = \tfrac1D\sum_k x_k$, so that
+# $\partial z_j/\partial x_i = \delta_{ij} - \tfrac1D$. Then $\hat x$ is the RMSNorm of $z$, because the variance of $x$ is the
+# mean square of $z$. From the derivation of RMSNorm
+#
+# $$\mathrm{d\_z}_j = r\,\Big(\mathrm{d\_\hat x}_j - \hat x_j \cdot \tfrac1D \sum_k \mathrm{d\_\hat x}_k\,\hat x_k\Big),$$
+#
+# and the chain rule through the centring subtracts the mean of $\mathrm{d\_z}$:
+#
+# $$\mathrm{d\_x}_i = \sum_j \mathrm{d\_z}_j\,(\delta_{ij} - \tfrac1D) = \mathrm{d\_z}_i - \tfrac1D \sum_j \mathrm{d\_z}_j .$$
+#
+# The second part of $\mathrm{d\_z}$ has mean 0, since $\sum_j \hat x_j = 0$. Only the mean of $\mathrm{d\_\hat x}$ is left to
+# subtract. So there are two projections, one for the mean and one for the length:
+#
+#     d_x_hat - d_x_hat.mean(axis=1, keepdims=True) - x_hat * np.mean(d_x_hat * x_hat, axis=1, keepdims=True)
+#
+# </details>
+
+# %%
+ends_in(
+    ops.layer_norm_backward,
+    "d_x_hat - d_x_hat.mean(axis=1, keepdims=True) - x_hat * np.mean(d_x_hat * x_hat, axis=1, keepdims=True)",
+)
+centred = x[0] - x[0].mean()
+r = 1 / np.sqrt(np.mean(centred**2) + 1e-5)
+measured = jacobian(lambda row: ops.layer_norm(row[None], np.ones(6), np.zeros(6))[0][0], x[0])
+derived = r * (np.eye(6) - 1 / 6 - r * r * np.outer(centred, centred) / 6)
+assert np.abs(measured - derived).max() < 1e-9
+
+# %% [markdown]
+# **RoPE** turns each pair of numbers of a query or key by an angle $\theta$, which is its position times the pair's frequency:
+# $y_1 = x_1\cos\theta - x_2\sin\theta$ and $y_2 = x_1\sin\theta + x_2\cos\theta$.
+
+# %%
+x, positions = rng.normal(size=(5, 8)), np.arange(5)
+y, cache = ops.rope(x, positions, n_heads=2)
+c = rng.normal(size=y.shape)
+check("d_x", ops.rope_backward(c, cache), lambda x: ops.rope(x, positions, 2)[0], x, c)
+
+# %% [markdown]
+# <details>
+# <summary>Derivation: RoPE</summary>
+#
+# A pair goes through a matrix that does not depend on it, $y = R\,x$ with
+# $R = \begin{pmatrix}\cos\theta & -\sin\theta\\ \sin\theta & \cos\theta\end{pmatrix}$. So $\partial y_j/\partial x_i = R_{ji}$ and
+#
+# $$\mathrm{d\_x}_i = \sum_j \mathrm{d\_y}_j\,R_{ji} = (R^\top\,\mathrm{d\_y})_i .$$
+#
+# The transpose of $R$ is $R$ with the sign of the sine changed: a turn back by the same angle. Nothing is trained here, so there is no
+# other gradient. The length of a pair's gradient stays what it was.
+#
+#     return _rotate_pairs(d_y, cache.cos, -cache.sin, cache.halves)
+#
+# </details>
+
+# %%
+ends_in(ops.rope_backward, "return _rotate_pairs(d_y, cache.cos, -cache.sin, cache.halves)")
+theta = 3.0  # position 3, and the first pair of a head has frequency 1
+turn = np.array([[np.cos(theta), -np.sin(theta)], [np.sin(theta), np.cos(theta)]])
+assert_same(y[3, :2], turn @ x[3, :2])
+assert_same(ops.rope_backward(c, cache)[3, :2], turn.T @ c[3, :2])
+assert_same(np.linalg.norm(ops.rope_backward(c, cache)), np.linalg.norm(c))
+
+# %% [markdown]
+# **SwiGLU** multiplies one linear layer's output by a bent gate: $y = \mathrm{silu}(g) \odot u$ with
+# $\mathrm{silu}(g) = g\,\sigma(g)$ and $\sigma(g) = 1/(1 + e^{-g})$.
+
+# %%
+gate, up = 2 * rng.normal(size=(4, 6)), rng.normal(size=(4, 6))
+y, cache = ops.swiglu(gate, up)
+c = rng.normal(size=y.shape)
+d_gate, d_up = ops.swiglu_backward(c, cache)
+check("d_gate", d_gate, lambda gate: ops.swiglu(gate, up)[0], gate, c)
+check("d_up", d_up, lambda up: ops.swiglu(gate, up)[0], up, c)
+
+# %% [markdown]
+# <details>
+# <summary>Derivation: SwiGLU</summary>
+#
+# $y = g\,\sigma\,u$ with $\sigma = \sigma(g)$, element by element. For $u$ the rest is a constant:
+# $\mathrm{d\_u} = \mathrm{d\_y}\; g\,\sigma$. For $g$, first the slope of the sigmoid:
+#
+# $$\sigma'(g) = \frac{e^{-g}}{(1 + e^{-g})^2} = \sigma\,\frac{e^{-g}}{1 + e^{-g}} = \sigma\,(1 - \sigma).$$
+#
+# The product rule for $g\,\sigma$ gives $\sigma + g\,\sigma(1-\sigma) = \sigma\,\big(1 + g\,(1 - \sigma)\big)$, and so
+#
+# $$\mathrm{d\_g} = \mathrm{d\_y}\; u\; \sigma\,\big(1 + g\,(1-\sigma)\big).$$
+#
+#     d_gate = d_y * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+#     return d_gate, d_y * gate * sigmoid
+#
+# </details>
+
+# %%
+ends_in(
+    ops.swiglu_backward,
+    "d_gate = d_y * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))",
+    "return d_gate, d_y * gate * sigmoid",
+)
+sigmoid = 1 / (1 + np.exp(-gate))
+assert_same(d_gate, c * up * sigmoid * (1 + gate * (1 - sigmoid)))
+assert_same(d_up, c * gate * sigmoid)
 
 # %% [markdown]
 # ## The residual stream
@@ -601,10 +936,21 @@ ax.set_title("Gradient norms at initialisation")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
+
+def norms_of(name):
+    return np.array([np.linalg.norm(getattr(block, name)) for block in deep_grads.blocks])
+
+
+for small, large in (("w_q", "w_v"), ("w_k", "w_v"), ("w_q", "w_ff2"), ("w_k", "w_ff2")):
+    ratios = norms_of(large) / norms_of(small)
+    print(f"{large:5} is pulled {ratios.min():.0f} to {ratios.max():.0f} times as strongly as {small}")
+flat = max(norms_of(name).max() / norms_of(name).min() for name in ("w_ff1", "w_ff2", "w_v", "w_o"))
+print(f"from block to block the norms of the other four differ by a factor of {flat:.1f} at most")
+
 # %% [markdown]
-# Two things to see. The curves are nearly flat: through the residual stream the lowest block is pulled as strongly as
-# the highest. And the queries and keys are pulled fifty times less than the values, and several hundred times less than
-# `w_ff2`. Attention is nearly uniform at first, and the gradient of `w_q` is a product with the keys, which are small
+# Two things to see. The curves are nearly flat: through the residual stream the lowest block is pulled about as strongly as
+# the highest. And the queries and keys are pulled far less than the values, and less still than `w_ff2`: the factors are
+# printed. Attention is nearly uniform at first, and the gradient of `w_q` is a product with the keys, which are small
 # (and the other way round).
 #
 # One step size for all would hardly move `w_q` and `w_k`. AdamW, the subject of notebook 3, divides each gradient by
@@ -640,7 +986,7 @@ def two_contributions(model, token_ids, labels):
     (logits, cache) = model.forward(token_ids)[1]
     _, loss_cache = ops.cross_entropy(logits, labels)
     as_output = model.new_gradients()
-    ops.linear_backward(ops.cross_entropy_backward(loss_cache), cache.unembed, as_output.token_embed)
+    ops.linear_backward(ops.cross_entropy_backward(loss_cache), cache.unembed.linear, as_output.token_embed)
     both = model.new_gradients()
     model.backward((logits, cache), labels, both)
     return as_output.token_embed, both.token_embed - as_output.token_embed
@@ -704,13 +1050,13 @@ print("after fill_zero:", max(np.abs(gradient).max() for _, gradient in grads.it
 
 # %%
 def broken_attention_backward(d_out, cache):
-    q, k, v, p = (array[0, :, 0] for array in cache[:4])  # batch 1, no groups: (n_heads, T, d) and (n_heads, T, T)
-    n_heads, _, d = q.shape
-    d_out = split_heads(d_out, n_heads)
-    d_p = d_out @ v.swapaxes(1, 2)
-    d_v = p.swapaxes(1, 2) @ d_out
-    d_s = p * (d_p + (d_p * p).sum(axis=-1, keepdims=True)) / np.sqrt(d)  # <- plus, should be minus
-    return join_heads(d_s @ k), join_heads(d_s.swapaxes(1, 2) @ q), join_heads(d_v)
+    q, k, v, p = (array[:, :, 0] for array in cache[:4])  # no groups: (B, H, T, d) and (B, H, T, T)
+    B, H, T, d = q.shape
+    d_out = d_out.reshape(B, T, H, d).swapaxes(1, 2)
+    d_p = d_out @ v.swapaxes(2, 3)
+    d_v = p.swapaxes(2, 3) @ d_out
+    d_s = p * (d_p + (d_p * p).sum(axis=-1, keepdims=True)) * d**-0.5  # <- plus, should be minus
+    return tuple(x.swapaxes(1, 2).reshape(B * T, H * d) for x in (d_s @ k, d_s.swapaxes(2, 3) @ q, d_v))
 
 
 broken_ops = SimpleNamespace(**vars(ops))
@@ -770,11 +1116,12 @@ plt.show()
 
 
 # %% [markdown]
-# Would one have noticed in training? We train the same small model twice by plain gradient descent, once with the right
-# backward and once with the broken one.
+# Would one have noticed in training? We train the same small model twice on our sentence, by plain gradient descent: once
+# with the right backward and once with the broken one. And then a model on real text, the documentation that comes with
+# Python, with AdamW, the optimizer of notebook 3.
 
 
-# %% alt="Training loss of a right and of a broken backward over 400 steps: the two curves lie on each other"
+# %%
 def losses_with(ops, steps=400, lr=0.05):
     model = toy.TransformerLM(V, 16, 32, 2, 2, 24, seed=0, init_scale=10, ops=ops, dtype=np.float64)
     grads = model.new_gradients()
@@ -787,29 +1134,59 @@ def losses_with(ops, steps=400, lr=0.05):
     return losses
 
 
-fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-ax.plot(losses_with(ops), label="right backward")
-ax.plot(losses_with(broken_ops), "--", label="wrong sign in attention")
-ax.axhline(np.log(V), color="black", ls=":", lw=1.5, label="uniform guess, ln V")
-ax.set(
-    xlabel="step",
-    ylabel="training loss (nats)",
-    yscale="log",
-    title="A broken backward can look like a working one",
+real_text = "".join(topics[name] for name in sorted(topics))
+real_tokenizer = CharTokenizer.from_text(real_text)
+real_ids = real_tokenizer.encode(real_text)
+
+
+def losses_on_real_text(ops, steps=400, batch=8, context=32):
+    model = toy.TransformerLM(real_tokenizer.vocab_size, 32, 128, 4, 2, context, seed=0, ops=ops)
+    grads, adamw = model.new_gradients(), toy.AdamW.bias_corrected(lr=3e-3)
+    m, v = np.zeros_like(grads.flat), np.zeros_like(grads.flat)
+    rng, losses = np.random.default_rng(0), []
+    for step in range(steps):
+        starts = rng.integers(0, len(real_ids) - context, batch)
+        windows = np.stack([real_ids[start : start + context + 1] for start in starts])
+        grads.fill_zero()
+        _, cache = model.forward(windows[:, :-1])
+        losses.append(model.backward(cache, windows[:, 1:], grads))
+        ops.adamw_step(model.parameters.flat, grads.flat, m, v, adamw.hp_for_step(step))
+    return losses
+
+
+# %% alt="Two panels of loss curves. Left, one sentence: both curves coincide. Right, real text: the broken one stays above."
+fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+curves = {"right backward": losses_with(ops), "wrong sign in attention": losses_with(broken_ops)}
+for style, (label, losses) in zip(("-", "--"), curves.items()):
+    left.plot(losses, style, label=label)
+left.axhline(np.log(V), color="black", ls=":", lw=1.5, label="uniform guess, ln V")
+left.set(xlabel="step", ylabel="training loss (nats)", yscale="log", title="One sentence: nobody would notice")
+left.legend()
+real = {"right backward": losses_on_real_text(ops), "wrong sign in attention": losses_on_real_text(broken_ops)}
+for style, (label, losses) in zip(("-", "--"), real.items()):
+    right.plot(smooth(losses, span=20), style, label=label)
+right.axhline(np.log(real_tokenizer.vocab_size), color="black", ls=":", lw=1.5)
+right.set(
+    xlabel="step", ylabel="training loss, smoothed (nats per character)", title="Real text: it learns, only worse"
 )
-ax.legend()
 plt.show()
 
+for label, losses in real.items():
+    print(f"{label:24} real text, mean of the last 50 steps: {np.mean(losses[-50:]):.2f} nats per character")
+last = [np.mean(losses[-50:]) for losses in real.values()]
+assert last[0] < last[1] < np.log(real_tokenizer.vocab_size)  # the broken one has learned too
+assert max(abs(a - b) for a, b in zip(*curves.values())) < 0.2  # on the sentence nobody sees a difference
+
 # %% [markdown]
-# The two curves lie on top of each other. This text can be learned by heart from the positions alone, and the optimizer
-# finds its way around the wrong part. On a harder task the model would have learned, only worse, and nobody could have
-# said why. A falling loss does not prove a backward. The check does, and `toy gradcheck` on the command line runs it
-# for every layer.
+# On the left the two curves lie nearly on top of each other. That sentence can be learned by heart from the positions alone,
+# and the optimizer finds its way around the wrong part. On the right the broken model learns as well, which characters are
+# frequent, and then falls behind. Without the other curve beside it, who could have said so? A falling loss does not prove a
+# backward. The check does, and `toy gradcheck` on the command line runs it for every layer.
 #
 # ## Exercises
 #
-# 1. Write `layer_norm` and its backward (subtract the mean, divide by the standard deviation, `gamma` and `beta`). What
-#    is subtracted in `d_x` that RMSNorm does not need? Compare with `ops.layer_norm_backward`.
+# 1. Without looking back: write `layer_norm` and its backward (subtract the mean, divide by the standard deviation, `gamma`
+#    and `beta`). What is subtracted in `d_x` that RMSNorm does not need? Compare with `ops.layer_norm_backward`.
 # 2. In `embedding_backward`, replace `np.add.at` by `d_table[ids] += d_out`. Which rows of `d_table` does the check
 #    complain about?
 # 3. Add `w_k` biases to the attention: `k + b`. Show with `check` that the gradient of `b` is zero, and explain it with

@@ -158,6 +158,27 @@ def draw(ax, history, vocab_size, n_steps):
 
 # %% [markdown]
 # The figure is made once, and every 50 steps its picture is replaced by a newer one. Run this cell and watch.
+#
+# Two things are noted down beside, for later: the token embedding before the first step, and now and then how strongly the
+# loss of one fixed batch pulls at each block.
+
+# %%
+embedding_before = training.recipe.parameters()["token_embed"]
+fixed = validation_batches(training.split.validation, batch=12, context=32, n_batches=1, seed=1)[0]
+
+
+def gradient_norms(training):
+    """The norm of the gradient of the token embedding, and of each block."""
+    model = model_from(training.config, training.recipe.parameters(), backend="numpy")
+    grads = model.new_gradients()
+    model.backward(model.forward(fixed.token_ids)[1], fixed.labels, grads)
+    blocks = [
+        np.sqrt(sum((g**2).sum() for name, g in grads.items() if name.startswith(f"blocks.{i}."))) for i in range(2)
+    ]
+    return [np.linalg.norm(grads.token_embed), *blocks]
+
+
+norms = {0: gradient_norms(training)}
 
 
 # %% alt="Training loss, faint and smoothed, and validation points over 1000 steps: from 4.6 nats quickly to 2.7, then slowly to about 1.9"
@@ -170,6 +191,7 @@ def train_and_watch(training, redraw_every=50):
         if event.kind == "run_end" or (event.kind == "step" and event.step % redraw_every == 0):
             draw(ax, history, training.config.vocab_size, training.options.steps)
             picture.update(fig)
+            norms[len(history.losses)] = gradient_norms(training)
     plt.close(fig)
     return history
 
@@ -187,10 +209,96 @@ for step, loss in history.validation.items():
 # $e^{\text{loss}}$ is called the *perplexity*: the model is as unsure as if it had to choose among that many equally
 # likely characters.
 #
-# The loss falls steeply while the frequent characters are learned, and slowly after that. The points lie a little below
-# the line, because the last part of this text is easier than the rest: a quarter of it is spaces. In a thousand steps
-# the model does not even see the whole text once, so it cannot know anything by heart. In a long run the line would
-# sink below the points, and the points are what counts.
+# The loss falls steeply while the frequent characters are learned, and slowly after that. Do the points lie on the line?
+
+# %%
+last_of_training = np.array(history.losses[-100:])
+last_of_validation = list(history.validation.values())[-1]
+difference = last_of_validation - last_of_training.mean()
+error = last_of_training.std() / np.sqrt(len(last_of_training))
+seen = options.steps * options.batch * options.context / len(training.split.train)
+print(f"training, mean of the last 100 steps: {last_of_training.mean():.3f} ± {error:.3f} nats")
+print(f"validation at the end:                {last_of_validation:.3f} nats, a difference of {difference:+.3f}")
+print(f"the run has read {seen:.2f} times as many characters as the training part has")
+
+# %% [markdown]
+# The validation part is made of whole documents from all over the text, as hard as the others on average, but not exactly:
+# it is a tenth of them. A small difference to either side is that luck. The run has read hardly anything twice, so it cannot
+# know it by heart. In a long run it would, the line would sink below the points, and the points are what counts.
+#
+# Here is what was noted down beside: how strongly the loss pulls at each part of the model.
+
+# %% alt="Three curves over the steps: the gradient norm of the token embedding and of the two blocks."
+fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+for label, curve, style in zip(
+    ["token embedding", "block 0", "block 1"], np.transpose(list(norms.values())), ["-", "--", ":"]
+):
+    ax.plot(list(norms), curve, style, marker="o", label=label)
+ax.set(
+    xlabel="step", ylabel="gradient norm (nats per unit of weight)", title="The pull of the loss, on one fixed batch"
+)
+ax.set(yscale="log")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# And the token embedding, a row of 64 numbers for each character, before and after. The map shows its two main axes: the
+# directions in which the rows differ most.
+
+
+# %% alt="Two maps of characters. Before training they lie at random. After training lower-case letters, digits and capitals form groups."
+def draw_map(ax, table, title):
+    """table: (V, D), a row for each character"""
+    centred = table - table.mean(axis=0)
+    _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+    places, share = centred @ axes[:2].T, (sizes[:2] ** 2).sum() / (sizes**2).sum()
+    kinds = {
+        "lower case": str.islower,
+        "capitals": str.isupper,
+        "digits": str.isdigit,
+        "other signs": lambda c: not c.isalnum(),
+    }
+    for (kind, belongs), colour in zip(kinds.items(), ["#0072B2", "#D55E00", "#009E73", "0.5"]):
+        ax.plot([], [], "s", color=colour, label=kind)
+        for character, (x, y) in zip(training.tokenizer.characters, places):
+            if belongs(character):
+                shown = {" ": "␣", "\n": "⏎"}.get(character, character)
+                ax.text(x, y, shown.replace("$", r"\$"), color=colour, ha="center", va="center", fontsize=13)
+    low, high = places.min(axis=0), places.max(axis=0)
+    ax.set(
+        xlim=(low[0] * 1.1, high[0] * 1.1),
+        ylim=(low[1] * 1.1, high[1] * 1.1),
+        xlabel="first axis",
+        ylabel="second axis",
+    )
+    ax.set_title(f"{title}: {share:.0%} of the variance")
+
+
+fig, axes = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
+embedding_after = training.recipe.parameters()["token_embed"]
+draw_map(axes[0], embedding_before, "before")
+draw_map(axes[1], embedding_after, "after")
+axes[1].legend(fontsize=11)
+plt.show()
+
+
+# %%
+def likeness(table, first, second):
+    """The mean cosine between the rows of two groups of characters, each row with others."""
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    at = [[training.tokenizer.characters.index(c) for c in group] for group in (first, second)]
+    cosines = unit[at[0]] @ unit[at[1]].T
+    return cosines[~np.equal.outer(*at)].mean()
+
+
+for when, table in (("before", embedding_before), ("after", embedding_after)):
+    pairs = [("aeiou", "aeiou"), ("0123456789", "0123456789"), ("aeiou", "0123456789")]
+    told = ", ".join(f"{a[0]}..{a[-1]} and {b[0]}..{b[-1]} {likeness(table, a, b):+.2f}" for a, b in pairs)
+    print(f"{when:6} mean cosine of {told}")
+
+# %% [markdown]
+# Nobody told the model that vowels are alike, or digits. Characters that are followed by the same characters get similar
+# rows, because that is what the loss rewards.
 
 # %% [markdown] exercise="perplexity"
 # First the mean, then the exponential.
@@ -245,23 +353,25 @@ for temperature in [0.2, 0.8, 1.5]:
 # From here on the model runs on the textbook operations (`backend="numpy"`), which keep the attention probabilities in
 # their cache.
 
-# %% alt="Loss of the last character over the number of characters shown, from 1 to 32: it falls steeply to 4 and is nearly flat after 8"
+# %% alt="Loss of the last character over the number of characters shown, from 1 to 31: it falls steeply to 4 and slowly after that"
 trained = model_from(training.config, training.recipe.parameters(), backend="numpy")
 windows = validation_batches(training.split.validation, batch=1000, context=32, n_batches=1, seed=0)[0]
 
 
 def loss_with_context(model, length):
-    """Mean loss of the last character of every window when only the `length` characters before it are shown."""
+    """Mean loss of the last character of every window when only the `length` characters before it are shown, and its error."""
     logits, _ = model.forward(windows.token_ids[:, -length:])  # (B, length, V)
     logits, labels = logits[:, -1], windows.labels[:, -1]  # (B, V), (B,)
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return -log_p[np.arange(len(labels)), labels].mean()
+    losses = -log_p[np.arange(len(labels)), labels]
+    return losses.mean(), losses.std() / np.sqrt(len(losses))
 
 
-lengths = [1, 2, 4, 8, 16, 32]
+lengths = [1, 2, 4, 8, 16, 31]
 fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
-ax.plot(lengths, [loss_with_context(trained, length) for length in lengths], "o-", ms=9)
+means, errors = np.transpose([loss_with_context(trained, length) for length in lengths])
+ax.errorbar(lengths, means, errors, fmt="o-", ms=9, capsize=5)
 ax.set_xscale("log", base=2)
 ax.set_xticks(lengths, lengths)
 ax.set(
@@ -273,9 +383,19 @@ plt.show()
 
 
 # %% [markdown]
-# Nearly all of the gain comes from the last four characters: the model knows which letters follow each other. Beyond
-# eight there is nothing to be gained yet; that takes a longer training and a larger model. The last point is even a
-# little worse, and exercise 2 asks why.
+# The bars are standard errors over the 1000 windows. The windows are the same for every length, so two neighbouring points
+# share most of their luck; how sure a *difference* is, comes from the differences window by window.
+
+# %%
+for length, mean, error in zip(lengths, means, errors):
+    print(f"{length:2} characters shown: {mean:.3f} ± {error:.3f} nats")
+gain = (means[0] - means[2]) / (means[0] - means[-1])
+print(f"the last four characters bring {gain:.0%} of what 31 bring")
+
+# %% [markdown]
+# Most of the gain comes from the last few characters: the model knows which letters follow each other. To use more of the
+# text takes a longer training and a larger model. With 32 characters shown the prediction would be made at the very last
+# position, which is a case of its own: exercise 2.
 
 # %% [markdown]
 # ## Attention maps
@@ -342,11 +462,41 @@ fig.colorbar(image, ax=ax, label="mean probability")
 plt.show()
 
 # %% [markdown]
-# In the run printed here, the heads of block 0 look at the last few characters, most of all at the one before. That is
-# how a model learns which letters follow each other. Head 0 of block 0 has found something more: in the maps above, the
-# letters of `list` and of `is` look at the space before their word. The heads of block 1 have no preferred distance;
-# which character they choose depends on what it is. The numbers of the heads mean nothing, and another seed distributes
-# the roles differently.
+# What does a head do in the middle of a word? Over the same windows: how often does a letter give most of its probability to
+# the character before it, and how often to the space before its word? And what do the letters of `list` look at in the
+# sentence above?
+
+
+# %%
+def looks_at(maps, characters):
+    """maps (H, T, T) of a text -> for each head, which key each query looks at most: (H, T)"""
+    return [[characters[key] for key in row] for row in maps.argmax(axis=-1)]
+
+
+some = windows.token_ids[:200]
+all_maps = attention_maps(trained, some).reshape(len(some), -1, some.shape[1], some.shape[1])  # (B, L * H, T, T)
+texts = [training.tokenizer.decode(row) for row in some]
+print("most of the probability goes to    the one before  the space before the word    list looks at")
+for head in range(n_layers * n_heads):
+    before, space, letters = 0, 0, 0
+    for words, of_text in zip(texts, all_maps[:, head]):
+        for query in range(2, len(words)):
+            start = words.rfind(" ", 0, query)
+            if start < 0 or query - start < 2 or not words[start + 1 : query + 1].isalpha():
+                continue  # not inside a word, or its beginning is not in the window
+            letters, key = letters + 1, of_text[query].argmax()
+            before, space = before + (key == query - 1), space + (key == start)
+    seen = "".join(looks_at(maps.reshape(-1, T, T)[head : head + 1], text)[0][7:11]).replace(" ", "␣")
+    name = f"block {head // n_heads}, head {head % n_heads}"
+    print(
+        f"{name:34} {before / letters:14.0%}  {space / letters:25.0%}    l→{seen[0]} i→{seen[1]} s→{seen[2]} t→{seen[3]}"
+    )
+
+# %% [markdown]
+# Look for a head with a high number in the first column: that is how a model learns which letters follow each other. A high
+# number in the second is something more, a head that knows where its word began; as the last column shows, not every letter
+# of every word follows it. The heads of block 1 often have no preferred distance; which character they choose depends on what
+# it is. The numbers of the heads mean nothing, and another seed distributes the roles differently.
 #
 # ## Two learning rates in one picture
 #
@@ -368,7 +518,15 @@ figure.set(dpi=95)
 display(figure)
 
 # %% [markdown]
-# Ten times smaller is not wrong, only slow: after 300 steps it has come to where the larger rate was before step 90.
+# Ten times smaller is not wrong, only slow. How slow?
+
+# %%
+slow, fast = (smooth(load_curve(run)["loss"], span=20) for run in runs)
+reached = int(np.argmax(fast <= slow[-1])) + 1
+print(f"after 300 steps the smaller rate is at {slow[-1]:.3f} nats; the larger one was there at step {reached}")
+assert reached < 150
+
+# %% [markdown]
 # Too large a rate looks different, and exercise 1 asks how.
 #
 # A directory is all that is needed to use a model later.

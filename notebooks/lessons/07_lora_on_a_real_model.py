@@ -40,6 +40,7 @@ from toy.engines.adapters import TARGETS
 from toy.files.places import find_model
 from toy.models.generation import generate
 from toy.plots import lesson_style, smooth
+from toy.trained.look import look_inside
 from toy.training import LoRAOptions, Training
 
 lesson_style()
@@ -51,6 +52,47 @@ print(f"{gguf.n_parameters:,} parameters in {gguf.n_bytes / 1e6:.0f} MB")
 print(f"{config.n_layers} layers, {config.d_model} wide, {config.vocab_size:,} tokens in the vocabulary")
 
 # %% [markdown]
+# ## Look inside first
+#
+# What does such a model do with a prompt? `toy look smollm2-135m --prompt "The capital of France is"` makes a page of it for a
+# browser. Its numbers are at hand in Python too: the attention of every head, and what the model would say if it had to
+# answer after each block (the *logit lens*: the residual stream of that depth, put through the last norm and the head).
+
+# %% alt="Left, the attention of one head of SmolLM2 over five words. Right, the probability of Paris, near zero until the last blocks."
+with toy.load("smollm2-135m") as loaded:
+    words = loaded.tokenizer
+    ids = words.encode("The capital of France is")
+    inside = look_inside(loaded.model, words, ids)
+pieces = [words.decode([i]) for i in ids]
+paris = inside.followed[-1].tolist().index(words.encode(" Paris")[0])
+rising = inside.followed_probabilities[-1, paris]  # (L+1,)
+
+# the head whose last token looks most at "France", the beginning of the text aside, where many heads rest
+at = pieces.index(" France")
+layer, head = np.unravel_index(inside.attention[:, :, -1, at].argmax(), inside.attention.shape[:2])
+fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+shown = np.where(np.triu(np.ones((len(ids), len(ids)), bool), k=1), np.nan, inside.attention[layer, head])
+image = left.imshow(shown, cmap="viridis", vmin=0, vmax=1)
+left.set_xticks(range(len(ids)), pieces, rotation=30)
+left.set_yticks(range(len(ids)), pieces)
+left.set(xlabel="key: looked at", ylabel="query: looking", title=f"Attention of block {layer}, head {head}")
+fig.colorbar(image, ax=left, label="probability")
+right.plot(range(-1, config.n_layers), rising, "o-", ms=5)  # -1: the embedding alone
+right.set(
+    xlabel="after block (-1: the embedding alone)",
+    ylabel='probability of " Paris"',
+    ylim=(-0.02, 1),
+    title="The logit lens at the last token",
+)
+plt.show()
+for block in (20, 27, 28, 29):
+    print(f"after block {block}: {rising[block + 1]:.2f}")
+assert rising[21] < 0.01 < rising[29] < 0.5 < rising[30]  # it comes late, and suddenly
+
+# %% [markdown]
+# For most of its way the stream says nothing of Paris; the last blocks turn it there. Keep the picture in mind: all that LoRA
+# changes is small beside what is there already.
+#
 # ## The idea
 #
 # Fine-tuning changes a matrix $W$ to $W + \Delta W$. LoRA's assumption is that $\Delta W$ can be of low rank $r$, so it
@@ -252,11 +294,19 @@ for event in training.run():
 plt.close(fig)
 
 # %% [markdown]
-# The batches differ a lot, some parts of the chapter are tables and others prose. So look at the red points, which are
-# measured on the same tokens each time. By the end the model has seen three quarters as many tokens as the training
-# part has. Most of what can be gained on the red points is gained in the first ten steps: form is learned fast. The
-# blue line goes on down: windows overlap, so parts of the text come back, and what comes back can be remembered. The
-# red points are what counts.
+# The batches differ a lot, some parts of the chapter are tables and others prose, so the blue line jumps. The red points are
+# measured on the same tokens each time. Here they are as numbers.
+
+# %%
+for step, loss in validation.items():
+    print(f"after {step:2} steps: held-out loss {loss:.3f} nats per token")
+total, first = validation[0] - validation[30], validation[0] - validation[10]
+read = training.options.steps * CONTEXT / len(training.split.train)
+print(f"the first ten steps brought {first / total:.0%} of the gain; read: {read:.0%} of the training part's length")
+
+# %% [markdown]
+# Form is learned fast. What the blue line does beyond the red points is another thing: windows overlap, so parts of the text
+# come back, and what comes back can be remembered. The red points are what counts.
 #
 # ## After
 #
@@ -267,6 +317,7 @@ after = np.stack([token_losses(window) for window in windows])
 zen_after = token_losses(zen).mean()
 difference = (before - after).mean()
 error = (before - after).std() / np.sqrt(before.size)
+print("the four windows from above, without what is left over at the end of the held-out part:")
 print(
     f"held-out loss {before.mean():.3f} -> {after.mean():.3f} nats per token: lower by {difference:.2f} ± {error:.2f}"
 )
@@ -280,9 +331,9 @@ for prompt in PROMPTS:
 # The ± is the standard error over the tokens (taken as independent, which neighbours are not quite). The margin is many
 # times as large: it is no luck.
 #
-# The samples have taken on the form: an empty line, an indented paragraph that begins with *Return*, a break before the
-# line gets long. Before, the model went on with code. What it says about methods that do not exist is made up, as it
-# has to be: a few hundred lines teach a manner, hardly any facts.
+# How much of the form do the samples have? Look for the empty line between two entries, `str.` at the margin, a break before the
+# line gets long. Before, the model closed a code block and explained, or went on with code. What it says about methods that
+# do not exist is made up, as it has to be: a few hundred lines teach a manner, hardly any facts.
 #
 # The Zen of Python is predicted about as well as before, so the model has not paid for its new manner by forgetting
 # others, at least not in so short a run. And the base was not touched: without the adapters it is what it was.
@@ -355,8 +406,8 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The loss of white space is halved. Words gain too, but less: they are the content, and the manual's vocabulary is only
-# a part of it.
+# The numbers on the bars say it: white space gains most, then the other signs. Words gain too, but less: they are the content,
+# and the manual's vocabulary is only a part of it.
 #
 # ## What the adapters did
 #

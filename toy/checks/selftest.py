@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,16 +134,16 @@ def _realize(case, backend, device, folder):
     recipe, kind = ON_FILES[case]
     path = Path(folder, f"{kind}.gguf")
     if not path.exists():
-        write_gguf(path, BASE, Llama(BASE, seed=1, init_scale=4.0).parameters, type=kind)
+        drawn = Llama(BASE, seed=1, init_scale=4.0).parameters
+        write_gguf(path, BASE, {name: drawn[name] for name in drawn}, type=kind)
     gguf = GGUF.open(path)
-    realize = recipe(backend=backend, device=device).realize
-    if recipe is LoRA:
-        realize = partial(realize, rank=4, targets=("q", "v", "down"))
-    made = realize(gguf, None, opts=RecipeOptions(t_seq=BASE.context_length, t_batch=BATCH), keep_gradients=True)
-    if recipe is LoRA:  # half of the gradients of fresh adapters are zeros
-        rng = np.random.default_rng(2)
-        drawn = {name: 0.1 * rng.standard_normal(array.shape) for name, array in made.parameters().items()}
-        made.load_parameters(drawn)
+    options = RecipeOptions(t_seq=BASE.context_length, t_batch=BATCH)
+    if recipe is FullFinetune:
+        return FullFinetune(backend=backend, device=device).realize(gguf, None, options, keep_gradients=True)
+    made = LoRA(backend=backend, device=device)
+    made.realize(gguf, None, 4, options, targets=("q", "v", "down"), keep_gradients=True)
+    rng = np.random.default_rng(2)  # half of the gradients of fresh adapters would be zeros
+    made.load_parameters({name: 0.1 * rng.standard_normal(array.shape) for name, array in made.parameters().items()})
     return made
 
 

@@ -194,7 +194,7 @@ class LanguageModel(Model):
     embed: Callable[..., tuple[Array, Any]]
     embed_backward: Callable[[Array, Any, GradientTree], None]
     block_forward: Callable[..., tuple[Array, Any]]
-    unembed_rows: Callable[[Array], tuple[Array, Any]]
+    unembed_rows: Callable[[Any], tuple[Any, Any]]
     unembed_backward: Callable[[Array, Any, GradientTree], Array]
     loss_rows: Callable[[Array, Array, GradientTree | None], tuple[float, Array | None]]
 
@@ -203,10 +203,8 @@ class LanguageModel(Model):
         super().__init__(config, seed, **options)
         self.lora_scale = lora_scale
 
-    def forward_rows(
-        self, token_ids: Array, positions: Array, batch: int, kv_cache: "KeyValueCache | None" = None
-    ) -> tuple[Array, Cache]:
-        """token_ids, positions: int (N,) -> logits (N, V), cache."""
+    def forward_rows(self, token_ids: Array, positions: Array, batch: int, kv_cache: Any = None) -> tuple[Array, Any]:
+        """token_ids, positions: int (N,) -> logits (N, V), `Cache`. kv_cache: what extends as a `KeyValueCache` does."""
         x, embed_cache, block_caches = self.hidden_rows(token_ids, positions, batch, kv_cache)  # (N, D)
         logits, unembed_cache = self.unembed_rows(x)  # (N, V)
         return logits, Cache(embed_cache, block_caches, unembed_cache)
@@ -221,9 +219,9 @@ class LanguageModel(Model):
         token_ids: Array,
         positions: Array,
         batch: int,
-        kv_cache: "KeyValueCache | None" = None,
+        kv_cache: Any = None,
         keep_cache: bool = True,
-    ) -> tuple[Array, Any, list[Any]]:
+    ) -> tuple[Any, Any, list[Any]]:
         """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), and the caches of `embed` and of
         the blocks.
 
@@ -248,10 +246,13 @@ class LanguageModel(Model):
         self.embed_backward(d_x, embed_cache, grads)
 
     def loss(self, inputs: Mapping[str, Array], labels: Array, batch: int, grads: GradientTree | None = None) -> float:
-        x, *caches = self.hidden_rows(**inputs, batch=batch, keep_cache=grads is not None)  # (N, D)
+        keep = grads is not None
+        x, embed_cache, block_caches = self.hidden_rows(
+            inputs["token_ids"], inputs["positions"], batch, keep_cache=keep
+        )  # (N, D)
         loss, d_x = self.loss_rows(x, labels, grads)
-        if grads is not None:
-            self.hidden_rows_backward(d_x, *caches, grads, release_cache=True)
+        if grads is not None and d_x is not None:
+            self.hidden_rows_backward(d_x, embed_cache, block_caches, grads, release_cache=True)
         return loss
 
     @property

@@ -467,7 +467,7 @@ def attention_backward(d_out: Array, cache: AttentionCache) -> tuple[Array, Arra
     if slope is None:
         d_q, d_k, d_v = multi_head_attention_backward(d_out, q, k, v, probabilities)
     else:
-        d_q, d_k, d_v = _capped_attention_backward(d_out, *cache)
+        d_q, d_k, d_v = _capped_attention_backward(d_out, q, k, v, probabilities, slope)
     # the query heads of a group share one key/value head: its gradient is their sum
     return _from_heads(d_q), _from_heads(d_k.sum(axis=2, keepdims=True)), _from_heads(d_v.sum(axis=2, keepdims=True))
 
