@@ -29,7 +29,7 @@ from ggml_bridge.loading import SOURCES
 
 BACKENDS = ("cuda", "vulkan")
 NAME, _, VERSION = SOURCES.partition("==")
-ROOM = {"cuda": 1.5e9, "vulkan": 0.6e9}  # bytes that building takes, sources and result included, rounded up
+ROOM = {"cuda": 0.5e9, "vulkan": 0.5e9}  # bytes that building takes, sources and result included, rounded up
 ARCHITECTURES = "75 for RTX 20, 80 for A100, 86 for RTX 30, 89 for RTX 40, 90 for H100, 120 for RTX 50"
 
 COMMON = {

@@ -158,6 +158,7 @@ def test_every_constructor_is_tested():
         "compute",
         "describe",
         "explain",
+        "geglu",  # a table of float16 numbers: test_decoding.py
         "input",
         "limit",
         "on_upload",

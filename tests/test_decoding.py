@@ -345,6 +345,27 @@ def test_rows_are_written_into_half_precision():
         assert (target.download() == wanted).all()
 
 
+def test_ggmls_own_gelu():
+    """As exact as its table of float16 numbers is on the CPU."""
+    x, up = np.random.default_rng(0).normal(0, 2, (2, 5, 12)).astype(np.float32)
+    exact = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    with ggml_bridge.Backend("cpu", 1) as backend:
+        g = backend.graph()
+        inputs = g.input((5, 12)), g.input((5, 12))
+        alone, gated = g.output(g.unary(inputs[0], "gelu")), g.output(g.geglu(*inputs))
+        with pytest.raises(ValueError, match=r"geglu: .* must be of the same shape"):
+            g.geglu(inputs[0], g.input((5, 4)))
+        with pytest.raises(ValueError, match=r"geglu: .* view with gaps|geglu: .* strided"):
+            g.geglu(g.transpose(inputs[0]), g.transpose(inputs[1]))
+        assert ggml_bridge.metal_unsupported(g) == []
+        g.allocate()
+        inputs[0].upload(x)
+        inputs[1].upload(up)
+        g.compute()
+        assert np.abs(alone.download() - exact).max() < 3e-3
+        assert np.abs(gated.download() - exact * up).max() < 3e-3 * np.abs(up).max()
+
+
 def test_repacked_weights_give_the_same_products():
     generator = np.random.default_rng(0)
     w = generator.normal(size=(64, 256)).astype(np.float32)

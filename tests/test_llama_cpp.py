@@ -452,6 +452,24 @@ def test_an_exported_adapter_on_the_quantised_base(lora_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kernels")
+def test_the_greedy_text_of_a_quantised_file():
+    """By the ggml graph, which rounds as llama.cpp does, its prompt too on cpu-native."""
+    pytest.importorskip("tokenizers", reason="the tokenizers library is not installed (pip install tokenizers)")
+    path = smollm2()
+    if path is None:
+        pytest.skip(f"SmolLM2-135M is not in the cache ({COMMAND})")
+    judge, loaded = LlamaCpp(path, half_cache=True), toy.load(path, backend="ggml", device="cpu-native")
+    assert loaded.generator.how == "ggml graph, activations rounded as in llama.cpp"
+    exact = toy.load(path, backend="ggml", precision="f32")
+    for prompt, rounding_shows in (("The capital of France is", True), ("def add(a, b):\n", False)):
+        text = loaded.generate(prompt, 64, temperature=0)
+        assert text == judge.write(prompt, 64)
+        if rounding_shows:
+            assert text != exact.generate(prompt, 64, temperature=0)
+
+
+@pytest.mark.slow
 def test_smollm2(tmp_path):
     """Log-probabilities on the F32 re-export, the tokenizer on documents, and a chat."""
     pytest.importorskip("gguf", reason="the gguf package is not installed (pip install gguf)")

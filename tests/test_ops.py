@@ -363,7 +363,7 @@ def signatures(table):
     """{name: [(parameter, default, kind)]} of the public functions of a table; what it imports for checks is none."""
     if inspect.ismodule(table):
         ours = {n: f for n, f in vars(table).items() if inspect.isroutine(f) and f.__module__.startswith("toy.")}
-        elsewhere = ("toy.arrays", "toy.op_table", "toy._kernels.arrays")
+        elsewhere = ("toy.arrays", "toy.op_table", "toy.quantized", "toy._kernels.arrays")
         functions = {n: f for n, f in ours.items() if f.__module__ not in elsewhere}
     else:
         functions = {name: f for name in dir(table) if inspect.isfunction(f := getattr(table, name))}

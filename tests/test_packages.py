@@ -139,7 +139,7 @@ def test_the_sdist_holds_the_sources_and_their_tests(sdist, unpacked, sources):
     assert wanted <= names
     assert {"setup.py", "build_backend.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= names
     assert {name for name in names if Path(name).suffix in BUILT} == set()
-    assert sdist.stat().st_size < 1_000_000
+    assert sdist.stat().st_size < 1_500_000  # sources as text; with what Cython makes of them it would be twice that
 
 
 def test_the_wheel_holds_the_packages_alone(wheel, unpacked):

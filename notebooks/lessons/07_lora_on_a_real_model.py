@@ -331,9 +331,9 @@ for prompt in PROMPTS:
 # The ± is the standard error over the tokens (taken as independent, which neighbours are not quite). The margin is many
 # times as large: it is no luck.
 #
-# The samples have taken on the form: an empty line, an indented paragraph that begins with *Return*, a break before the
-# line gets long. Before, the model went on with code. What it says about methods that do not exist is made up, as it
-# has to be: a few hundred lines teach a manner, hardly any facts.
+# How much of the form do the samples have? Look for the empty line between two entries, `str.` at the margin, a break before the
+# line gets long. Before, the model closed a code block and explained, or went on with code. What it says about methods that
+# do not exist is made up, as it has to be: a few hundred lines teach a manner, hardly any facts.
 #
 # The Zen of Python is predicted about as well as before, so the model has not paid for its new manner by forgetting
 # others, at least not in so short a run. And the base was not touched: without the adapters it is what it was.
@@ -406,8 +406,8 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The loss of white space is halved. Words gain too, but less: they are the content, and the manual's vocabulary is only
-# a part of it.
+# The numbers on the bars say it: white space gains most, then the other signs. Words gain too, but less: they are the content,
+# and the manual's vocabulary is only a part of it.
 #
 # ## What the adapters did
 #

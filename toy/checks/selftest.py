@@ -134,7 +134,8 @@ def _realize(case, backend, device, folder):
     recipe, kind = ON_FILES[case]
     path = Path(folder, f"{kind}.gguf")
     if not path.exists():
-        write_gguf(path, BASE, dict(Llama(BASE, seed=1, init_scale=4.0).parameters), type=kind)
+        drawn = Llama(BASE, seed=1, init_scale=4.0).parameters
+        write_gguf(path, BASE, {name: drawn[name] for name in drawn}, type=kind)
     gguf = GGUF.open(path)
     options = RecipeOptions(t_seq=BASE.context_length, t_batch=BATCH)
     if recipe is FullFinetune:

@@ -194,7 +194,7 @@ class LanguageModel(Model):
     embed: Callable[..., tuple[Array, Any]]
     embed_backward: Callable[[Array, Any, GradientTree], None]
     block_forward: Callable[..., tuple[Array, Any]]
-    unembed_rows: Callable[[Array], tuple[Array, Any]]
+    unembed_rows: Callable[[Any], tuple[Any, Any]]
     unembed_backward: Callable[[Array, Any, GradientTree], Array]
     loss_rows: Callable[[Array, Array, GradientTree | None], tuple[float, Array | None]]
 
@@ -221,7 +221,7 @@ class LanguageModel(Model):
         batch: int,
         kv_cache: Any = None,
         keep_cache: bool = True,
-    ) -> tuple[Array, Any, list[Any]]:
+    ) -> tuple[Any, Any, list[Any]]:
         """token_ids, positions: int (N,) -> the residual stream after the last block (N, D), and the caches of `embed` and of
         the blocks.
 

@@ -36,7 +36,8 @@ def generator(model: LanguageModel, backend: str = "auto", device: str = "auto",
 
     model: on an eager op table. precision: "auto" takes, on backend ggml, the graph of `toy.engines.decoding`, whose products
     round the activations beside quantised weights, as llama.cpp's do; "f32" computes in float32 throughout, as evaluation
-    does. A model that the graph does not take is generated from op by op, with a notice; on another device than the CPU that
+    does. On the device "cpu" prompts are read by the compiled kernels, in float32 and sooner; "cpu-native" rounds there too.
+    A model that the graph does not take is generated from op by op, with a notice; on another device than the CPU that
     is a ValueError. Other errors as `check_generator`.
     """
     choice = check_generator(backend, device, precision)
@@ -44,7 +45,7 @@ def generator(model: LanguageModel, backend: str = "auto", device: str = "auto",
     itself = Generator(cast(GeneratingModel, model), f"{table}, float32")
     if choice.backend != "ggml" or precision == "f32":
         return itself
-    from toy.engines.decoding import Decoder
+    from toy.engines.decoding import EAGER_PROMPT, Decoder
 
     try:
         decoder = Decoder(model, choice)
@@ -56,4 +57,6 @@ def generator(model: LanguageModel, backend: str = "auto", device: str = "auto",
         )
     place = "" if choice.device.startswith("cpu") else f" on {choice.device}"
     numbers = "activations rounded as in llama.cpp" if decoder.rounds_activations else "float32"
+    if decoder.rounds_activations and choice.device == "cpu":
+        numbers += f", {EAGER_PROMPT} tokens of a prompt or more by the compiled kernels in float32"
     return Generator(decoder, f"ggml graph{place}, {numbers}")

@@ -27,7 +27,7 @@ class Slot:
 class Integers:
     """An integer vector (N,) that is filled at every step; its numbers are below `limit`.
 
-    narrow: int32, what ggml's own operations read; tensor: what the ops of the table read. role: among the arrays of a step."""
+    narrow: int32, what ggml's own operations read; tensor: what the ops of the table read. role: in the arrays of a step."""
 
     ndim = 1
 
