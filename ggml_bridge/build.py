@@ -306,7 +306,7 @@ def _compile(
     if "ninja" in tools:
         defines += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}"]
     started = time.monotonic()
-    with open(log, "w", encoding="utf-8") as file:
+    with open(log, "w", encoding="utf-8", newline="\n") as file:
         for step in (
             [cmake, "-S", str(sources), "-B", made, f"-DCMAKE_INSTALL_PREFIX={work / 'installed'}", *defines],
             [cmake, "--build", made, "--config", "Release", "--parallel", str(jobs)],
