@@ -6,11 +6,12 @@ Jupyter opens it too, once jupytext is installed). Out of it come two notebooks:
     notebooks/NN_name.ipynb             for students: every exercise is a blank, nothing has been run
     notebooks/solutions/NN_name.ipynb   with the solutions and all outputs
 
-Two things in a source are this project's own:
+Three things in a source are this project's own:
 
     # %% [markdown] exercise="softmax"  an exercise of toy.check: its statement, the stub (or the solution), and the check.
                                         The text of the cell is a hint, folded away. nbgrader's metadata is added.
     # %% alt="What the picture shows"   a code cell that draws: the text for those who do not see the picture
+    ![What it shows](attachment:NAME)  a picture of docs/, which goes into the notebook, so that it is seen everywhere
 
 A number on the command line is a lesson ("3"); without one all are made. Without --run the outputs in a notebook of
 solutions stay where no code was changed; with it the notebook is executed.
@@ -42,6 +43,7 @@ METADATA = {
 }
 VISIBLE = 16  # of 255: a difference between two colours
 _BLANK = re.compile(r"  #\?", re.MULTILINE)
+_ATTACHED = re.compile(r"\(attachment:([\w-]+\.svg)\)")
 
 
 def paths(source):
@@ -66,12 +68,22 @@ def build(source, solved):
             cells.append(new_code_cell(cell.source, metadata={} if alt is None else {"alt": alt}))
         else:
             cells.append(new_markdown_cell(cell.source))
+            if attached := _attachments(cell.source):
+                cells[-1].attachments = attached
     counts: dict[str, int] = {}
     for cell in cells:  # the same cells have the same names at every run
         digest = hashlib.sha256(cell.source.encode()).hexdigest()[:12]
         counts[digest] = counts.get(digest, 0) + 1
         cell.id = digest if counts[digest] == 1 else f"{digest}-{counts[digest]}"
     return new_notebook(cells=cells, metadata=METADATA)
+
+
+def _attachments(text):
+    """The pictures that a text shows, as a notebook keeps them: {file name: {media type: base64}}."""
+    pictures = {
+        name: (FOLDER.parent / "docs" / name).read_text(encoding="utf-8").encode() for name in _ATTACHED.findall(text)
+    }
+    return {name: {"image/svg+xml": base64.b64encode(picture).decode()} for name, picture in pictures.items()}
 
 
 def _exercise(name, hint, solved):

@@ -3,7 +3,7 @@
 import json
 import re
 
-from site_pages import picture, words
+from site_pages import words
 from site_pages.repository import ROOT, online, relink
 from toy.checks.exercises.engine import LESSONS
 from toy.checks.exercises.tasks import TASKS
@@ -81,7 +81,9 @@ def for_the_site(notebook, number, path, row, where):
         cell = {**cell, "metadata": {}}
         if cell["cell_type"] == "markdown":
             text = without_gaps(source(cell), headings)
-            cell["source"] = relink(text, {name: f"../{page}" for name, page in where.items()})
+            cell.pop("attachments", None)  # they lie beside the pages
+            linked = relink(text, {name: f"../{page}" for name, page in where.items()})
+            cell["source"] = linked.replace("(attachment:", "(../")
         else:
             cell["metadata"] = {"mystnb": {"image": of_picture(cell["outputs"], number)}}
         pages.append(cell)
@@ -139,8 +141,6 @@ def preface(number, path, row):
     relative = path.relative_to(ROOT).as_posix().replace("solutions/", "")
     if links := online(relative):
         lines.append("Open it in " + " or ".join(f"[{name}]({address})" for name, address in links) + ".")
-    if number == 1:
-        lines.append(f"![{picture.ALT}](../architecture.svg)")
     new = words.by_lesson().get(number, [])
     if new:
         listed = "\n".join(f"* **{word.term}**: {word.meaning}" for word in new)

@@ -69,7 +69,7 @@ print(f"{text[:12]!r} is {ids[:12]}")
 # %% [markdown]
 # Whether you did it with numpy or with a loop, this is the table. A dark field is a pair that occurs often.
 
-# %% alt="The table of counts as a grid of 24 by 24 fields, the first character of a pair downwards and the second to the right; few fields are dark, the darkest are space then t, h then e, and t then h"
+# %% alt="The table of counts as a grid of 24 by 24 fields, the first character of a pair downwards and the second to the right; few fields are dark, the darkest are space then t, e then space, h then e, and t then h"
 counts = np.zeros((V, V), int)
 for k in range(N - 1):
     counts[ids[k], ids[k + 1]] += 1
@@ -131,7 +131,7 @@ print("a uniform die:", write(np.full((V, V), 1 / V), 60, seed=0))
 print("the table:    ", write(probabilities, 60, seed=0))
 
 # %% [markdown]
-# Not English, but one sees what it was made from: words have a length, and most of its pairs can be spoken.
+# Not English, but one sees what it was made from: words have a length, and one of them is `the`.
 #
 # ## How good is it?
 #
@@ -164,8 +164,9 @@ plt.show()
 # %% [markdown]
 # ## A table that can be trained
 #
-# Counting works for pairs. For ten tokens in a row there are more possibilities than there is text in the world, and
-# nothing to count. So we learn another way, on the same table, where we can see whether it comes to the same.
+# Counting works for pairs, though most fields hold a zero even here. For ten tokens in a row there are $V^{10}$
+# possibilities, and nearly all of them never occur in a text. So we learn another way, on the same table, where we can
+# see whether it comes to the same.
 #
 # The table now holds any numbers, positive or negative, called *logits*. The *softmax* makes probabilities of a row: it
 # takes the exponential of each number, which is positive, and divides by their sum.
@@ -312,7 +313,7 @@ for number, moved in [(a, (2 + h, -3, 10)), (b, (2, -3 + h, 10)), (c, (2, -3, 10
 # The same as a picture: values in black, computed from left to right; slopes in orange, from right to left.
 
 
-# %% alt="The graph of (a times b plus c) squared plus a: five steps from left to right, under each number its value in black and its slope in orange; the slope of a is minus 23, made of two ways"
+# %% alt="The graph of (a times b plus c) squared plus a: three numbers and four steps from left to right, under each its value in black and its slope in orange; the slope of a is minus 23, made of two ways"
 def draw_graph(end, places, title):
     _, ax = plt.subplots(figsize=(12, 4.6), layout="constrained")
     for number, (x, y) in zip(end.steps(), places):
@@ -383,7 +384,9 @@ def slope_of(logits):
 
 slope = slope_of(zeros)
 print(f"e after h: by the formula {slope[h_then_e]:.8f}, measured {measured_slope(0.0):.8f}")
-print(f"all {slope.size} slopes of a row sum to zero: {np.abs(slope.sum(axis=1)).max():.0e}")
+print(f"the {V} slopes of every row sum to zero, up to {np.abs(slope.sum(axis=1)).max():.0e}")
+no_smoothing = -np.mean(np.log((counts / n_first)[first, second]))
+print(f"loss of counts / n, the lowest there is: {no_smoothing:.3f} nats, with the smoothing {loss_counted:.3f}")
 
 # %% [markdown]
 # ## Downhill
@@ -423,9 +426,9 @@ plt.show()
 
 # %% [markdown]
 # The larger the learning rate, the faster, until the steps are too long: with 100 they leap from one side of the valley
-# to the other, and never come to rest. To try three values, each ten times the last, and to look at the curves, is how
-# a learning rate is found for large models too. (Theirs are far smaller than 10. This model bears such steps because it
-# is so simple.)
+# to the other, and have not come to rest after 300 steps. To try three values, each ten times the last, and to look at
+# the curves, is how a learning rate is found for large models too. (Theirs are far smaller than 10. This model bears
+# such steps because it is so simple.)
 #
 # ## The S in SGD
 #
@@ -433,7 +436,7 @@ plt.show()
 # and their slopes instead of all. They point in about the right direction, and a step costs little.
 
 
-# %% alt="Loss of batches of 32 pairs over 3000 steps as a cloud of points from 1.2 to 2.4 nats; the loss on the whole text is a smooth line inside the cloud that comes close to the counted loss"
+# %% alt="Loss of batches of 32 pairs over 3000 steps as a cloud of points, nearly all from 1.2 to 2.4 nats; the loss on the whole text is a smooth line inside the cloud that comes close to the counted loss"
 def train_sgd(lr, n_steps, batch, seed):
     """SGD from zeros. Returns the table, the loss of every batch, and the loss on the whole text after every 50 steps."""
     rng = np.random.default_rng(seed)
@@ -458,7 +461,9 @@ ax.axhline(loss_counted, color="black", lw=1.5, ls=(0, (7, 2)), label="counted")
 ax.set(xlabel="step", ylabel="loss (nats per character)", title="Every batch says something else, and it works")
 ax.legend(markerscale=4)
 plt.show()
-print(f"trained: {of_text[-1]:.3f} nats on the whole text, counted: {loss_counted:.3f}")
+all_pairs = train(lr=5.0, n_steps=3000)[1][-1]  # the same steps, but none of the luck of a batch
+print(f"trained: {of_text[-1]:.3f} nats on the whole text, with all pairs in every step {all_pairs:.3f}")
+print(f"counted: {loss_counted:.3f}")
 print(f"batches of the last 500 steps: {of_batch[-500:].mean():.2f} +- {of_batch[-500:].std():.2f} nats")
 
 # %% [markdown]
@@ -467,14 +472,18 @@ print(f"batches of the last 500 steps: {of_batch[-500:].mean():.2f} +- {of_batch
 #
 # Is it the same table now? The probabilities of both, side by side:
 
-# %% alt="Two tables of probabilities, counted and trained with SGD, that look alike field by field"
+# %% alt="Two tables of probabilities, counted and trained with SGD, that look alike"
 fig, axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
 show_table(axes[0], probabilities, "Counted", "probability")
 show_table(axes[1], softmax(trained), "Trained with SGD", "probability")
 plt.show()
 
 difference = np.abs(softmax(trained) - probabilities)
-print(f"difference of a probability: {difference.mean():.4f} in the mean")
+worst = characters[difference.max(axis=1).argmax()]
+print(
+    f"difference of a probability: {difference.mean():.4f} in the mean, at most {difference.max():.2f}, behind {worst!r}"
+)
+print(f"{worst!r} begins {n_first[id_of[worst], 0]} of the {N - 1} pairs")
 print("counted:", write(probabilities, 60, seed=1))
 print("trained:", write(softmax(trained), 60, seed=1))
 
@@ -484,9 +493,9 @@ print("trained:", write(softmax(trained), 60, seed=1))
 # ## What comes next
 #
 # A bigram looks at one token. After `th` and after `oth` it says the same, for it sees only the `h`. No training will
-# take it below the loss of the counts; to get lower, a model has to look further back. The next lesson does that: there
-# the row of logits is not looked up in a table but *computed*, from all tokens so far. What comes behind it, softmax,
-# loss, slope and step, you know already.
+# take it below the loss of the counts without smoothing; to get lower, a model has to look further back. The next
+# lesson does that: there the row of logits is not looked up in a table but *computed*, from all tokens so far. What
+# comes behind it, softmax, loss, slope and step, you know already.
 #
 # ## Exercises
 #

@@ -65,7 +65,12 @@ print(f"position {T - 1}: after {text[:T]!r} comes {text[T]!r}")
 # %% [markdown]
 # ## The model
 #
-# This model is tiny, so that every array can be printed. Its weights are random: nothing has been learned yet.
+# Here is all that happens in it, with the shape of every array. The parts come one after the other below; look back at
+# the picture, to see where you are.
+#
+# ![The architecture of the readable transformer, with the shape of every array](attachment:architecture.svg)
+#
+# Ours is tiny, so that every array can be printed. Its weights are random: nothing has been learned yet.
 # (`init_scale=10` makes them ten times larger than one would choose for training. With small weights an untrained
 # model treats all tokens nearly alike, and there would be nothing to see in the pictures below.)
 #

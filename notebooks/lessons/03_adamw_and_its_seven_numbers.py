@@ -102,7 +102,7 @@ for lr in (0.01, 0.07, 0.085):
 
 # %% [markdown]
 # The star is the lowest point. One learning rate for both directions is a bad bargain: as much as the steep one bears,
-# and the flat one gets on by a few percent a step.
+# and the flat one gets on by less than 8 percent a step.
 #
 # ## Momentum
 #
@@ -131,10 +131,10 @@ for lr in (0.01, 0.07, 0.085):
 # First bring `v` up to date, then use the new one. `eps` is added to the root, not under it.
 
 # %% [markdown]
-# Both on the valley, beside SGD with the best it can do.
+# Both on the valley, beside SGD with nearly the largest learning rate that it bears.
 
 
-# %% alt="Three pictures of the valley: SGD zigzags and is not there yet; momentum swings from side to side and is there; RMSProp goes diagonally to the floor of the valley and then straight along it"
+# %% alt="Three pictures of the valley: SGD zigzags and ends shortly before the lowest point; momentum swings from side to side and is there; RMSProp goes to the floor of the valley and then straight along it, and ends a little before where SGD does"
 def momentum(lr, mu=0.7):
     def step(g, memory, t):
         memory["u"] = mu * memory.get("u", 0.0) + g
@@ -192,10 +192,11 @@ for name, optimizer in OPTIMIZERS.items():
 # `t` is counted from 1, so in the first step the factor is `1 - beta`, and the corrected mean is the gradient itself.
 
 # %% [markdown]
-# The mean needs ten steps to be filled with $\beta_1 = 0.9$, and a thousand with $\beta_2 = 0.999$. So it is above all
-# $v$ that would be too small without the correction, and since one divides by its root, the steps would be too *long*.
+# The mean is two thirds full after ten steps with $\beta_1 = 0.9$, and after a thousand with $\beta_2 = 0.999$. So it
+# is above all $v$ that would be too small without the correction, and since one divides by its root, the steps would be
+# too *long*.
 
-# %% alt="On the left the running means of a constant gradient of 1: with 0.9 full after 30 steps, with 0.999 only after thousands, corrected at 1 from the start. On the right the step of a constant gradient: 1 with the correction, without it up to more than six"
+# %% alt="On the left the running means of a constant gradient of 1: with 0.9 nearly full after 30 steps, with 0.999 after 3000, corrected at 1 from the start. On the right the step of a constant gradient: 1 with the correction, without it up to more than six"
 steps = np.arange(1, 3001)
 m, v = 1 - 0.9**steps, 1 - 0.999**steps  # the running means of a gradient that is always 1
 
@@ -211,6 +212,7 @@ for ax in axes:
     ax.set(xlabel="step t", xscale="log")
     ax.legend()
 plt.show()
+print(f"full after 10 steps with beta1: {m[9]:.0%}, after 1000 with beta2: {v[999]:.0%}")
 print(
     f"longest step without the correction: {(m / np.sqrt(v)).max():.2f} times lr, at t = {steps[(m / np.sqrt(v)).argmax()]}"
 )
@@ -516,7 +518,7 @@ def train(adamw, clip=None):
 
 curves = {name: train(row) for name, (row, _) in CONVENTIONS.items()}
 
-# %% alt="Training losses for the three rows. In the first 30 steps constant slots beta2 = 0.95 begin most slowly; over 400 smoothed steps the two conventions end close together and the third, beta2 = 0.999 without a correction, stays above them"
+# %% alt="Training losses for the three rows. In the first 30 steps constant slots beta2 = 0.95 begin most slowly; over 400 smoothed steps the two conventions end close together and the third, beta2 = 0.999 without a correction, lies above them from about step 100 on"
 fig, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
 for name, (losses, _) in curves.items():
     style = CONVENTIONS[name][1]
@@ -533,8 +535,8 @@ plt.show()
 
 # %% [markdown]
 # The order of the first steps is the order of the first step sizes. Later the two conventions lie close together, so
-# neither is wrong. The row that must not be has thrown its weights around in the beginning, and is behind to the end of
-# the picture.
+# neither is wrong. The row that must not be has thrown its weights around in the beginning: it is the first at step 10,
+# and the last at the end of the picture.
 #
 # ## Clipping
 #

@@ -108,7 +108,7 @@ plt.show()
 # %% [markdown] exercise="error_of_max"
 # The largest difference, divided by the largest expected number: two maxima of absolute values.
 
-# %% alt="Differences between the loss curves of pairs of engines on a logarithmic axis, from 1e-9 at first to about 1e-5 after 150 steps; a run with nudged weights differs as much or more"
+# %% alt="Differences between the loss curves of pairs of engines on a logarithmic axis, from 1e-7 and less at first to at most 1e-5 later; a run with nudged weights mostly differs more"
 nudged = realize("cython")
 nudged.load_parameters({name: np.nextafter(w, np.float32(np.inf)) for name, w in nudged.parameters().items()})
 differences = {
@@ -137,16 +137,16 @@ print("ggml twice, bit for bit the same:", np.array_equal(again, losses["ggml"][
 
 
 # %% [markdown]
-# The engines differ from each other no more than a run differs from itself when its weights change in their last digit.
+# The engines differ from numpy no more than a run differs from itself when its weights change in their last digit.
 # So no engine is the right one and the others wrong. (The points of cython and ggml often lie on each other, because
 # they run the same compiled operations.) One engine with the same seed and the same number of threads gives the same
-# bits every time.
+# bits again: the last line says so for ggml.
 
 # %% [markdown]
 # ## Why the order of a sum changes
 #
 # Nobody changes the order for fun. A matrix product is a sum over `K` for each of its elements, and a processor is fast
-# only with what lies in its cache, some hundred kilobytes. So a fast product takes a piece of the `K` axis at a time,
+# only with what lies in its cache, a small memory beside it. So a fast product takes a piece of the `K` axis at a time,
 # and adds up the products of the pieces.
 
 # %% [markdown] exercise="matmul_in_blocks"
@@ -221,7 +221,7 @@ for name, table in [("numpy", reference), ("cython", accelerated)]:
         rows.append(row)
     times[name] = {kind: np.median([row[kind] for row in rows], axis=0) for kind in rows[0]}
 
-# %% alt="Milliseconds for each op, forward and backward, with numpy and with cython: attention, linear, gelu and rms_norm take most of the time in numpy, linear is what is left in cython"
+# %% alt="Milliseconds for each op, forward and backward, with numpy and with cython: attention, linear, gelu and rms_norm take most of the time in numpy; in cython attention, gelu and rms_norm take much less, and linear has the largest share"
 order = sorted(times["numpy"], key=lambda kind: times["numpy"][kind].sum())
 fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharex=True, sharey=True)
 for ax, (name, seconds) in zip(axes, times.items()):
@@ -414,8 +414,8 @@ plt.show()
 #
 # The native graph has several times as many nodes: a norm, a GELU or an attention is one node in the one spelling and a
 # composition of simple operations in the other. A realized recipe tells all about its graph with `explain()`: the
-# counts here, and with `print(recipe.explain())` the whole table. These graphs are a little longer than ours, because
-# the engine also records the norm of the gradient.
+# counts here, and with `print(recipe.explain())` the whole table. These graphs are longer than ours, because the model
+# has two blocks, and because the engine also records the norm of the gradient.
 
 # %%
 for name in ["ggml", "ggml native"]:

@@ -339,7 +339,7 @@ print("loss before training:", first_loss, "  ln 3 =", np.log(3))
 
 
 # %% [markdown]
-# Again the gradient by hand, now through two layers. This is notebook 2 in ten lines.
+# Again the gradient by hand, now through two layers. This is notebook 2 in two short functions.
 
 
 # %%
@@ -366,7 +366,7 @@ for name, gradient in gradients.items():
     error = np.linalg.norm(gradient - exact[name]) / np.linalg.norm(exact[name])
     print(f"{name}  relative error {error:.0e}")
 
-# %% alt="On the left the training loss over 1000 steps on a logarithmic axis, from ln 3 to about 0.001; on the right three arms of a spiral, each in a region of its own colour"
+# %% alt="On the left the training loss over 1000 steps on a logarithmic axis, from a little above ln 3 to about 0.001; on the right three arms of a spiral, each in a region of its own colour"
 losses = [first_loss]
 for k in range(1, 1000):
     losses.append(network.step(points, arms, adamw.hp_for_step(k), is_first=False))
@@ -405,15 +405,15 @@ print(f"loss {losses[0]:.3f} -> {losses[-1]:.4f}, right: {right:.1%}")
 #   reader;
 # * an elementwise node whose input ends there writes over it;
 # * otherwise the smallest free gap is taken that is large enough;
-# * a place is given away only four nodes after its last reader, so that threads which are a little behind still find
-#   it.
+# * a place is given away only two nodes after its last reader: two neighbouring nodes may be computed as one, which
+#   reads what the first one reads while it writes what the second one writes.
 #
 # With the node list we can make the plan ourselves.
 
 # %%
 # elementwise nodes, and over how many of their sources they may write
 OVERWRITES = {"ADD": 2, "SUB": 2, "MUL": 2, "DIV": 2, "SILU": 1, "LOG": 1, "SOFT_MAX": 1}
-DELAY = 4  # nodes
+DELAY = 2  # nodes
 ALIGNMENT = 64  # bytes: every place begins at a multiple
 
 
@@ -501,9 +501,10 @@ everything = sum(place.size for place in places)
 print(f"every result in a place of its own   {everything:>9,} bytes")
 print(f"our plan                             {end:>9,} bytes")
 print(f"the plan of the session              {s.explain().bytes['graph']:>9,} bytes")
+assert end == s.explain().bytes["graph"]
 
 
-# %% alt="The memory plan: time goes right, memory goes up; two large boxes of the forward stay until the backward has read them, those of the backward lie above, each for a short time"
+# %% alt="The memory plan: time goes right, memory goes up; two large boxes of the forward stay until the backward has read them; of the four large ones of the backward three lie above, each for a short time, and the last lies where a forward one was"
 def draw_plan(places, end, nodes, part_names):
     _, ax = plt.subplots(figsize=(12, 6), layout="constrained")
     for place in places:
@@ -541,8 +542,8 @@ draw_plan(places, end, nodes, network.parts)
 # Training needs memory because the backward reads what the forward computed. That is why the two large boxes from the
 # forward stay for so long: the gradient of `w2` reads the result of `SILU`, and `SILU_BACK` reads its input. Next to
 # them one sees the rules at work. `ADD` took over the place of the `MUL_MAT` before it. The place of `SILU` went to the
-# `MUL_MAT` of the backward, and three `CONT` share one, one after the other. But `SILU_BACK` had to go to the top: its
-# two inputs were still needed, and the first `CONT` had not ended long enough ago.
+# second large `CONT` of the backward. But `SILU_BACK` had to go to the top: its two inputs were still needed, and
+# neither `SILU` nor the first large `CONT` had ended long enough ago.
 #
 # ## Bytes
 #
@@ -550,7 +551,7 @@ draw_plan(places, end, nodes, network.parts)
 # and `metadata` (the descriptions of the nodes). Which of them grow with the depth of a network? The answer is
 # different for training and for a forward pass alone.
 
-# %% alt="Memory of the graph over 1 to 16 layers: with training it grows in proportion, for a forward pass alone it stays at about 250 kB"
+# %% alt="Memory of the graph over 1 to 16 layers: with training it grows with every layer, for a forward pass alone it stays the same from four layers on"
 n_weights = sum(int(np.prod(w.shape)) for w in network.w.values())
 print(f"{n_weights} weights of 4 bytes, and two moments for each: {3 * 4 * n_weights:,} bytes")
 print("explain():", network.session.explain().bytes, "(with gaps, so that every tensor is aligned)")
@@ -587,15 +588,16 @@ for train, label, style in [(True, "training", "o-"), (False, "forward alone", "
     sizes = [graph_bytes(int(depth), train) for depth in depths]
     ax.plot(depths, np.array(sizes) / 1024, style, ms=8, label=label)
     print(f"{label:14} {[f'{size // 1024} kB' for size in sizes]}")
+print(f"the weights of {depths[-1]} layers, with two moments: {depths[-1] * 3 * 4 * 64 * 64 // 1024} kB")
 ax.set(xlabel="layers", ylabel="memory of the graph (kB)", ylim=(0, None), xticks=depths, title="What depth costs")
 ax.legend()
 plt.show()
 
 
 # %% [markdown]
-# A forward pass alone has no use for old results: it needs the same few places however deep the network is. Training
-# keeps results of every layer, so it grows with the depth, and with the number of rows. With many rows this is more
-# than the weights themselves need.
+# A forward pass alone has no use for old results: from four layers on it needs the same few places however deep the
+# network is. Training keeps results of every layer, so it grows with the depth, and with the number of rows. With the
+# 256 rows here this is more than the weights need, even with their moments.
 #
 # ## Out of order
 #
@@ -695,5 +697,5 @@ for mistake in [
 # 2. In the network above, train `w2` and `b2` alone: no `set_param`, `tensor_grad` and `opt_step_adamw` for the others.
 #    How does the picture of the memory plan change, and what does it say about training only the last layers of a
 #    model?
-# 3. Set `DELAY` to zero in our planner. It saves little, although `SILU_BACK` no longer has to wait for a place. Draw
-#    the plan: which small tensor lies in the way, and how could a better planner avoid this?
+# 3. Set `DELAY` to zero in our planner. How many bytes does it save, and whose place does `SILU_BACK` take now? Draw
+#    the plan: what may lie in one place at neighbouring nodes, and would go wrong if the two were computed as one?

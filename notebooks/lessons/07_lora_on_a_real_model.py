@@ -401,6 +401,7 @@ for offset, values, colour, label in [(-0.2, before, "0.6", "before"), (0.2, aft
     bars = ax.bar(np.arange(3) + offset, means, width=0.38, color=colour, label=label)
     ax.bar_label(bars, fmt="%.2f")
 ax.set_xticks(range(3), [f"{name}\n({(kinds == name).mean():.0%} of the tokens)" for name in names])
+ax.margins(y=0.15)  # room for the number on the highest bar
 ax.set(ylabel="loss (nats per token)", title="Loss by kind of token")
 ax.legend()
 plt.show()

@@ -103,8 +103,8 @@ plt.show()
 # %% [markdown]
 # ## What is new in a Llama
 #
-# Between the transformer of lesson 1 and this model lie four changes. RMSNorm you know already. Here are the other
-# three, each with its backward, because it was trained.
+# Between the transformer of lesson 1 and this model lie three changes; the RMSNorm is the same. Here they are, each
+# with its backward, because it was trained.
 #
 # **SwiGLU.** The MLP has two matrices side by side, and one of them opens and closes the other:
 # $y = \mathrm{silu}(\text{gate}) \odot \text{up}$. SiLU, $x\,\sigma(x)$, is smooth and close to GELU. A product has the
@@ -424,6 +424,9 @@ def log_softmax(logits):
 model = model_from(config, parameters, backend="numpy")
 excerpt = validation[1000 : 1000 + CONTEXT - 1]
 ours = log_softmax(model.forward(excerpt)[0])  # (T, V)
+wrong_way_round = parameters | {"blk.0.attn_q.weight": parameters["blk.0.attn_q.weight"].T.copy()}
+off = np.abs(log_softmax(model_from(config, wrong_way_round, backend="numpy").forward(excerpt)[0]) - ours)
+print(f"W_q of the first layer transposed: {np.mean(off > 1e-3):.1%} of the log-probabilities move by more than 1e-3")
 if xllamacpp:
     judge = LlamaCpp(paths["f32"])
     theirs = judge.log_probabilities(excerpt)
@@ -434,7 +437,7 @@ if xllamacpp:
 else:
     print(NO_JUDGE)
 
-# %% alt="Log-probabilities of all characters at each position as numpy computes them, and below the differences from llama.cpp, which are 1e-8 to 1e-4"
+# %% alt="Log-probabilities of all characters at each position as numpy computes them, and below the differences from llama.cpp, nearly all below 1e-5"
 if xllamacpp:
     characters = [{" ": "␣", "\n": "⏎"}.get(c, c) for c in tokenizer.decode(excerpt)]
     pixels = dict(aspect="auto", interpolation="nearest")
@@ -459,7 +462,7 @@ else:
 # Above: a light row is a character that is likely nearly everywhere, such as the space near the top. Below: what is
 # left between the two programs is rounding, in the sixth digit or so. Everything has to be right for that: every matrix
 # the right way round, the pairs of RoPE, the sharing of heads, the epsilon in the norm. A single transposed square
-# matrix would still run, and this picture would be yellow all over.
+# matrix would still run, and this picture would be of its brightest colour nearly all over: the share is printed above.
 #
 # The greedy text, where each program always takes the character it finds most likely:
 
@@ -565,8 +568,8 @@ if not xllamacpp:
 
 
 # %% [markdown]
-# A quarter of the bytes, and the loss moves in the fourth digit behind the point, here even to the better: an error
-# that small helps as often as it harms. llama.cpp is a little further away from the float32 model than numpy is,
+# Little more than a quarter of the bytes, and the loss moves in the fourth digit behind the point, here even to the
+# better: an error that small can help as well as harm. llama.cpp is further away from the float32 model than numpy is,
 # because it rounds the activations too before it multiplies: integers times integers are faster.
 #
 # So how few bits are enough? We can find out without any file, by rounding the matrices the way `Q8_0` does, to $b$
@@ -589,7 +592,7 @@ for b in bits:
     candidate = {n: rounded(w, b) if w.ndim == 2 else w for n, w in parameters.items()}
     costs.append(loss_of(candidate) - exact)
     errors.append(relative_error(candidate))
-    print(f"{b} bits and the scale: loss {exact + costs[-1]:.3f} ({costs[-1]:+.4f})")
+    print(f"{b} bits and the scale: error {errors[-1]:.3f}, loss {exact + costs[-1]:.3f} ({costs[-1]:+.4f})")
 
 fig, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
 axes[0].semilogy(bits, errors, "o-", ms=9)
@@ -604,7 +607,7 @@ for ax in axes:
 plt.show()
 
 # %% [markdown]
-# Each bit less doubles the error of the weights (a bit more at the end), that is the straight line on the left. The
+# Each bit less doubles the error of the weights (the last ones do more), that is the straight line on the left. The
 # loss takes no notice for a long time and then goes up steeply. This bend is why models are passed around in four or
 # five bits. The model of notebook 7 is one of them: its type `Q4_1` stores a minimum beside the scale of each block, so
 # that none of its sixteen values is wasted.

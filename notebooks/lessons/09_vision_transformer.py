@@ -231,9 +231,9 @@ plt.show()
 #
 # ## Training
 #
-# A thousand images are few, and a transformer knows nothing about images: not that a 7 that is moved by a pixel is
-# still a 7. We show it. Every time an image is drawn it is turned, stretched, slanted and moved a little, each time in
-# another way.
+# Fourteen hundred images are few, and a transformer knows nothing about images: not that a 7 that is moved by a pixel
+# is still a 7. We show it. Every time an image is drawn it is turned, stretched, slanted and moved a little, each time
+# in another way.
 
 # %% alt="A digit and eight deformed copies of it: turned, slanted, stretched and moved a little"
 fig, axes = plt.subplots(1, 9, figsize=(12, 2.3), layout="constrained")
@@ -247,7 +247,7 @@ plt.show()
 # %% [markdown]
 # The recipe is `ViTTiny`: it trains every weight, starting from random ones. A step takes images and their labels, and
 # the loss is the mean cross-entropy as always. The learning rate rises for 20 steps and then falls along half a cosine.
-# Run this cell; it takes less than half a minute.
+# The cell that trains takes longer than all others here.
 
 # %% [markdown]
 # How many images are right is counted with the largest logit of each row.
@@ -280,7 +280,7 @@ for k in range(N_STEPS):
 for step, (loss, accuracy) in tests.items():
     print(f"after {step:3} steps: test loss {loss:.3f} nats, {accuracy:.1%} of the test images right")
 
-# %% alt="On the left the training loss and the test loss over 600 steps, from 2.5 to about 0.15; on the right the share of test images that are right, up to about 95 percent"
+# %% alt="On the left the training loss and the test loss over 600 steps, the points from 2.6 down to 0.13 close to the line of the training; on the right the share of test images that are right, up to 95.5 percent"
 fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 left.plot(losses, color=BLUE, alpha=0.25, lw=1)
 left.plot(smooth(losses, span=20), color=BLUE, label="training, smoothed")
@@ -380,7 +380,7 @@ plt.show()
 
 # %% [markdown]
 # Full orange is a quarter of all attention or more; sixteen patches alike would get a sixteenth each. To itself the
-# class token gives next to nothing. Many of the orange patches lie on ink, but not all: some are paper, and that there
+# class token gives less than that. Many of the orange patches lie on ink, but not all: some are paper, and that there
 # is no ink says something too.
 #
 # The mean hides that the heads have different tastes. For every head: how does its attention to a patch go together
@@ -459,7 +459,7 @@ print(f"correlation of ink and harm:       {correlation(ink, harm).mean():.2f}")
 # 16 places: how similar is its row to all others (the cosine of the angle between them)?
 
 
-# %% alt="For each of 16 places the similarity of its position row to all others: high beside the place itself, lower far away"
+# %% alt="For each of 16 places the similarity of its position row to all others: on the average higher to the left and right of the place itself than farther away"
 def similarity(positions):
     """(T, D) -> (P, P) cosines, without the class token's row, and without what all places share."""
     rows = positions[1:] - positions[1:].mean(axis=0)
@@ -495,9 +495,9 @@ assert learned[PAIRS["side by side"]].mean() > learned[PAIRS["farther"]].mean() 
 
 # %% [markdown]
 # The dot marks the place itself, and orange is what is like it. At first no place was like another. Now those that lie
-# side by side have become alike: a stroke that is in one of them is often in the other too, so the model found their
-# rows by the images alone. (The original paper shows the same picture for 7 x 7 patches and a large model, where it is
-# much clearer.)
+# side by side are on the average more alike than others: a stroke that is in one of them is often in the other too, so
+# the model found this by the images alone. (The original paper shows the same picture for 7 x 7 patches and a large
+# model, where it is much clearer.)
 #
 # ## Saved, loaded, and from the command line
 #
