@@ -247,7 +247,6 @@ plt.show()
 # %% [markdown]
 # The recipe is `ViTTiny`: it trains every weight, starting from random ones. A step takes images and their labels, and
 # the loss is the mean cross-entropy as always. The learning rate rises for 20 steps and then falls along half a cosine.
-# The cell that trains takes longer than all others here.
 
 # %% [markdown]
 # How many images are right is counted with the largest logit of each row.
