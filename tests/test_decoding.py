@@ -241,7 +241,7 @@ def test_without_memory_to_grow_nothing_is_lost(llama, decode, monkeypatch):
 
 
 def test_numbers_that_are_none_stay_in_their_text(decode):
-    """A token with a damaged embedding: rows of the store that a token does not see are multiplied by 0, and 0 * NaN is NaN."""
+    """A token with a damaged embedding: what a token does not see of the store is multiplied by 0, and 0 * NaN is NaN."""
     model = random_model(dataclasses.replace(CONFIGS["llama"], untied=True))
     model.parameters["token_embd.weight"][V - 1] = np.nan
     text = np.r_[IDS[:3], 5, V - 1, 7]

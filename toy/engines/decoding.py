@@ -184,7 +184,8 @@ class Decoder:
         n_rows = padded(length)
         recorded = self._graphs.get(n == 1)
         if recorded is None or (recorded.n, recorded.n_rows) != (n, n_rows):
-            if self._graphs.pop(n == 1, None) is not None:
+            self._graphs.pop(n == 1, None)
+            if recorded is not None:
                 recorded.graph.close()
             self._graphs[n == 1] = recorded = _DecodingGraph(self, n, n_rows)
         return recorded
