@@ -135,7 +135,8 @@ class Decoder:
 
     def explain(self) -> "Explanation":
         """What reads one token: the nodes, the number of splits, and the bytes; str() is a table."""
-        return self._recorded(1, max(1, len(self._in_store.ids) if self._in_store else 1)).graph.explain()
+        with self._lock:
+            return self._recorded(1, max(1, len(self._in_store.ids) if self._in_store else 1)).graph.explain()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
