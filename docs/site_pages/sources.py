@@ -76,12 +76,20 @@ def kernels(op):
     arithmetic, others_there = [], []  # functions of C; those of Python count where there are none, as for `split`
     for path in sorted((ROOT / "toy" / "_kernels").glob("*.pyx")):
         file, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
-        pieces = [
-            body
-            for name, body in compiled_functions(text)
+        functions = dict(compiled_functions(text))
+        wanted = {
+            name
+            for name in functions
             if (name == op or name.startswith(root + "_")) and not name.startswith(tuple(others))
+        }
+        pieces = [functions[name] for name in functions if name in wanted]
+        for name in [
+            name for name in wanted if functions[name].startswith("cdef void")
+        ]:  # what only hands over to others
+            wanted |= {other for other in functions if f" {other}(a, ith, nth)" in functions[name]}
+        computing = [
+            functions[name] for name in functions if name in wanted and functions[name].startswith("cdef void")
         ]
-        computing = [body for body in pieces if body.startswith("cdef void")]
         if computing:
             arithmetic.append((file, "\n\n".join(computing)))
         elif pieces:

@@ -417,7 +417,7 @@ def multi_head_attention_backward(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# attention as models call it: on rows, and with what some models add to the plain one
+# attention as models call it: on rows, and with what some models add to the plain one:
 # grouped-query (Ainslie et al. 2023): query head h reads key/value head h // (H/G). The heads get one axis more,
 # (B, G, H/G, T, d_head), on which k and v have a length of 1: numpy lends it to all query heads of the group
 # ----------------------------------------------------------------------------------------------------------------------
