@@ -1051,6 +1051,15 @@ cdef class Backend:
                 place(buffer, leaf.t, offset)
         return 0
 
+    def forget_pending(self):
+        """Let go of the persistent tensors made since the last call of `allocate` that gave memory: they get none any more.
+        After a MemoryError, when they are not needed or others, smaller ones, are to be tried."""
+        self.check_idle()
+        cdef Leaf leaf
+        for leaf in self.pending:
+            leaf.released = True
+        self.pending.clear()
+
     def release_tensors(self, tensors):
         """Give back the memory of persistent tensors, which are of no more use then; every graph of this backend is closed
         first, because it may read them. A buffer goes when the last tensor in it does: those made between two calls of

@@ -1,7 +1,11 @@
 """Generation as a ggml graph: the same numbers as the model itself, whatever the order in which texts are read."""
 
 import dataclasses
+import gc
 import json
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -209,6 +213,77 @@ def test_wrong_ids_are_told_and_change_nothing(llama, decode):
     close_to(llama.forward(IDS[:6], last_only=True)[0], read(decoder, cache, IDS[5:6]))
 
 
+def test_a_cache_of_another_decoder_is_refused(llama, decode):
+    """Each has a store of its own: what one has read, the other has not."""
+    one, other = decode(llama), decode(llama)
+    cache = one.new_kv_cache()
+    read(one, cache, IDS[:5])
+    for wrong in (cache, llama.new_kv_cache()):
+        with pytest.raises(ValueError, match=r"is not of this Decoder: take one that its new_kv_cache\(\) gives"):
+            other.forward(IDS[5:6], kv_cache=wrong, last_only=True)
+    close_to(llama.forward(IDS[:6], last_only=True)[0], read(one, cache, IDS[5:6]))
+
+
+def test_without_memory_to_grow_nothing_is_lost(llama, decode, monkeypatch):
+    decoder = decode(llama)
+    cache = decoder.new_kv_cache()
+    read(decoder, cache, IDS[:255])
+    n_bytes = decoder.bridge.persistent_bytes
+    with monkeypatch.context() as full:
+        full.setattr(ggml_bridge.core, "_memory_limit", lambda total: n_bytes)
+        for part in (IDS[255:300], IDS[255:257]):
+            with pytest.raises(MemoryError, match="bytes are needed on CPU"):
+                read(decoder, cache, part)
+        assert cache.length == 255
+        close_to(llama.forward(IDS[:256], last_only=True)[0], read(decoder, cache, IDS[255:256]))
+    close_to(llama.forward(IDS[:257], last_only=True)[0], read(decoder, cache, IDS[256:257]))
+    assert decoder.bridge.persistent_bytes == 2 * n_bytes  # not also what was asked for in vain
+
+
+def test_numbers_that_are_none_stay_in_their_text(decode):
+    """A token with a damaged embedding: what a token does not see of the store is multiplied by 0, and 0 * NaN is NaN."""
+    model = random_model(dataclasses.replace(CONFIGS["llama"], untied=True))
+    model.parameters["token_embd.weight"][V - 1] = np.nan
+    text = np.r_[IDS[:3], 5, V - 1, 7]
+    wanted = model.forward(text[:4])[0]
+    assert np.isfinite(wanted).all() and np.isnan(model.forward(text)[0][4:]).all()
+    decoder = decode(model)
+    cache, other = decoder.new_kv_cache(), decoder.new_kv_cache()
+    assert np.isnan(read(decoder, cache, *text[:, None])[4:]).all()
+    close_to(wanted[2:3], read(decoder, other, text[:3]))
+    assert np.isnan(read(decoder, cache, text[5:])).all()
+    cache.length = 3
+    close_to(wanted[3:4], read(decoder, cache, text[3:4]))
+
+
+def test_threads_wait_for_each_other(llama, decode):
+    """Four texts at once through one decoder: each is what it is alone."""
+    prompts = [IDS[start : start + 12] for start in (0, 40, 80, 120)]
+    wanted = [list(generate(llama, prompt, 12, temperature=0)) for prompt in prompts]
+    decoder, interval = decode(llama), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns all the time
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda prompt: list(generate(decoder, prompt, 12, temperature=0)), prompts))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == wanted
+
+
+def test_nothing_stays_when_a_decoder_is_let_go_of(llama):
+    """Without the garbage collector: no circle of references holds the weights, which may be mapped from a file."""
+    gc.collect()
+    gc.disable()
+    try:
+        decoder = Decoder(llama, Resolved("ggml", "cpu", ""))
+        read(decoder, decoder.new_kv_cache(), IDS[:20], IDS[20:21])
+        bridge = weakref.ref(decoder.bridge)
+        del decoder
+        assert bridge() is None
+    finally:
+        gc.enable()
+
+
 # -- who computes ------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +295,19 @@ def test_what_is_asked_for_is_taken(llama):
         assert found.model is llama and found.how == "compiled kernels, float32"
     with pytest.raises(ValueError, match="precision must be one of auto, f32"):
         generator(llama, precision="bf16")
+    with pytest.raises(ValueError, match="computes with the compiled kernels on the CPU, not on cpu-native"):
+        generator(llama, "ggml", "cpu-native", "f32")
+
+
+def test_a_closed_model_gives_the_memory_back(llama, tmp_path):
+    write_gguf(tmp_path / "m.gguf", llama.config, llama.parameters, model_tokenizer())
+    with toy.load(tmp_path / "m.gguf", backend="ggml") as loaded:
+        loaded.generate("ab", 2)
+        decoder = loaded.generator.model
+        assert isinstance(decoder, Decoder) and not decoder.bridge.closed
+    assert decoder.bridge.closed
+    with pytest.raises(RuntimeError, match="closed"):
+        read(decoder, decoder.new_kv_cache(), IDS[:1])
 
 
 def test_a_model_that_the_graph_does_not_take_is_told(llama, monkeypatch, tmp_path):
@@ -325,6 +413,22 @@ def test_memory_of_persistent_tensors_is_given_back():
         with pytest.raises(ValueError, match="was given back"):
             backend.graph().add(one, kept)
         assert (kept.download() == 1).all()
+
+
+def test_tensors_that_got_no_memory_are_forgotten(monkeypatch):
+    with ggml_bridge.Backend("cpu", 1) as backend:
+        large = backend.persistent((1000, 4))
+        with monkeypatch.context() as full:
+            full.setattr(ggml_bridge.core, "_memory_limit", lambda total: 1000)
+            for _ in range(2):  # another try asks for the same
+                with pytest.raises(MemoryError, match="bytes are needed on CPU"):
+                    backend.allocate()
+            backend.forget_pending()
+            small = backend.persistent((10, 4))
+            backend.allocate()
+        assert (small.download() == 0).all() and backend.persistent_bytes < 1000
+        with pytest.raises(ValueError, match="was given back"):
+            backend.graph().add(large, large)
 
 
 def test_rows_are_written_into_half_precision():

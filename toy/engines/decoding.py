@@ -10,6 +10,7 @@ text is llama.cpp's text. Where the eager op table computes with the same weight
 """
 
 import statistics
+import threading
 import time
 from collections import deque
 from functools import partial
@@ -28,7 +29,7 @@ from toy.quantized import Leaf, QuantizedMatrix
 from toy.switch import Resolved, num_threads, usable_processors
 
 if TYPE_CHECKING:
-    from ggml_bridge import Explanation, Tensor
+    from ggml_bridge import Backend, Explanation, Tensor
 
 ROWS_STEP = 256  # attention reads so many rows of the store, or a multiple
 PROMPT_STEP = 512  # tokens of a prompt that one run of a graph reads
@@ -39,9 +40,11 @@ TRY_AFTER = 2  # tokens until another number of threads is tried, at first: each
 
 
 class DeviceCache:
-    """The tokens that a `Decoder` has read of one text. `length`: how many; it may be set to fewer, to go on from there."""
+    """The tokens that a `Decoder` has read of one text. `length`: how many; it may be set to fewer, to go on from there.
+    bridge: the device on which it reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, bridge: "Backend") -> None:
+        self.bridge = bridge
         self.ids: list[int] = []
 
     @property
@@ -65,7 +68,8 @@ class Decoder:
     ValueError, RuntimeError or MemoryError, with a sentence that says why, for a model that the device does not take.
 
     There is one store of keys and values: the text that was read last is in it. A cache of another text is read again when it
-    is gone on from.
+    is gone on from. Threads that share a decoder wait for each other. What is changed in the model's parameters afterwards
+    may be seen or not.
     """
 
     def __init__(self, model: LanguageModel, choice: Resolved) -> None:
@@ -76,10 +80,16 @@ class Decoder:
         worth_two = 2 * sum(leaf.size for leaf in model.parameters.values()) >= WORTH_TWO_THREADS
         self.threads = ThreadChoice((num_threads() or usable_processors()) if self.on_cpu and worth_two else 1)
         self.bridge = ggml_bridge.Backend("cpu" if self.on_cpu else choice.device, self.threads.now)
-        self.weights = {name: Weight(leaf, partial(self._place, leaf, name)) for name, leaf in model.parameters.items()}
+        self.weights = {
+            name: Weight(leaf, partial(place, self.bridge, leaf, name)) for name, leaf in model.parameters.items()
+        }
         self.rounds_activations = any(is_rounded(weight.leaf) for weight in self.weights.values())
         self._store: Store | None = None
         self._in_store: DeviceCache | None = None  # whose keys and values those are
+        self._spoilt_at: int | None = (
+            None  # by how many tokens of the text in the store the logits were no numbers any more
+        )
+        self._lock = threading.RLock()
         self._graphs: dict[bool, _DecodingGraph] = {}  # by whether it reads one token
         try:
             self._recorded(1, 1)  # what the device does not run is told now
@@ -89,32 +99,44 @@ class Decoder:
 
     def close(self) -> None:
         """Free the device's memory. Nothing can be called after it."""
-        self.bridge.close()
+        with self._lock:
+            self.bridge.close()
 
     def new_kv_cache(self) -> DeviceCache:
-        return DeviceCache()
+        return DeviceCache(self.bridge)
 
     def forward(
         self, token_ids: npt.ArrayLike, *, kv_cache: DeviceCache, last_only: bool = True
     ) -> tuple[np.ndarray, None]:
         """token_ids: int (T,), which go on from the cache -> logits of the last one (1, V), None. Errors as
-        `LanguageModel.forward`; last_only: nothing else is to be had."""
+        `LanguageModel.forward`; last_only: nothing else is to be had. kv_cache: from this decoder's `new_kv_cache`."""
         if not last_only:
             raise ValueError("a Decoder gives the logits of the last position: set last_only, or take the model itself")
+        if getattr(kv_cache, "bridge", None) is not self.bridge:
+            raise ValueError(
+                f"this {type(kv_cache).__name__} is not of this Decoder: take one that its new_kv_cache() gives"
+            )
+        with self._lock:
+            return self._forward(token_ids, kv_cache), None
+
+    def _forward(self, token_ids: npt.ArrayLike, kv_cache: DeviceCache) -> np.ndarray:
         ids = checked_ids(self.config, token_ids, kv_cache.length)
         if ids.ndim != 1:
             raise ValueError(f"a Decoder reads one sequence, token_ids (T,), got {ids.shape}")
         rows = np.ascontiguousarray(ids, np.int64)
+        if self._spoilt_at is not None and (self._in_store is not kv_cache or kv_cache.length < self._spoilt_at):
+            self._clean()
         if self._in_store is not kv_cache:  # another text was read since
-            self._in_store, again = None, DeviceCache()
+            self._in_store, again = None, self.new_kv_cache()
             if kv_cache.ids:
                 self._read(np.array(kv_cache.ids, np.int64), again)
             self._in_store = kv_cache
-        return self._read(rows, kv_cache), None
+        return self._read(rows, kv_cache)
 
     def explain(self) -> "Explanation":
         """What reads one token: the nodes, the number of splits, and the bytes; str() is a table."""
-        return self._recorded(1, max(1, len(self._in_store.ids) if self._in_store else 1)).graph.explain()
+        with self._lock:
+            return self._recorded(1, max(1, len(self._in_store.ids) if self._in_store else 1)).graph.explain()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -137,8 +159,19 @@ class Decoder:
                 logits = recorded.run(token_ids=part, positions=positions)
                 if len(part) == 1:
                     self.threads.took(time.perf_counter() - started)
+            if self._spoilt_at is None and not np.isfinite(logits).all():
+                self._spoilt_at = cache.length + len(part)
             cache.ids.extend(part.tolist())
         return logits
+
+    def _clean(self) -> None:
+        """Zeros for what is in the store. Attention multiplies rows that a token does not see by 0, which serves for numbers:
+        an infinity or NaN of an earlier text would be seen."""
+        self._in_store = None
+        if self._store is not None:
+            for tensor in (*self._store.keys, *self._store.values):
+                tensor.zero()
+        self._spoilt_at = None
 
     def _read_eagerly(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         store: Any = _StoredCache(self._reserve(positions[-1] + 1), positions[0])
@@ -152,21 +185,13 @@ class Decoder:
         n_rows = padded(length)
         recorded = self._graphs.get(n == 1)
         if recorded is None or (recorded.n, recorded.n_rows) != (n, n_rows):
+            self._graphs.pop(n == 1, None)
             if recorded is not None:
                 recorded.graph.close()
-            self._graphs.pop(n == 1, None)
             self._graphs[n == 1] = recorded = _DecodingGraph(self, n, n_rows)
         return recorded
 
     # -- memory -------------------------------------------------------------------------------------------------------
-
-    def _place(self, leaf: Leaf, name: str) -> "Tensor":
-        """A parameter as a tensor: where a CPU multiplies it faster in another order of its blocks, a copy in that order."""
-        if isinstance(leaf, QuantizedMatrix) and leaf.type != "F32":
-            repacked = self.bridge.repacked(leaf.raw, leaf.shape, leaf.type.lower(), name=name)
-            if repacked is not None:
-                return repacked
-        return borrow(self.bridge, leaf, name)
 
     def _reserve(self, length: int) -> Store:
         """The store, which holds so many tokens now; what is in it stays. It grows by doubling, up to the context."""
@@ -174,28 +199,39 @@ class Decoder:
         if store is not None and rows <= store.rows:
             return store
         rows = max(rows, min(2 * store.rows if store else 0, padded(self.config.context_length)))
-        kept = []
-        if store is not None:
-            kept = [(k.download(), v.download().reshape(-1, store.rows)) for k, v in zip(store.keys, store.values)]
-            self._store, self._graphs = None, {}
-            self.bridge.release_tensors([*store.keys, *store.values])
         dtype = "f16" if self.rounds_activations else "f32"
         width = self._width()
         layers = range(self.config.n_layers)
-        made = Store(
-            [self.bridge.persistent((rows, width), dtype, f"keys {i}") for i in layers],
-            [self.bridge.persistent((width * rows, 1), dtype, f"values {i}") for i in layers],
-            rows,
-        )
-        self.bridge.allocate()
-        for layer, (keys, values) in enumerate(kept):
-            write_rows(made, layer, 0, keys, values.T)
-        self._store = made
+        try:
+            made = Store(
+                [self.bridge.persistent((rows, width), dtype, f"keys {i}") for i in layers],
+                [self.bridge.persistent((width * rows, 1), dtype, f"values {i}") for i in layers],
+                rows,
+            )
+            self.bridge.allocate()
+        except BaseException:
+            self.bridge.forget_pending()  # the store stays, and what is in it can be gone on from
+            raise
+        if store is not None:
+            for layer in layers:
+                write_rows(made, layer, 0, *read_rows(store, layer, store.rows))
+        self._store, self._graphs = made, {}  # before anything is given back: they are used no more
+        if store is not None:
+            self.bridge.release_tensors([*store.keys, *store.values])
         return made
 
     def _width(self) -> int:
         """Numbers in the key of a token, in all heads."""
         return getattr(self.config, "n_kv_heads", self.config.n_heads) * self.config.d_head
+
+
+def place(bridge: "Backend", leaf: Leaf, name: str) -> "Tensor":
+    """A parameter as a tensor: where a CPU multiplies it faster in another order of its blocks, a copy in that order."""
+    if isinstance(leaf, QuantizedMatrix) and leaf.type != "F32":
+        repacked = bridge.repacked(leaf.raw, leaf.shape, leaf.type.lower(), name=name)
+        if repacked is not None:
+            return repacked
+    return borrow(bridge, leaf, name)
 
 
 class ThreadChoice:

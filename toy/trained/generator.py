@@ -17,6 +17,11 @@ class Generator(NamedTuple):
     how: str
     notice: str = ""
 
+    def close(self) -> None:
+        """Give the memory of a `Decoder` back; a model itself is left alone."""
+        if close := getattr(self.model, "close", None):
+            close()
+
 
 def check_generator(backend: str = "auto", device: str = "auto", precision: str = "auto") -> Resolved:
     """The backend and device that `generator` takes. Raises the errors of `resolve`, and ValueError for an unknown precision
@@ -24,7 +29,7 @@ def check_generator(backend: str = "auto", device: str = "auto", precision: str 
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     choice = resolve(backend, device)
-    if precision == "f32" and not choice.device.startswith("cpu"):
+    if precision == "f32" and choice.device != "cpu":
         raise ValueError(
             f"precision f32 computes with the compiled kernels on the CPU, not on {choice.device}: leave out one of the two"
         )

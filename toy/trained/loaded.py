@@ -92,6 +92,8 @@ class Loaded(_Open[LanguageModel]):
 
     def close(self) -> None:
         super().close()
+        if self._generator is not None:
+            self._generator.close()
         self._how = self._generator = None
 
     @property
