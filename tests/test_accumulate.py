@@ -81,7 +81,7 @@ def test_several_passes_are_the_step_of_one_batch(kind, backend, gguf, uncounted
             assert whole.grad_norm > clip
         gradients = whole.gradients(), cut.gradients()
         assert close(np.concatenate([g.ravel() for g in gradients[1].values()]),
-                     np.concatenate([g.ravel() for g in gradients[0].values()]), 1e-6 if k == 0 else 2e-5)  # fmt: skip
+                     np.concatenate([g.ravel() for g in gradients[0].values()]), 3e-6 if k == 0 else 2e-5)  # fmt: skip
         cut.load_parameters(whole.parameters())  # AdamW turns rounding into steps: each step is judged by itself
         cut.load_optimizer_state(whole.optimizer_state())
 

@@ -59,7 +59,9 @@ def parse(words):
         if not rest or rest[0] not in command.commands:
             raise click.UsageError(f"{' '.join(words)}: there is no such command")
         command, rest = command.commands[rest[0]], rest[1:]
-    command.make_context(words[-1], list(rest))
+    # with a parent: the flags of help are its, and click keeps what it finds first for every later call
+    parent = click.Context(cli, info_name="toy", **cli.context_settings)
+    command.make_context(words[-1], list(rest), parent=parent)
 
 
 def anchor(heading):

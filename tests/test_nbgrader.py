@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from pathlib import Path
 
 import nbformat
@@ -36,6 +37,8 @@ def course(tmp_path, monkeypatch):
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(Path(toy.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     )
+    # nbgrader calls alembic, a program that stands beside this Python
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     config = PyFileConfigLoader("nbgrader_config.py", str(FOLDER)).load_config()
