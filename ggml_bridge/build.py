@@ -334,6 +334,8 @@ def _run_step(command: Sequence[str], file: TextIO, log: Path) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
     if process.returncode:
         complaints = [line for line in said if re.search(r"\berror\b|CMake Error|not found|Could NOT find", line, re.I)]
         first = (complaints or said or ["it said nothing"])[0]
