@@ -61,6 +61,16 @@ def items_of(part, quick):
     return [part]
 
 
+def bridge_name(device):
+    """The device's name for `ggml_bridge`."""
+    return "cpu" if device == "cpu-native" else device
+
+
+def backend_of(device):
+    """The name of its backend: "cuda" of "cuda:1"."""
+    return device.lower().rstrip("0123456789:")
+
+
 def machine(item, asked):
     import numpy
 
@@ -73,7 +83,7 @@ def machine(item, asked):
         "ggml": ggml_bridge.version(),
         "backends": ggml_bridge.load().backends(),
         "devices": devices,
-        "tested": ggml_bridge.find_device("cpu" if asked.device == "cpu-native" else asked.device).name,
+        "tested": ggml_bridge.find_device(bridge_name(asked.device)).name,
     }
     if importlib.util.find_spec("torch"):
         import torch
@@ -154,7 +164,7 @@ def torch_kinds(device):
         return {}
     import torch
 
-    backend = device.lower().rstrip("0123456789:")
+    backend = backend_of(device)
     if backend in ("cuda", "gpu") and torch.cuda.is_available():
         card = f"cuda:{re.sub('[^0-9]', '', device) or 0}"
         return {
@@ -171,7 +181,7 @@ def against_torch(asked, make_toy, make_torch, seconds):
     make_toy() -> recipe, step; make_torch(device, compiled) -> step."""
     import ggml_bridge
 
-    name = "cpu" if asked.device == "cpu-native" else asked.device
+    name = bridge_name(asked.device)
     steps, first, memory, failed = {}, {}, {}, {}
     before = ggml_bridge.find_device(name).memory_free
     started = time.perf_counter()
@@ -273,10 +283,9 @@ def lora(item, asked):
 
 def decode(item, asked):
     """Tokens a second, one after the other, on the device and on the CPU's kernels, and llama.cpp's, in turns."""
-    from generate import llama_cpp_contender
+    from generate import by_clock, llama_cpp_contender
 
     from toy.engines.decoding import Decoder
-    from toy.models.generation import generate
     from toy.switch import resolve
     from toy.trained.load import read_trained
 
@@ -288,23 +297,14 @@ def decode(item, asked):
         prompt = list(range(first, first + 8))
         decoder = Decoder(eager, resolve("ggml", asked.device))
 
-        def contender(model):
-            def run():
-                tokens = generate(model, prompt, n_new, temperature=0)
-                next(tokens)
-                started = time.perf_counter()
-                for _ in tokens:
-                    pass
-                return (time.perf_counter() - started) / (n_new - 1)
-
-            return run
-
-        contenders = {"toy, eager on the CPU": contender(eager), f"toy, {asked.device}": contender(decoder)}
+        contenders = {
+            name: by_clock(model, prompt, n_new)
+            for name, model in (("toy, eager on the CPU", eager), (f"toy, {asked.device}", decoder))
+        }
         if importlib.util.find_spec("xllamacpp") and not asked.quick:
             layers = 0 if asked.device.startswith("cpu") else 999
             try:
-                other = llama_cpp_contender(path, prompt, n_new, asked.threads, layers)
-                contenders["llama.cpp"] = lambda: other()[1]
+                contenders["llama.cpp"] = llama_cpp_contender(path, prompt, n_new, asked.threads, layers)
             except Exception as error:
                 failed["llama.cpp"] = str(error)
         times = {name: [] for name in contenders}
@@ -312,7 +312,7 @@ def decode(item, asked):
             run()
         for _ in range(rounds):
             for name, run in contenders.items():
-                times[name].append(run())
+                times[name].append(run()[1])
         decoder.close()
     speeds = {name: 1 / statistics.median(found) for name, found in times.items()}
     return {"tokens_per_s": speeds, "failed": failed}
@@ -353,6 +353,8 @@ def run_part(command, items, limit, environment=None):
             finally:
                 stop(process)
             reader.join(5)
+            if not reader.is_alive():
+                process.stdout.close()
             if why is not None:
                 return found | {item: {"failed": why} for item in items if item not in found}
             if process.returncode or any(item not in found for item in left):
@@ -382,9 +384,9 @@ def stop(process):
 def build_if_needed(asked, limit):
     """Settings of the environment with which ggml has the device, {} when it has it already; and what there is to report."""
     probe = "import sys, ggml_bridge; ggml_bridge.find_device(sys.argv[1])"
-    name = "cpu" if asked.device == "cpu-native" else asked.device
-    there = subprocess.run([sys.executable, "-c", probe, name], capture_output=True, text=True)
-    backend = name.lower().rstrip("0123456789:")
+    command = [sys.executable, "-c", probe, bridge_name(asked.device)]
+    there = subprocess.run(command, capture_output=True, text=True)
+    backend = backend_of(asked.device)
     if there.returncode == 0 or backend not in ("cuda", "vulkan"):
         return {}, {}
     command = [sys.executable, "-m", "ggml_bridge.build", backend]

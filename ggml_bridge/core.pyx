@@ -907,6 +907,19 @@ cdef class Backend:
         self.n_persistent += 1
         return ggml_new_tensor(block.ctx, kind, 4, ne)
 
+    cdef ggml_tensor *new_of_bytes(
+        self, ggml_type kind, tuple shape, const unsigned char[::1] raw, str dtype, name
+    ) except NULL:
+        """A persistent tensor for these bytes, which are looked at but not put into it."""
+        cdef ggml_tensor *t = self.new_persistent(kind, shape)
+        set_name(t, name)
+        cdef size_t size = ggml_nbytes(t)
+        if <size_t>raw.shape[0] != size:
+            raise ValueError(f"a {dtype} tensor of shape {shape} takes {size} bytes, not {raw.shape[0]}")
+        if not ggml_validate_row_data(kind, &raw[0], size):
+            raise ValueError(f"the bytes are no valid {dtype} data" + said())
+        return t
+
     def persistent(self, shape, dtype="f32", name=None):
         """A tensor in memory of its own, zero at first, that graphs read and write and that outlives them."""
         self.check_idle()
@@ -936,13 +949,8 @@ cdef class Backend:
             raw = data.reshape(-1).view(np.uint8)
         else:
             raw = data
-        cdef ggml_tensor *t = self.new_persistent(kind, shape)
-        set_name(t, name)
+        cdef ggml_tensor *t = self.new_of_bytes(kind, shape, raw, dtype, name)
         cdef size_t size = ggml_nbytes(t)
-        if <size_t>raw.shape[0] != size:
-            raise ValueError(f"a {dtype} tensor of shape {shape} takes {size} bytes, not {raw.shape[0]}")
-        if not ggml_validate_row_data(kind, &raw[0], size):
-            raise ValueError(f"the bytes are no valid {dtype} data" + said())
         if self.kind != "cpu":
             leaf = make_leaf(t)
             self.pending.append(leaf)
@@ -977,13 +985,8 @@ cdef class Backend:
         if self.kind != "cpu" or bridge_extra_bufts == NULL or len(shape) != 2 or not ggml_is_quantized(kind):
             return None
         cdef const unsigned char[::1] raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        cdef ggml_tensor *t = self.new_persistent(kind, shape)
-        set_name(t, name)
+        cdef ggml_tensor *t = self.new_of_bytes(kind, shape, raw, dtype, name)
         cdef size_t size = ggml_nbytes(t)
-        if <size_t>raw.shape[0] != size:
-            raise ValueError(f"a {dtype} tensor of shape {shape} takes {size} bytes, not {raw.shape[0]}")
-        if not ggml_validate_row_data(kind, &raw[0], size):
-            raise ValueError(f"the bytes are no valid {dtype} data" + said())
         cdef ggml_backend_buffer_type **kinds = bridge_extra_bufts(self.device)
         cdef Buffer buffer
         while kinds != NULL and kinds[0] != NULL:

@@ -5,13 +5,12 @@ The table is that of ggml 0.20 (`ggml_backend_cuda_device_supports_op`), restric
 
 from typing import TYPE_CHECKING
 
-from ggml_bridge.records import Node
+from ggml_bridge.records import VIEWS, Node, refused
 
 if TYPE_CHECKING:
     from ggml_bridge.core import Graph
     from ggml_bridge.session import Session
 
-VIEWS = {"NONE", "RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE"}
 ANY = {"SCALE", "SQR", "SQRT", "SIN", "COS", "CLAMP", "LOG", "ARGMAX", "SET_ROWS", "CONT", "SOFT_MAX", "FILL", "CUMSUM"}
 ANY |= {"OPT_STEP_ADAMW", "OPT_STEP_SGD", "CONCAT", "GET_ROWS"}
 
@@ -52,5 +51,4 @@ def reason(node: Node) -> str | None:
 
 def cuda_unsupported(graph: "Graph | Session") -> list[tuple[Node, str]]:
     """The nodes of a Graph or Session that ggml's CUDA backend does not run, as a list of (Node, reason)."""
-    nodes = graph.describe() if hasattr(graph, "describe") else graph.explain().nodes
-    return [(node, why) for node in nodes if (why := reason(node)) is not None]
+    return refused(graph, reason)

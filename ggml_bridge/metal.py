@@ -6,15 +6,13 @@ It makes the question answerable on machines without Metal.
 
 from typing import TYPE_CHECKING
 
-from ggml_bridge.records import Node
+from ggml_bridge.records import VIEWS, Node, refused
 
 if TYPE_CHECKING:
     from ggml_bridge.core import Graph
     from ggml_bridge.session import Session
 
 FLOATS = ("f32", "f16")
-
-VIEWS = {"NONE", "RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE"}
 
 # elementwise over one input: f32 or f16 with contiguous rows
 ONE_INPUT = {
@@ -80,5 +78,4 @@ def reason(node: Node) -> str | None:
 
 def metal_unsupported(graph: "Graph | Session") -> list[tuple[Node, str]]:
     """The nodes of a Graph or Session that Metal does not run, as a list of (Node, reason)."""
-    nodes = graph.describe() if hasattr(graph, "describe") else graph.explain().nodes
-    return [(node, why) for node in nodes if (why := reason(node)) is not None]
+    return refused(graph, reason)

@@ -1,6 +1,9 @@
 """Plain records that describe devices and graphs."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+VIEWS = {"NONE", "RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE"}  # nodes that compute nothing
 
 
 class Device(NamedTuple):
@@ -67,6 +70,12 @@ class Explanation(NamedTuple):
         lines.append(f"{len(self.nodes)} nodes in {self.splits} {plural} on {self.device}, {self.n_threads} threads")
         lines.append(sizes)
         return "\n".join(line.rstrip() for line in lines)
+
+
+def refused(graph: Any, reason: Callable[[Node], str | None]) -> list[tuple[Node, str]]:
+    """The nodes of a Graph or Session for which `reason` gives one, as a list of (Node, reason)."""
+    nodes = graph.describe() if hasattr(graph, "describe") else graph.explain().nodes
+    return [(node, why) for node in nodes if (why := reason(node)) is not None]
 
 
 def strip_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -83,13 +83,10 @@ def kernels(op):
             if (name == op or name.startswith(root + "_")) and not name.startswith(tuple(others))
         }
         pieces = [functions[name] for name in functions if name in wanted]
-        for name in [
-            name for name in wanted if functions[name].startswith("cdef void")
-        ]:  # what only hands over to others
-            wanted |= {other for other in functions if f" {other}(a, ith, nth)" in functions[name]}
-        computing = [
-            functions[name] for name in functions if name in wanted and functions[name].startswith("cdef void")
-        ]
+        in_c = {name: body for name, body in functions.items() if body.startswith("cdef void")}
+        # with those that one of them hands its work over to
+        called = {name for name in in_c for own in wanted & in_c.keys() if f" {name}(a, ith, nth)" in in_c[own]}
+        computing = [body for name, body in in_c.items() if name in wanted | called]
         if computing:
             arithmetic.append((file, "\n\n".join(computing)))
         elif pieces:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +75,7 @@ class Decoder:
     def __init__(self, model: LanguageModel, choice: Resolved) -> None:
         import ggml_bridge
 
+        check_device(choice.device)
         self.eager, self.config, self.device = model, model.config, choice.device
         self.on_cpu = choice.device.startswith("cpu")
         worth_two = 2 * sum(leaf.size for leaf in model.parameters.values()) >= WORTH_TWO_THREADS
@@ -86,9 +87,8 @@ class Decoder:
         self.rounds_activations = any(is_rounded(weight.leaf) for weight in self.weights.values())
         self._store: Store | None = None
         self._in_store: DeviceCache | None = None  # whose keys and values those are
-        self._spoilt_at: int | None = (
-            None  # by how many tokens of the text in the store the logits were no numbers any more
-        )
+        # by how many tokens of the text in the store the logits were no numbers any more
+        self._spoilt_at: int | None = None
         self._lock = threading.RLock()
         self._graphs: dict[bool, _DecodingGraph] = {}  # by whether it reads one token
         try:
@@ -214,7 +214,7 @@ class Decoder:
             raise
         if store is not None:
             for layer in layers:
-                write_rows(made, layer, 0, *read_rows(store, layer, store.rows))
+                write_rows(made, layer, *read_rows(store, layer, store.rows))
         self._store, self._graphs = made, {}  # before anything is given back: they are used no more
         if store is not None:
             self.bridge.release_tensors([*store.keys, *store.values])
@@ -225,9 +225,18 @@ class Decoder:
         return getattr(self.config, "n_kv_heads", self.config.n_heads) * self.config.d_head
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError for a device on which no `Decoder` is started."""
+    if device.lower().startswith("vulkan"):
+        raise ValueError(
+            f"{device} cannot generate: on Vulkan the graph that decodes was seen to stand still (ggml 0.20.2, a "
+            "software device), so it is not started there; leave out the device to generate on the CPU"
+        )
+
+
 def place(bridge: "Backend", leaf: Leaf, name: str) -> "Tensor":
     """A parameter as a tensor: where a CPU multiplies it faster in another order of its blocks, a copy in that order."""
-    if isinstance(leaf, QuantizedMatrix) and leaf.type != "F32":
+    if is_rounded(leaf):
         repacked = bridge.repacked(leaf.raw, leaf.shape, leaf.type.lower(), name=name)
         if repacked is not None:
             return repacked
@@ -316,7 +325,7 @@ class _StoredCache:
         if self.length:
             past = read_rows(self.store, layer, self.length)
             k, v = (np.concatenate(pair) for pair in zip(past, (k, v)))
-        write_rows(self.store, layer, self.length, k[self.length :], v[self.length :])
+        write_rows(self.store, layer, k, v)
         return k, v
 
 
@@ -326,15 +335,11 @@ def read_rows(store: Store, layer: int, end: int) -> tuple[np.ndarray, np.ndarra
     return keys[:end], np.ascontiguousarray(values.reshape(-1, store.rows)[:, :end].T)
 
 
-def write_rows(store: Store, layer: int, begin: int, keys: np.ndarray, values: np.ndarray) -> None:
-    """Write keys and values (T, width) as those of the tokens begin, begin + 1, ...; rows after them are zero."""
-    width = keys.shape[1]
+def write_rows(store: Store, layer: int, keys: np.ndarray, values: np.ndarray) -> None:
+    """Write keys and values (T, width) as those of the first T tokens; rows after them are zero."""
+    end, width = keys.shape
     all_keys, all_values = np.zeros((store.rows, width), np.float32), np.zeros((width, store.rows), np.float32)
-    if begin:
-        past_keys, past_values = read_rows(store, layer, begin)
-        all_keys[:begin], all_values[:, :begin] = past_keys, past_values.T
-    end = begin + len(keys)
-    all_keys[begin:end], all_values[:, begin:end] = keys, values.T
+    all_keys[:end], all_values[:, :end] = keys, values.T
     store.keys[layer].upload(all_keys)
     store.values[layer].upload(all_values.reshape(-1, 1))
 
@@ -344,6 +349,6 @@ def padded(length: int) -> int:
     return -(-length // ROWS_STEP) * ROWS_STEP
 
 
-def is_rounded(leaf: Leaf) -> bool:
+def is_rounded(leaf: Leaf) -> TypeGuard[QuantizedMatrix]:
     """Whether ggml rounds the activations that this weight is multiplied with."""
     return isinstance(leaf, QuantizedMatrix) and leaf.type != "F32"

@@ -50,13 +50,9 @@ def generator(model: LanguageModel, backend: str = "auto", device: str = "auto",
     itself = Generator(cast(GeneratingModel, model), f"{table}, float32")
     if choice.backend != "ggml" or precision == "f32":
         return itself
-    if choice.device.lower().startswith("vulkan"):
-        raise ValueError(
-            f"{choice.device} cannot generate: on Vulkan the graph that decodes was seen to stand still (ggml 0.20.2, a "
-            "software device), so it is not started there; leave out the device to generate on the CPU"
-        )
-    from toy.engines.decoding import EAGER_PROMPT, Decoder
+    from toy.engines.decoding import EAGER_PROMPT, Decoder, check_device
 
+    check_device(choice.device)
     try:
         decoder = Decoder(model, choice)
     except (ValueError, RuntimeError, MemoryError) as error:
