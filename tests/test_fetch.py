@@ -246,6 +246,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (pip install huggingface_hub)")
+    # the client reads HF_HUB_OFFLINE once a process, and the test that sets it may be the first
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(Hub, "requests", [])
     monkeypatch.setattr(Hub, "cut_off", False)
     monkeypatch.setattr(Hub, "headers_sent", {})
