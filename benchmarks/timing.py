@@ -7,11 +7,14 @@ import sys
 import time
 
 
-def alternate(steps, seconds, burst=0.1):
+PAUSE = 0.25  # seconds before a burst: OpenBLAS's idle threads spin on for 0.13 s, on the processors of whoever is next
+
+
+def alternate(steps, seconds, burst=0.3):
     """Let the contenders make bursts of steps in turns for about `seconds` each -> dict of lists of seconds per step.
 
-    A burst lasts at least `burst` seconds, and its first step is not counted: the idle threads of the contender before may
-    still be spinning then, and the caches are cold. At least 5 steps are counted.
+    A burst lasts at least `burst` seconds, and its first step is not counted: the caches are cold. The pause before it lets
+    the idle threads of the contender before go to sleep. At least 5 steps are counted.
     """
     for step in steps.values():
         for _ in range(3):
@@ -20,6 +23,7 @@ def alternate(steps, seconds, burst=0.1):
     start = time.perf_counter()
     while time.perf_counter() - start < seconds * len(steps) or len(next(iter(times.values()))) < 5:
         for name, step in steps.items():
+            time.sleep(PAUSE)
             step()
             begin = last = time.perf_counter()
             while last - begin < burst:
