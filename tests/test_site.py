@@ -74,8 +74,21 @@ def test_kernels_go_to_their_own_op():
     assert names("gelu") == {"gelu_forward", "gelu_backward_"}
     assert "linear_forward" in names("linear")
     assert names("adamw_step") == {"adamw_update"}
+    assert names("add") == {"add_forward"}  # and not add_keys of attention
     without = {"masked", "again", "linear_cross_entropy"}  # in Python, around the kernels of others
     assert {op for op in sources.ops() if not sources.kernels(op)} == without
+
+
+def test_every_op_says_what_it_is():
+    meanings = sources.meanings()
+    assert set(meanings) == set(sources.ops())
+    assert (
+        meanings.pop("silu")
+        == meanings.pop("swiglu")
+        == "SiLU: y = x sigmoid(x), and SwiGLU (Shazeer 2020, eq. 6): y = silu(gate) * up"
+    )
+    assert len(set(meanings.values())) == len(meanings)
+    assert meanings["add"] == "a + b, both (N, D)"
 
 
 def test_parts_are_shown_where_they_are_used():

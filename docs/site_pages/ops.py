@@ -14,7 +14,7 @@ DERIVATIONS = ROOT / "docs" / "derivations"
 def pages():
     """{path: Markdown} of every op, and of the list of them."""
     result = {f"ops/{op}.md": page(op) for op in sources.ops()}
-    headings = sources.headings()
+    meanings = sources.meanings()
     backward = {op: "yes" if sources.has_backward(op) else "" for op in sources.ops()}
     lines = [
         "# The ops", "",
@@ -22,7 +22,7 @@ def pages():
         "numpy beside the compiled kernel, the nodes of the graph, and the check of the derivative, all of it taken from the "
         "sources when this site was built.", "",
         "| op | what it is | backward |", "|---|---|---|",
-        *(f"| [`{op}`]({op}.md) | {cell(headings[op])} | {backward[op]} |" for op in sources.ops()),
+        *(f"| [`{op}`]({op}.md) | {cell(meanings[op])} | {backward[op]} |" for op in sources.ops()),
         "", "```{toctree}", ":hidden:", "", *sources.ops(), "```", "",
     ]  # fmt: skip
     result["ops/index.md"] = "\n".join(lines)
@@ -31,9 +31,7 @@ def pages():
 
 def cell(text):
     """A comment of the sources as the cell of a table."""
-    return (
-        f"{text[:1].upper()}{text[1:]}".replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("^", "\\^")
-    )
+    return text.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("^", "\\^")
 
 
 def page(op):
@@ -44,7 +42,7 @@ def page(op):
         "",
         f"# `{op}`",
         "",
-        cell(sources.headings()[op]),
+        cell(sources.meanings()[op]),
         "",
         (DERIVATIONS / f"{op}.md").read_text(encoding="utf-8"),
         "",

@@ -49,6 +49,24 @@ def headings():
     return found
 
 
+def meanings():
+    """{op: what it is}: the heading of its section, or where that names several ops by what they share, its docstring's
+    beginning."""
+    of = {op: heading for op, heading in headings().items() if op in ops()}
+    headed = list(of.values())
+    return {
+        op: heading[:1].upper() + heading[1:]
+        if headed.count(heading) == 1 or op in heading.lower()
+        else first_sentence(inspect.getdoc(getattr(reference, op)))
+        for op, heading in of.items()
+    }
+
+
+def first_sentence(text):
+    """Of a docstring: the first sentence of its first line."""
+    return re.split(r"(?<!et al)\.(?: (?=[A-Z])|$)", text.splitlines()[0])[0]
+
+
 def caches():
     """{op: the name of its cache class}, by what its forward is said to return."""
     found = {}
@@ -79,8 +97,8 @@ def kernels(op):
         functions = dict(compiled_functions(text))
         wanted = {
             name
-            for name in functions
-            if (name == op or name.startswith(root + "_")) and not name.startswith(tuple(others))
+            for name, body in functions.items()
+            if (name == op or (name.startswith(root + "_") and is_job(body))) and not name.startswith(tuple(others))
         }
         pieces = [functions[name] for name in functions if name in wanted]
         in_c = {name: body for name, body in functions.items() if body.startswith("cdef void")}
@@ -92,6 +110,12 @@ def kernels(op):
         elif pieces:
             others_there.append((file, "\n\n".join(pieces)))
     return arithmetic or others_there
+
+
+def is_job(body):
+    """Whether a compiled function is one that the threads are handed: it makes slice ith of nth. Others may have a name that
+    begins like an op's: attention's `add_keys` is no addition."""
+    return "(void* args, int ith, int nth)" in body.partition(":\n")[0]
 
 
 def compiled_functions(text):

@@ -19,11 +19,6 @@
 # hours with the three exercises.
 
 # %%
-import os
-
-# more threads are faster, but only where nothing else is running
-os.environ.setdefault("TOY_NUM_THREADS", "1")
-
 import codecs
 import contextlib
 import io
