@@ -191,11 +191,24 @@ def test_adapters(decode, tmp_path):
     close_to(wanted, read(decoder, decoder.new_kv_cache(), *IDS[:12, None]))
 
 
-def test_one_piece_that_metal_runs(model, decode):
+def test_where_nothing_is_freed(llama, decode, monkeypatch):
+    """As on software Vulkan: the same text from graphs of two numbers of tokens, none of which is let go of."""
+    monkeypatch.setattr(decoding, "is_software_vulkan", lambda device_name: True)
+    decoder, wanted = decode(llama, "cpu-native"), llama.forward(IDS[:300])[0]
+    kept = {}
+    for _ in range(2):  # the second text has the graphs of the first
+        found = read(decoder, decoder.new_kv_cache(), IDS[:100], IDS[100:101], IDS[101:300])
+        close_to(wanted[[99, 100, 299]], found)
+        kept = kept or dict(decoder._graphs)
+    assert decoder._graphs == kept
+    assert set(kept) == {(1, 256), (16, 256), (1, 512), (16, 512)}
+
+
+def test_one_piece_that_metal_and_cuda_run(model, decode):
     decoder = decode(model, "cpu-native")
     read(decoder, decoder.new_kv_cache(), IDS[:3], IDS[3:4])
     for recorded in decoder._graphs.values():
-        assert ggml_bridge.metal_unsupported(recorded.graph) == []
+        assert ggml_bridge.metal_unsupported(recorded.graph) == ggml_bridge.cuda_unsupported(recorded.graph) == []
         assert recorded.graph.explain().splits == 1
     assert decoder.explain().splits == 1
 

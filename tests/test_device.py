@@ -106,10 +106,6 @@ def test_generation_on_the_device(tmp_path, kind):
     path = tmp_path / "m.gguf"
     export_model(read_trained(tmp_path / "f32.gguf"), path, kind)
     model, ids = read_trained(path).model("cython"), np.arange(280) ** 2 * 7 % 96
-    if DEVICE.lower().startswith("vulkan"):
-        with pytest.raises(ValueError, match=r"cannot generate: on Vulkan .* leave out the device"):
-            generator(model, "ggml", DEVICE)
-        return
     made = generator(model, "ggml", DEVICE)
     decoder, wanted = made.model, model.forward(ids)[0]
     assert f"ggml graph on {decoder.device}" in made.how
@@ -120,6 +116,9 @@ def test_generation_on_the_device(tmp_path, kind):
     explanation = decoder.explain()
     assert explanation.splits == 1
     assert {node.device for node in explanation.nodes} == {explanation.device} != {"CPU"}
-    if kind == "f32":
-        assert list(generate(decoder, ids[:9], 40, temperature=0)) == list(generate(model, ids[:9], 40, temperature=0))
+    rounds = decoder.rounds_activations and not DEVICE.lower().startswith("vulkan")  # there they stay as they are
+    if not rounds:  # the graphs of the longer text are let go of, or used again, in between
+        for prompt in (ids[:9], ids[60:97]):
+            texts = [list(generate(which, prompt, 40, temperature=0)) for which in (decoder, model)]
+            assert texts[0] == texts[1]
     decoder.close()

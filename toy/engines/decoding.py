@@ -36,6 +36,8 @@ PROMPT_STEP = 512  # tokens of a prompt that one run of a graph reads
 # on the CPU the compiled kernels read what has at least so many tokens: they dequantise each weight once for all of them
 # (SmolLM2 Q4_1, one thread: 63 ms for 16 tokens, where ggml's products take 150, and llama.cpp 145)
 EAGER_PROMPT = 8
+# a software Vulkan device reads so many tokens or one, see `is_software_vulkan`
+FIXED_STEP = 16
 TRY_AFTER = 2  # tokens until another number of threads is tried, at first: each time that it is no faster twice as many
 
 
@@ -75,12 +77,12 @@ class Decoder:
     def __init__(self, model: LanguageModel, choice: Resolved) -> None:
         import ggml_bridge
 
-        check_device(choice.device)
         self.eager, self.config, self.device = model, model.config, choice.device
         self.on_cpu = choice.device.startswith("cpu")
         worth_two = 2 * sum(leaf.size for leaf in model.parameters.values()) >= WORTH_TWO_THREADS
         self.threads = ThreadChoice((num_threads() or usable_processors()) if self.on_cpu and worth_two else 1)
         self.bridge = ggml_bridge.Backend("cpu" if self.on_cpu else choice.device, self.threads.now)
+        self.frees_nothing = is_software_vulkan(self.bridge.device_name)
         self.weights = {
             name: Weight(leaf, partial(place, self.bridge, leaf, name)) for name, leaf in model.parameters.items()
         }
@@ -90,7 +92,8 @@ class Decoder:
         # by how many tokens of the text in the store the logits were no numbers any more
         self._spoilt_at: int | None = None
         self._lock = threading.RLock()
-        self._graphs: dict[bool, _DecodingGraph] = {}  # by whether it reads one token
+        # by whether it reads one token; by its shape where none is freed
+        self._graphs: dict[bool | tuple[int, int], _DecodingGraph] = {}
         try:
             self._recorded(1, 1)  # what the device does not run is told now
         except BaseException:
@@ -144,9 +147,7 @@ class Decoder:
         """Read the tokens after those in the cache -> logits of the last one (1, V)."""
         logits = np.empty((0, 0), np.float32)
         eager = self.device == "cpu" and len(rows) >= EAGER_PROMPT
-        step = len(rows) if eager else PROMPT_STEP
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
+        for part in [rows] if eager else self._parts(rows):
             positions = np.arange(cache.length, cache.length + len(part))
             if eager:
                 logits = self._read_eagerly(part, positions)
@@ -163,6 +164,13 @@ class Decoder:
                 self._spoilt_at = cache.length + len(part)
             cache.ids.extend(part.tolist())
         return logits
+
+    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The tokens in the parts that one run of a graph each reads."""
+        if not self.frees_nothing:
+            return [rows[start : start + PROMPT_STEP] for start in range(0, len(rows), PROMPT_STEP)]
+        whole = len(rows) - len(rows) % FIXED_STEP
+        return [*rows[:whole].reshape(-1, FIXED_STEP), *rows[whole:, None]]
 
     def _clean(self) -> None:
         """Zeros for what is in the store. Attention multiplies rows that a token does not see by 0, which serves for numbers:
@@ -183,19 +191,20 @@ class Decoder:
         """The graph that reads n tokens, the last of which is the length-th of its text."""
         self._reserve(length)
         n_rows = padded(length)
-        recorded = self._graphs.get(n == 1)
+        key = (n, n_rows) if self.frees_nothing else n == 1
+        recorded = self._graphs.get(key)
         if recorded is None or (recorded.n, recorded.n_rows) != (n, n_rows):
-            self._graphs.pop(n == 1, None)
+            self._graphs.pop(key, None)
             if recorded is not None:
                 recorded.graph.close()
-            self._graphs[n == 1] = recorded = _DecodingGraph(self, n, n_rows)
+            self._graphs[key] = recorded = _DecodingGraph(self, n, n_rows)
         return recorded
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def _reserve(self, length: int) -> Store:
         """The store, which holds so many tokens now; what is in it stays. It grows by doubling, up to the context."""
-        store, rows = self._store, padded(length)
+        store, rows = self._store, padded(self.config.context_length if self.frees_nothing else length)
         if store is not None and rows <= store.rows:
             return store
         rows = max(rows, min(2 * store.rows if store else 0, padded(self.config.context_length)))
@@ -225,13 +234,17 @@ class Decoder:
         return getattr(self.config, "n_kv_heads", self.config.n_heads) * self.config.d_head
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError for a device on which no `Decoder` is started."""
-    if device.lower().startswith("vulkan"):
-        raise ValueError(
-            f"{device} cannot generate: on Vulkan the graph that decodes was seen to stand still (ggml 0.20.2, a "
-            "software device), so it is not started there; leave out the device to generate on the CPU"
-        )
+def is_software_vulkan(device_name: str) -> bool:
+    """Whether a device is Mesa's software Vulkan (lavapipe, which names itself llvmpipe). There a decoder frees nothing before
+    it is closed, and records few graphs: they read `FIXED_STEP` tokens or one.
+
+    ggml writes as many bindings of a descriptor set as the shader reads, and leaves in the rest what an earlier shader had
+    there. Vulkan allows that, but Mesa 22.3 was seen to fail by it: after the memory of one graph was freed, the next crashes
+    the process or never comes back. Other numbers of tokens need shaders that it compiles for up to a minute each."""
+    import ggml_bridge
+
+    found = [device for device in ggml_bridge.devices() if device.name == device_name]
+    return any(device.backend == "Vulkan" and "llvmpipe" in device.description for device in found)
 
 
 def place(bridge: "Backend", leaf: Leaf, name: str) -> "Tensor":

@@ -50,9 +50,8 @@ def generator(model: LanguageModel, backend: str = "auto", device: str = "auto",
     itself = Generator(cast(GeneratingModel, model), f"{table}, float32")
     if choice.backend != "ggml" or precision == "f32":
         return itself
-    from toy.engines.decoding import EAGER_PROMPT, Decoder, check_device
+    from toy.engines.decoding import EAGER_PROMPT, Decoder
 
-    check_device(choice.device)
     try:
         decoder = Decoder(model, choice)
     except (ValueError, RuntimeError, MemoryError) as error:
