@@ -118,7 +118,7 @@ def test_generation_on_the_device(tmp_path, kind):
     assert {node.device for node in explanation.nodes} == {explanation.device} != {"CPU"}
     rounds = decoder.rounds_activations and not DEVICE.lower().startswith("vulkan")  # there they stay as they are
     if not rounds:  # the graphs of the longer text are let go of, or used again, in between
-        for prompt in (ids[:9], ids[60:97]):
-            texts = [list(generate(which, prompt, 40, temperature=0)) for which in (decoder, model)]
+        for prompt in (ids[:17], ids[60:93]):
+            texts = [list(generate(which, prompt, 16, temperature=0)) for which in (decoder, model)]
             assert texts[0] == texts[1]
     decoder.close()

@@ -235,8 +235,8 @@ class Decoder:
 
 
 def is_software_vulkan(device_name: str) -> bool:
-    """Whether a device is Mesa's software Vulkan (lavapipe, which names itself llvmpipe). There a decoder frees nothing before
-    it is closed, and records few graphs: they read `FIXED_STEP` tokens or one.
+    """Whether a device is Mesa's software Vulkan (lavapipe, which names itself llvmpipe). There a decoder frees nothing
+    before it is closed, and records few graphs: they read `FIXED_STEP` tokens or one.
 
     ggml writes as many bindings of a descriptor set as the shader reads, and leaves in the rest what an earlier shader had
     there. Vulkan allows that, but Mesa 22.3 was seen to fail by it: after the memory of one graph was freed, the next crashes
