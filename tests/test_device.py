@@ -116,8 +116,8 @@ def test_generation_on_the_device(tmp_path, kind):
     explanation = decoder.explain()
     assert explanation.splits == 1
     assert {node.device for node in explanation.nodes} == {explanation.device} != {"CPU"}
-    rounds = decoder.rounds_activations and not DEVICE.lower().startswith("vulkan")  # there they stay as they are
-    if not rounds:  # the graphs of the longer text are let go of, or used again, in between
+    # Vulkan leaves the activations beside quantised weights as they are, other devices round them
+    if kind == "f32" or (kind == "q8_0" and DEVICE.lower().startswith("vulkan")):
         for prompt in (ids[:17], ids[60:93]):
             texts = [list(generate(which, prompt, 16, temperature=0)) for which in (decoder, model)]
             assert texts[0] == texts[1]
