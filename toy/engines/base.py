@@ -14,6 +14,7 @@ from toy.engines.memory import check_fits, free_memory, kept_numbers
 from toy.engines.weights import Weights, random_weights
 from toy.models import model_for
 from toy.models.base import Model
+from toy.models.inputs import n_counted
 from toy.models.parameters import ParameterTree, check_arrays
 from toy.quantized import dequantized
 from toy.switch import Resolved, eager_ops
@@ -54,11 +55,6 @@ class Piece(NamedTuple):
     labels: np.ndarray
     counted: int
     moment: tuple[int, int] = (0, 0)
-
-
-def n_counted(labels: np.ndarray) -> int:
-    """How many rows of checked labels count: those that are not -1, or not all zero."""
-    return int((labels >= 0).sum() if labels.ndim == 1 else labels.any(axis=1).sum())
 
 
 # what each of several processes found, made what all of them found: a flat float32 gradient, in place, and a loss -> the loss
@@ -211,6 +207,8 @@ class Engine:
     def _pieces(self, inputs: Arrays, labels: np.ndarray, step: int) -> list[Piece]:
         """The batch of a step, cut for `accumulate` passes; a pass in which no label counts is left out."""
         n = self.options.accumulate
+        if n == 1:
+            return [Piece(inputs, labels, n_counted(labels), (step, 0))]
         parts = {role: np.split(array, n) for role, array in inputs.items()}
         pieces = []
         for i, part in enumerate(np.split(labels, n)):

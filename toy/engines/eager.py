@@ -197,7 +197,7 @@ class EagerEngine(Engine):
         """AdamW on the flat buffers: in one piece, or in runs of what is decayed and what is not."""
         plain = without_decay(hp)
         whole = [(slice(None), True)]
-        for part, decayed in whole if np.array_equal(plain, hp) else self._runs:
+        for part, decayed in self._runs if hp[0, 4] else whole:
             self.ops.adamw_step(
                 self.masters.flat[part], gradient[part], self.m.flat[part], self.v.flat[part], hp if decayed else plain
             )

@@ -24,6 +24,8 @@ NATIVE_ON_CPU = "cpu-native"  # the device name for ggml's own operations on the
 # ggml's threads meet after every node, spinning; below this many operations in a step one thread is faster than two
 WORTH_TWO_THREADS = 3e7
 
+LARGE_VALUE = 2**16  # bytes: a look at more of them (dense labels, masks) is no cheaper than the upload
+
 
 class GraphEngine(Engine):
     """See `Engine`. Weights and moments live in the device's memory; graphs over them are recorded when first needed: the
@@ -217,7 +219,7 @@ class _Graph:
                 tensor.upload(value)
         self.feeds = [(tensor, function) for tensor, function in self.ops.feeds if callable(function)]
         self.ops.feeds = self.feeds  # constants are in the device's memory now
-        self.integers = {}  # by tensor: the integers that it holds
+        self.held = {}  # by tensor: the bytes of the few numbers that it holds
 
     def run(self, **arrays):
         for tensor, function in self.feeds:
@@ -226,12 +228,12 @@ class _Graph:
         self.computed = True
 
     def _fill(self, tensor, value):
-        """Upload a value; integers that the tensor holds already (positions hardly ever change) are not uploaded again."""
-        if value.dtype.kind not in "iu":  # dense labels: a look at all of them is no cheaper than the upload
+        """Upload a value, unless it is small and the tensor holds it already: positions and rows of AdamW hardly change."""
+        if value.nbytes > LARGE_VALUE:
             tensor.upload(value)
-        elif (held := self.integers.get(tensor)) is None or not np.array_equal(value, held):
+        elif (given := value.tobytes()) != self.held.get(tensor):
             tensor.upload(value)
-            self.integers[tensor] = value.copy()
+            self.held[tensor] = given
 
 
 class _ModelGraph(_Graph):

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from toy.config import ModelConfig, RecipeOptions
-from toy.engines.base import Arrays, Engine, Moments, Piece, n_counted
+from toy.engines.base import Arrays, Engine, Moments, Piece
 from toy.engines.weights import Weights
 from toy.models.base import Model
+from toy.models.inputs import n_counted
 from toy.models.parameters import check_arrays
 from toy.switch import Resolved
 

@@ -4,6 +4,7 @@ Engines know inputs by role, labels and the hyper-parameter row; what the roles 
 anything is changed.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,11 @@ def check_range(name: str, ids: np.ndarray, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie in [{low}, {high}), got {wrong}")
 
 
+def n_counted(labels: np.ndarray) -> int:
+    """How many rows of checked labels count: those that are not -1, or not all zero."""
+    return int(np.count_nonzero(labels >= 0) if labels.ndim == 1 else labels.any(axis=1).sum())
+
+
 class Batch:
     """The batches of fixed shape of one engine. label_shape: of integer labels; n_classes: what a label chooses from.
 
@@ -40,11 +46,7 @@ class Batch:
 
     def __init__(self, label_shape: tuple[int, ...], n_classes: int) -> None:
         self.label_shape, self.n_classes = label_shape, n_classes
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of the logits, one for each label."""
-        return int(np.prod(self.label_shape))
+        self.n_rows = math.prod(label_shape)  # of the logits, one for each label
 
     def check(self, *given: Any, **by_role: Any) -> dict[str, np.ndarray]:
         """The arrays of a step by role -> the arguments of `forward_rows`, contiguous. Raises ValueError for wrong ones."""
@@ -63,7 +65,7 @@ class Batch:
         if labels.dtype.kind in "iu":
             labels = self._rows("labels", labels)
             check_range("labels", labels, -1, self.n_classes)
-            if (labels < 0).all():
+            if not n_counted(labels):
                 raise ValueError(
                     "labels: every label is -1 (not counted), so there is nothing to learn from this batch"
                 )
@@ -112,21 +114,24 @@ class TokenBatch(Batch):
             "token_ids": Input((self.n_rows,), config.vocab_size),
             "positions": Input((self.n_rows,), config.context_length),
         }
+        self.usual_positions = self._check_positions(np.arange(t_seq))  # what a step has that gives none
+        self.usual_positions.flags.writeable = False
 
     def check(self, token_ids: npt.ArrayLike, positions: npt.ArrayLike | None = None) -> dict[str, np.ndarray]:
         ids = self._rows("token_ids", plain_array("token_ids", token_ids))
         check_range("token_ids", ids, 0, self.n_classes)
-        return {"token_ids": ids, "positions": self._check_positions(positions)}
+        return {
+            "token_ids": ids,
+            "positions": self.usual_positions if positions is None else self._check_positions(positions),
+        }
 
     def random(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         ids = rng.integers(0, self.n_classes, (self.label_shape[0], self.label_shape[1] + 1))
         return ids[:, :-1], ids[:, 1:]
 
-    def _check_positions(self, positions: npt.ArrayLike | None) -> np.ndarray:
+    def _check_positions(self, positions: npt.ArrayLike) -> np.ndarray:
         """-> contiguous int64 (N,): the positions of every sequence of the batch."""
         t_batch, t_seq = self.label_shape
-        if positions is None:
-            positions = np.arange(t_seq)
         positions = plain_array("positions", positions)
         if positions.shape != (t_seq,) or positions.dtype.kind not in "iu":
             raise ValueError(
