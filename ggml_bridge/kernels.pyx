@@ -369,6 +369,7 @@ cdef void adamw_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept 
     a.size = size_of(dst.src[0])
     a.weight, a.gradient, a.m, a.v = data(dst.src[0]), data(dst.src[1]), data(dst.src[2]), data(dst.src[3])
     a.lr, a.beta1, a.beta2, a.eps, a.weight_decay, a.s5, a.s6 = hp[0], hp[1], hp[2], hp[3], hp[4], hp[5], hp[6]
+    a.factor = data(dst.src[5])[1] if dst.src[5] != NULL else 1  # of norm_and_factor
     adamw_update(&a, ith, nth)
 
 

@@ -73,6 +73,21 @@ def test_updating_at_once_or_at_the_end_is_the_same(model, device):
     assert abs(at_once.grad_norm - at_the_end.grad_norm) <= 1e-6 * at_the_end.grad_norm
 
 
+def test_small_results_are_kept_and_large_ones_computed_again_to_the_same_bits(model, monkeypatch):
+    from toy.ops.graph import cpu
+
+    n_nodes, losses, parameters = [], [], []
+    for limit in (cpu.WORTH_COMPUTING_AGAIN, 0):
+        monkeypatch.setattr(cpu, "WORTH_COMPUTING_AGAIN", limit)
+        recipe = realize(model, "cpu")
+        n_nodes.append(len(recipe.explain().nodes))
+        losses.append(train(recipe, batches(model, 5)))
+        parameters.append(recipe.parameters())
+    assert n_nodes[0] < n_nodes[1]
+    assert losses[0] == losses[1]
+    assert all(np.array_equal(array, parameters[1][name]) for name, array in parameters[0].items())
+
+
 def test_gradients_that_were_not_kept_say_how(model):
     with pytest.raises(RuntimeError, match="keep_gradients=True"):
         realize(model, "cpu").gradients()

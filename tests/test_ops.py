@@ -352,7 +352,7 @@ GRAPH_ONLY = {
     "finish_gradient": "the native graph divides by the number of rows here, not in the loss",
     "squares": "for the norm of the whole gradient",
     "norm_and_factor": "as squares",
-    "scaled": "clipping, as a node",
+    "scaled": "passes of a step that are added up, and clipping where AdamW is a device's own",
     "loss_value": "the loss is a tensor until the graph has run",
     "compute": "runs what was recorded",
     "runner": "says on whose threads",
@@ -781,9 +781,11 @@ def test_adamw_step_is_the_formula(ops, convention, size):
         for k in range(5):
             gradient = (rng.normal(size=size) * 10.0 ** rng.integers(-3, 1, size)).astype(dtype)
             kept, hp = gradient.copy(), adamw.hp_for_step(k)
-            assert ops.adamw_step(weight, gradient, m, v, hp if k % 2 else hp[0]) is None
+            factor = [None, 0.37, 1.0, 1e-3, 0.0][k]  # of clipping
+            assert ops.adamw_step(weight, gradient, m, v, hp if k % 2 else hp[0], factor) is None
             assert np.array_equal(gradient, kept)
-            expected = adamw_formula(expected[0], gradient.astype(np.float64), *expected[1:], hp)
+            used = gradient.astype(np.float64) * (1 if factor is None else factor)
+            expected = adamw_formula(expected[0], used, *expected[1:], hp)
         bar = 1e-12 if dtype is np.float64 else 2e-6
         for given_array, wanted in zip((weight, m, v), expected):
             np.testing.assert_allclose(given_array, wanted, rtol=bar, atol=bar)

@@ -7,6 +7,7 @@ cdef struct AdamW:
     float* m
     float* v
     float lr, beta1, beta2, eps, weight_decay, s5, s6
+    float factor               # of the gradient
 
 cdef struct Flat:
     Py_ssize_t size

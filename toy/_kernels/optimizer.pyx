@@ -8,7 +8,7 @@ import numpy as np
 
 cimport numpy as cnp
 
-from toy._kernels.arrays cimport Span, check_apart, get_flat, vector_span
+from toy._kernels.arrays cimport Span, check_apart, get_flat, get_number, vector_span
 from toy._kernels.threads cimport run, slice_start, slices_for
 
 cnp.import_array()
@@ -29,12 +29,12 @@ cdef void adamw_update(void* args, int ith, int nth) noexcept nogil:
     cdef float* m = a.m
     cdef float* v = a.v
     cdef float one = 1.0
-    cdef float lr = a.lr, beta1 = a.beta1, beta2 = a.beta2, eps = a.eps, s5 = a.s5, s6 = a.s6
+    cdef float lr = a.lr, beta1 = a.beta1, beta2 = a.beta2, eps = a.eps, s5 = a.s5, s6 = a.s6, factor = a.factor
     cdef float new1 = one - beta1, new2 = one - beta2, keep = one - lr * a.weight_decay
     cdef float g, m_i, v_i
     cdef Py_ssize_t i
     for i in range(slice_start(a.size, 16, ith, nth), slice_start(a.size, 16, ith + 1, nth)):
-        g = gradient[i]
+        g = factor * gradient[i]
         m_i = beta1 * m[i] + new1 * g
         v_i = beta2 * v[i] + new2 * g * g
         m[i] = m_i
@@ -49,13 +49,14 @@ cdef void sum_of_squares_flat(void* args, int ith, int nth) noexcept nogil:
         a.partials[i] = toy_sum_of_squares(a.x + i * SQUARES_BLOCK, min(SQUARES_BLOCK, a.size - i * SQUARES_BLOCK))
 
 
-FORM = "adamw_step: weight, gradient, m and v of one shape, hp of shape (1, 7) or (7,)"
+FORM = "adamw_step: weight, gradient, m and v of one shape, hp of shape (1, 7) or (7,), factor a number"
 
 
-def adamw_step(weight, gradient, m, v, hp):
+def adamw_step(weight, gradient, m, v, hp, factor=None):
     """One AdamW update (Loshchilov & Hutter 2019, algorithm 2), in place on weight, m and v; all of one shape.
 
-    hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,).
+    hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,). factor: what
+    clipping multiplies the gradient by, None = 1.
     """
     cdef AdamW a
     a.weight = get_flat(weight, "weight", None, True, &a.size, FORM)
@@ -79,6 +80,7 @@ def adamw_step(weight, gradient, m, v, hp):
     check_apart(of_v, v, "v", of_gradient, gradient, "gradient", FORM)
     cdef float* row = <float*> cnp.PyArray_DATA(numbers)
     a.lr, a.beta1, a.beta2, a.eps, a.weight_decay, a.s5, a.s6 = row[0], row[1], row[2], row[3], row[4], row[5], row[6]
+    a.factor = 1.0 if factor is None else <float> get_number(factor, "factor", FORM)
     with nogil:
         run(adamw_update, &a, slices_for(ADAMW_COST * a.size, True))
 

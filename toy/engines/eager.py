@@ -185,22 +185,19 @@ class EagerEngine(Engine):
         if self.add_up is not None:
             loss = self.add_up(grads.flat, loss)
         self.grad_norm = math.sqrt(self.ops.sum_of_squares(grads.flat))
-        gradient = grads.flat
         clip = self.options.grad_clip
-        if clip is not None and self.grad_norm > clip:
-            gradient = gradient * np.float32(clip / self.grad_norm)
-        self._update(gradient, hp)
+        self._update(hp, clip / self.grad_norm if clip is not None and self.grad_norm > clip else None)
         self._round_weights()
         return loss
 
-    def _update(self, gradient: np.ndarray, hp: np.ndarray) -> None:
-        """AdamW on the flat buffers: in one piece, or in runs of what is decayed and what is not."""
+    def _update(self, hp: np.ndarray, factor: float | None) -> None:
+        """AdamW with factor times the gradients, on the flat buffers: in one piece, or in runs of what is decayed and what is not."""
         plain = without_decay(hp)
         whole = [(slice(None), True)]
         for part, decayed in self._runs if hp[0, 4] else whole:
-            self.ops.adamw_step(
-                self.masters.flat[part], gradient[part], self.m.flat[part], self.v.flat[part], hp if decayed else plain
-            )
+            weights, gradients = self.masters.flat[part], self.grads.flat[part]
+            row = hp if decayed else plain
+            self.ops.adamw_step(weights, gradients, self.m.flat[part], self.v.flat[part], row, factor)
 
     def _evaluate(self, inputs: Arrays, labels: np.ndarray) -> float:
         return self.model.loss(inputs, labels, self.options.t_batch)

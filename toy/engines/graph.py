@@ -328,13 +328,13 @@ class _Updates(_Graph):
         for slot in slots.values():
             if engine.keep_gradients:
                 self.graph.output(slot.tensor)
-            self.update(slot, slot.tensor if clip is None else self.ops.scaled(slot.tensor, self.norm))
+            self.update(slot, None if clip is None else self.norm)
         self.gradients = {name: slot.tensor for name, slot in slots.items()}
 
-    def update(self, slot, gradient):
+    def update(self, slot, factor=None):
         engine, name = self.engine, slot.name
         hp = self.hp if name in engine.decayed else self.plain_hp
-        self.ops.adamw_step(engine.masters[name], gradient, engine.m[name], engine.v[name], hp)
+        self.ops.adamw_step(engine.masters[name], slot.tensor, engine.m[name], engine.v[name], hp, factor)
         if engine.computed is not engine.masters:
             rounded = self.graph.cast(engine.masters[name], engine.options.weight_dtype)
             self.graph.cpy(self.graph.cast(rounded, "f32"), engine.computed[name])
@@ -352,7 +352,7 @@ class _TrainingGraph(_GradientGraph, _Updates):
         slot.tensor = self.ops.finish_gradient(slot.tensor)
         self.squares.append(self.ops.squares(slot))
         if not self.later:
-            self.update(slot, slot.tensor)
+            self.update(slot)
 
     def _after(self):
         if self.later:

@@ -566,15 +566,20 @@ def cross_entropy_backward(cache: CrossEntropyCache) -> Array:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def adamw_step(weight: Array, gradient: Array, m: Array, v: Array, hp: Array) -> None:
+def adamw_step(
+    weight: Array, gradient: Array, m: Array, v: Array, hp: Array, factor: float | None = None
+) -> None:
     """One AdamW update (Loshchilov & Hutter 2019, algorithm 2), in place on weight, m and v; all of one shape.
 
-    hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,).
+    hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,). factor: what
+    clipping multiplies the gradient by, None = 1.
     Raises ValueError when two of the four arrays share memory.
     """
     if any(np.shares_memory(a, b) for a, b in itertools.combinations((weight, gradient, m, v), 2)):
         raise ValueError("weight, gradient, m and v must be four arrays: two of them share memory")
     lr, beta1, beta2, eps, weight_decay, s5, s6 = (weight.dtype.type(number) for number in np.ravel(hp))
+    if factor is not None:
+        gradient = gradient * weight.dtype.type(factor)
     m *= beta1
     m += (1 - beta1) * gradient
     v *= beta2

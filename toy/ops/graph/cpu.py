@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # kernels that read every number once, and whose result does not depend on the number of slices
 ONE_PASS = {"elementwise", "embedding", "rms_norm", "layer_norm", "rope", "add_partials", "scaled", "adamw"}
 WORTH_TWO_THREADS = 2**14  # numbers: some 10 microseconds
+WORTH_COMPUTING_AGAIN = 2**16  # numbers: fewer are kept for the backward, they cost little memory
 
 
 class CpuGraphOps(GraphOps):
@@ -141,9 +142,9 @@ class CpuGraphOps(GraphOps):
         return self._shared(self.n_threads * self.kernels.quantized_floats(n_in, n_out))
 
     def _cheap(self, result, record):
-        """Mark a result that the backward computes again rather than keeps: its memory is free in between. Not a result of
-        `again`: its backward comes at once."""
-        if self.repeating:
+        """Mark a result that the backward computes again rather than keeps: its memory is free in between. Not a small one,
+        and not a result of `again`: its backward comes at once."""
+        if self.repeating or math.prod(result.shape) < WORTH_COMPUTING_AGAIN:
             return result
         self.cheap[id(result)] = (result, record)
         return result
@@ -386,8 +387,9 @@ class CpuGraphOps(GraphOps):
         """What the optimizer gets when every use of a parameter has added to its gradient: here, just that."""
         return gradient
 
-    def adamw_step(self, weight, gradient, m, v, hp):
-        inputs = [weight, gradient, m, v, hp]
+    def adamw_step(self, weight, gradient, m, v, hp, factor=None):
+        """factor: of `norm_and_factor`."""
+        inputs = [weight, gradient, m, v, hp] if factor is None else [weight, gradient, m, v, hp, factor]
         self._node(self.kernels.ADAMW, inputs, (1,), writes=[weight, m, v])
 
     def compute(self):

@@ -267,7 +267,9 @@ class NativeGraphOps(GraphOps):
             self.rows[factor] = self.graph.repeat(self.graph.slice(factor, 0, 1, 2), (1, self._widest()))
         return self._times(factor, gradient)
 
-    def adamw_step(self, weight, gradient, m, v, hp):
+    def adamw_step(self, weight, gradient, m, v, hp, factor=None):
+        """factor: of `norm_and_factor`."""
+        gradient = gradient if factor is None else self.scaled(gradient, factor)
         self.graph.opt_step_adamw(weight, gradient, m, v, hp)
 
     def compute(self):
