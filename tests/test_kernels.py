@@ -493,7 +493,7 @@ WRONG_CALLS = {
     "adamw read-only": (lambda: accelerated.adamw_step(READ_ONLY, W, W, W, HP), ["weight", "read-only"]),
     "adamw moments": (lambda: accelerated.adamw_step(W, W, W, W.astype(float), HP), ["v", "float64"]),
     "adamw row": (lambda: accelerated.adamw_step(W, W, W, W, HP[:, :6]), ["hp", "(1, 6)", "(1, 7)"]),
-    "adamw factor": (lambda: accelerated.adamw_step(*np.zeros((4, 3), np.float32), HP, "half"), ["factor='half'", "real number"]),
+    "adamw factor": (lambda: accelerated.adamw_step(*np.zeros((4, 3), np.float32), HP, "half"), ["factor='half'", "real"]),
     "scale in float64": (lambda: accelerated.scale(W.astype(float), 2.0), ["x", "float64"]),
     "reshape": (lambda: accelerated.reshape(X, 5), ["rows", "5", "24 numbers", "(6, 4)"]),
     "reshape to nothing": (lambda: accelerated.reshape(X, 0), ["rows", "0"]),

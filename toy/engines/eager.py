@@ -191,7 +191,7 @@ class EagerEngine(Engine):
         return loss
 
     def _update(self, hp: np.ndarray, factor: float | None) -> None:
-        """AdamW with factor times the gradients, on the flat buffers: in one piece, or in runs of what is decayed and what is not."""
+        """AdamW on the flat buffers: in one piece, or in runs of what is decayed and what is not. factor: of the gradient."""
         plain = without_decay(hp)
         whole = [(slice(None), True)]
         for part, decayed in self._runs if hp[0, 4] else whole:
