@@ -213,7 +213,8 @@ static void toy_pool_run(toy_kernel kernel, void *args, int nth) {
         return;
     }
     if (toy_pool.n_workers < toy_pool.n_threads - 1) toy_pool_start_workers();
-    const int is_short = nth <= toy_pool.n_threads; /* long jobs are cut finer, see slices_for in threads.pyx */
+    /* long jobs are cut finer, see slices_for in threads.pyx; the two halves of a backward are one job, of twice the slices */
+    const int is_short = nth <= 2 * toy_pool.n_threads;
     const int64_t start_ns = is_short ? toy_now_ns() : 0;
     if (is_short && start_ns < toy_pool.alone_until) {
         toy_pool_run_serially(kernel, args, nth);
