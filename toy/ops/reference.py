@@ -566,9 +566,7 @@ def cross_entropy_backward(cache: CrossEntropyCache) -> Array:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def adamw_step(
-    weight: Array, gradient: Array, m: Array, v: Array, hp: Array, factor: float | None = None
-) -> None:
+def adamw_step(weight: Array, gradient: Array, m: Array, v: Array, hp: Array, factor: float | None = None) -> None:
     """One AdamW update (Loshchilov & Hutter 2019, algorithm 2), in place on weight, m and v; all of one shape.
 
     hp: the seven numbers [lr, beta1, beta2, eps, weight_decay, s5, s6] of `toy.AdamW`, shape (1, 7) or (7,). factor: what
