@@ -22,7 +22,7 @@ from toy._kernels import blas, linear, threads
 
 FORMS = ("nt", "nn", "tn")  # whether a and b lie in memory transposed
 OWN = [name for name in blas.PRODUCTS if name != "sgemm"]
-FEWEST_ROWS, FEWEST_COLUMNS = 4, 8  # of the project's own product, as in blas.pyx
+FEWEST_ROWS, FEWEST_COLUMNS = 3, 4  # of the project's own product, as in blas.pyx
 SIZE, POINTER = ctypes.c_ssize_t, ctypes.c_void_p
 
 

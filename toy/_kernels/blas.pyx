@@ -33,8 +33,8 @@ cdef extern from "product.h" nogil:
 
 cdef enum:
     # of c: below them packing costs more than it brings, and sgemm has functions for a vector
-    FEWEST_ROWS = 4
-    FEWEST_COLUMNS = 8
+    FEWEST_ROWS = 3
+    FEWEST_COLUMNS = 4
 
 ctypedef int (*GetThreads)() noexcept nogil
 ctypedef void (*SetThreads)(int) noexcept nogil

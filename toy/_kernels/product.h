@@ -18,6 +18,7 @@ enum { TOY_NO_PRODUCT, TOY_PRODUCT_AVX2, TOY_PRODUCT_AVX512 };
 #include <immintrin.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #define TOY_PRAGMA_TEXT(text) _Pragma(#text)
 #define TOY_PRAGMA(text) TOY_PRAGMA_TEXT(text)
@@ -28,17 +29,14 @@ enum { TOY_NO_PRODUCT, TOY_PRODUCT_AVX2, TOY_PRODUCT_AVX512 };
 #define TOY_UNROLL(times) TOY_PRAGMA(GCC unroll times)
 #define TOY_UNROLL_ALL TOY_PRAGMA(GCC unroll 16)
 #endif
-#define TOY_AVX512_DEPTH 384
-#define TOY_AVX512_COLUMNS 768
-#define TOY_AVX2_DEPTH 256
-#define TOY_AVX2_COLUMNS 256
+#define TOY_DEPTH 384         /* terms of a sum that are added up in registers */
+#define TOY_MOST_COLUMNS 768  /* of b that are packed at a time: 1.2 MB a thread */
+#define TOY_FEW_COLUMNS 32    /* 48 KB: room enough on a stack */
 
 #define TOY_PRODUCT(name) toy_avx512_##name
 #define TOY_PRODUCT_TARGET __attribute__((target("avx512f,avx512dq,avx2,fma")))
 #define TOY_PRODUCT_LANES 16
 #define TOY_PRODUCT_ROWS 14
-#define TOY_PRODUCT_DEPTH TOY_AVX512_DEPTH
-#define TOY_PRODUCT_COLUMNS TOY_AVX512_COLUMNS
 #define TOY_PRODUCT_UNROLL 2
 #define TOY_PRODUCT_AHEAD 8
 #include "product_lanes.h"
@@ -47,20 +45,24 @@ enum { TOY_NO_PRODUCT, TOY_PRODUCT_AVX2, TOY_PRODUCT_AVX512 };
 #define TOY_PRODUCT_TARGET __attribute__((target("avx2,fma")))
 #define TOY_PRODUCT_LANES 8
 #define TOY_PRODUCT_ROWS 6
-#define TOY_PRODUCT_DEPTH TOY_AVX2_DEPTH
-#define TOY_PRODUCT_COLUMNS TOY_AVX2_COLUMNS
 #define TOY_PRODUCT_UNROLL 4
 #define TOY_PRODUCT_AHEAD 0 /* the processor fetches well enough, and two loads a step more are felt */
 #include "product_lanes.h"
 
-#define TOY_PANEL_BYTES (TOY_AVX512_DEPTH * TOY_AVX512_COLUMNS * sizeof(float)) /* 1.2 MB */
-#define TOY_FEW_COLUMNS 32                                                      /* one panel, 48 KB: room enough on a stack */
-
 static pthread_key_t toy_panels_key;
+static ptrdiff_t toy_columns; /* that are packed at a time on this processor */
 
 /* The widest product that this processor has. Once, before any product. */
 static int toy_product_init(void) {
     if (pthread_key_create(&toy_panels_key, free)) return TOY_NO_PRODUCT;
+    long second_cache = 512 << 10;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    if (sysconf(_SC_LEVEL2_CACHE_SIZE) > 0) second_cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    /* the panels fill three quarters of it: packed for fewer columns, the rows of a are copied more often than need be */
+    toy_columns = second_cache / 4 * 3 / (TOY_DEPTH * (long)sizeof(float)) / TOY_FEW_COLUMNS * TOY_FEW_COLUMNS;
+    if (toy_columns < TOY_FEW_COLUMNS) toy_columns = TOY_FEW_COLUMNS;
+    if (toy_columns > TOY_MOST_COLUMNS) toy_columns = TOY_MOST_COLUMNS;
     if (toy_cpu_has("avx2") != 1 || toy_cpu_has("fma") != 1) return TOY_NO_PRODUCT;
     return toy_cpu_has("avx512f") == 1 && toy_cpu_has("avx512dq") == 1 ? TOY_PRODUCT_AVX512 : TOY_PRODUCT_AVX2;
 }
@@ -69,7 +71,7 @@ static int toy_product_init(void) {
 static float *toy_panels(void) {
     void *panels = pthread_getspecific(toy_panels_key);
     if (panels != NULL) return panels;
-    if (posix_memalign(&panels, 64, TOY_PANEL_BYTES)) return NULL;
+    if (posix_memalign(&panels, 64, toy_columns * TOY_DEPTH * sizeof(float))) return NULL;
     if (pthread_setspecific(toy_panels_key, panels)) {
         free(panels);
         return NULL;
@@ -81,18 +83,16 @@ static void toy_product_in(int which, int a_is_transposed, int b_is_transposed, 
                            const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, int add, float *c, ptrdiff_t c_row,
                            float *panels, ptrdiff_t room) {
     if (which == TOY_PRODUCT_AVX512)
-        toy_avx512_multiply(a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row, panels,
-                            room < TOY_AVX512_COLUMNS ? room : TOY_AVX512_COLUMNS);
+        toy_avx512_multiply(a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row, panels, room);
     else
-        toy_avx2_multiply(a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row, panels,
-                          room < TOY_AVX2_COLUMNS ? room : TOY_AVX2_COLUMNS);
+        toy_avx2_multiply(a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row, panels, room);
 }
 
 /* Out of memory: panel by panel, slower and with the same bits. */
 __attribute__((noinline)) static void toy_product_on_stack(int which, int a_is_transposed, int b_is_transposed, ptrdiff_t m,
                                                            ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t a_row,
                                                            const float *b, ptrdiff_t b_row, int add, float *c, ptrdiff_t c_row) {
-    _Alignas(64) float panel[TOY_FEW_COLUMNS * TOY_AVX512_DEPTH];
+    _Alignas(64) float panel[TOY_FEW_COLUMNS * TOY_DEPTH];
     toy_product_in(which, a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row, panel, TOY_FEW_COLUMNS);
 }
 
@@ -105,7 +105,7 @@ static void toy_product(int which, int a_is_transposed, int b_is_transposed, ptr
         toy_product_on_stack(which, a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row);
     else
         toy_product_in(which, a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row, panels,
-                       TOY_AVX512_COLUMNS);
+                       toy_columns);
 }
 
 #else

@@ -4,17 +4,16 @@
  * TOY_PRODUCT_TARGET    the instruction sets that these functions may use, whatever the rest is compiled for
  * TOY_PRODUCT_LANES     numbers in a vector
  * TOY_PRODUCT_ROWS      rows of a tile: its sums, two vectors a row, leave registers for two vectors of b and a number of a
- * TOY_PRODUCT_DEPTH     terms of a sum that are added up in registers
- * TOY_PRODUCT_COLUMNS   columns of b that are packed at a time: their panels fill at most half of the second cache
  * TOY_PRODUCT_UNROLL    steps of the innermost loop that are written out
+ * TOY_PRODUCT_AHEAD     steps before they are needed the numbers of b are asked for; 0: the processor looks ahead well enough
  *
  * The way is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008), with the
  * tile written by the compiler instead of by hand as in BLIS (Van Zee and van de Geijn, ACM TOMS 41(3), 2015). Some columns of
  * b are packed into panels two vectors wide, which stay in the second cache; the rows of a that make a tile are copied
- * together into the first one, and the panels go past them. A panel of fewer columns than two vectors has zeros at its end, or is one
- * vector wide where that is enough; of a tile that is not full only what belongs to c is written.
+ * together into the first one, and the panels go past them. The last panel of some columns is one vector wide where that is
+ * enough, and filled up; of its tiles only what belongs to c is written.
  *
- * Every element of c is the sum of chains of fused multiply-adds over at most TOY_PRODUCT_DEPTH terms, in order; where the chains
+ * Every element of c is the sum of chains of fused multiply-adds over at most TOY_DEPTH terms, in order; where the chains
  * begin follows from k alone. So it has the same bits in whatever tile, slice or panel it is computed.
  */
 
@@ -30,7 +29,7 @@ typedef float toy_vector_anywhere __attribute__((vector_size(4 * TOY_PRODUCT_LAN
 /* ---- tiles ------------------------------------------------------------------------------------------------------------ */
 
 /* steps, in numbers, in the copy of the rows of a: (rows, depth), or (depth, rows) if a is transposed */
-#define TOY_ROW (TOY_PRODUCT_DEPTH + 16)
+#define TOY_ROW (TOY_DEPTH + 16)
 #define TOY_STEP (TOY_PRODUCT_LANES)
 
 /* c (rows, vectors) = a (rows, n) b (n, vectors), or with `add` that much more. The constants make the compiler unroll this and
@@ -185,8 +184,8 @@ TOY_PRODUCT_TARGET static void TOY_PRODUCT(copy_rows)(int is_transposed, ptrdiff
 TOY_PRODUCT_TARGET static void TOY_PRODUCT(rows_by_panels)(int is_transposed, ptrdiff_t m, ptrdiff_t columns, ptrdiff_t n,
                                                            const float *a, ptrdiff_t a_row, const float *panels,
                                                            const float *b, ptrdiff_t b_row, int add, float *c, ptrdiff_t c_row) {
-    _Alignas(64) float copy[TOY_PRODUCT_ROWS * TOY_ROW > TOY_PRODUCT_DEPTH * TOY_STEP ? TOY_PRODUCT_ROWS * TOY_ROW
-                                                                                      : TOY_PRODUCT_DEPTH * TOY_STEP];
+    _Alignas(64) float copy[TOY_PRODUCT_ROWS * TOY_ROW > TOY_DEPTH * TOY_STEP ? TOY_PRODUCT_ROWS * TOY_ROW
+                                                                                      : TOY_DEPTH * TOY_STEP];
     _Alignas(64) float part[TOY_PRODUCT_ROWS * TOY_PANEL];
     for (ptrdiff_t row = 0, rows; row < m; row += rows) {
         /* the last rows in two tiles of about the same height, not in one that is full and one that is nearly empty */
@@ -213,13 +212,13 @@ TOY_PRODUCT_TARGET static void TOY_PRODUCT(rows_by_panels)(int is_transposed, pt
 }
 
 /* c (m, n) = a (m, k) b (k, n), or with `add` that much more; a or b may lie in memory transposed. Steps from row to row in
- * numbers. There is room in `panels`, on a cache line, for TOY_PRODUCT_DEPTH rows of `room` columns, whole panels. */
+ * numbers. There is room in `panels`, on a cache line, for TOY_DEPTH rows of `room` columns, whole panels. */
 TOY_PRODUCT_TARGET static void TOY_PRODUCT(multiply)(int a_is_transposed, int b_is_transposed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k,
                                                      const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, int add,
                                                      float *c, ptrdiff_t c_row, float *panels, ptrdiff_t room) {
     /* parts of about the same size, not some full ones and a nearly empty one */
     const ptrdiff_t bands = (n + room - 1) / room, band = ((n + bands - 1) / bands + TOY_PANEL - 1) / TOY_PANEL * TOY_PANEL;
-    const ptrdiff_t pieces = (k + TOY_PRODUCT_DEPTH - 1) / TOY_PRODUCT_DEPTH;
+    const ptrdiff_t pieces = (k + TOY_DEPTH - 1) / TOY_DEPTH;
     const ptrdiff_t piece = pieces > 0 ? ((k + pieces - 1) / pieces + 15) / 16 * 16 : 16;
     for (ptrdiff_t column = 0; column < n; column += band) {
         const ptrdiff_t columns = n - column < band ? n - column : band;
@@ -258,7 +257,5 @@ TOY_PRODUCT_TARGET static void TOY_PRODUCT(multiply)(int a_is_transposed, int b_
 #undef TOY_PRODUCT_TARGET
 #undef TOY_PRODUCT_LANES
 #undef TOY_PRODUCT_ROWS
-#undef TOY_PRODUCT_DEPTH
-#undef TOY_PRODUCT_COLUMNS
 #undef TOY_PRODUCT_UNROLL
 #undef TOY_PRODUCT_AHEAD
