@@ -1,9 +1,10 @@
-/* The product of two matrices by the project's own code, where that is faster than sgemm: which widths of vector there are, which
- * of them this processor has, and the memory that a thread packs into. The product itself is in product_lanes.h.
+/* The product of two matrices by the project's own code, where that is faster than sgemm: which widths of vector there are,
+ * which of them this processor has, and the memory that a thread packs into. The product itself is in product_lanes.h.
  *
- * Time of the products of a training step over OpenBLAS 0.3.30's time for them, one thread of an Intel Xeon with AVX-512: 0.90
- * (the shape `char` of benchmarks/train_step.py) and 0.92 (`baby`), MKL 0.84 and 0.93; with AVX2 alone, OpenBLAS held to
- * it (OPENBLAS_CORETYPE=Haswell), 0.92. On ARM nothing was measured: sgemm stays, as where the compiler has no vector types.
+ * Time for the products of a training step over OpenBLAS 0.3.30's, one thread of an Intel Xeon (Sapphire Rapids or later), for
+ * the shapes tiny, char, baby and gpt2-124M of benchmarks/train_step.py: with AVX-512 0.83, 0.88, 0.92 and 0.88 (MKL: 0.74,
+ * 0.83, 0.90, 0.86); with AVX2 alone, OpenBLAS held to it by OPENBLAS_CORETYPE=Haswell, 0.84, 0.92, 0.95 and 0.96. On ARM
+ * nothing was measured: sgemm stays, as where the compiler has no vector types.
  */
 #ifndef TOY_PRODUCT_H
 #define TOY_PRODUCT_H
@@ -80,8 +81,8 @@ static float *toy_panels(void) {
 }
 
 static void toy_product_in(int which, int a_is_transposed, int b_is_transposed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k,
-                           const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, int add, float *c, ptrdiff_t c_row,
-                           float *panels, ptrdiff_t room) {
+                           const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, int add, float *c,
+                           ptrdiff_t c_row, float *panels, ptrdiff_t room) {
     if (which == TOY_PRODUCT_AVX512)
         toy_avx512_multiply(a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row, panels, room);
     else
@@ -91,15 +92,18 @@ static void toy_product_in(int which, int a_is_transposed, int b_is_transposed, 
 /* Out of memory: panel by panel, slower and with the same bits. */
 __attribute__((noinline)) static void toy_product_on_stack(int which, int a_is_transposed, int b_is_transposed, ptrdiff_t m,
                                                            ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t a_row,
-                                                           const float *b, ptrdiff_t b_row, int add, float *c, ptrdiff_t c_row) {
+                                                           const float *b, ptrdiff_t b_row, int add, float *c,
+                                                           ptrdiff_t c_row) {
     _Alignas(64) float panel[TOY_FEW_COLUMNS * TOY_DEPTH];
-    toy_product_in(which, a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row, panel, TOY_FEW_COLUMNS);
+    toy_product_in(which, a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row, panel,
+                   TOY_FEW_COLUMNS);
 }
 
 /* c (m, n) = a (m, k) b (k, n), or with `add` that much more. a lies in memory as (k, m) if it is transposed, b as (n, k);
  * the steps from row to row are in numbers. */
 static void toy_product(int which, int a_is_transposed, int b_is_transposed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k,
-                        const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, int add, float *c, ptrdiff_t c_row) {
+                        const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, int add, float *c,
+                        ptrdiff_t c_row) {
     float *panels = toy_panels();
     if (panels == NULL)
         toy_product_on_stack(which, a_is_transposed, b_is_transposed, m, n, k, a, a_row, b, b_row, add, c, c_row);
@@ -112,7 +116,8 @@ static void toy_product(int which, int a_is_transposed, int b_is_transposed, ptr
 
 static int toy_product_init(void) { return TOY_NO_PRODUCT; }
 static void toy_product(int which, int a_is_transposed, int b_is_transposed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k,
-                        const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, int add, float *c, ptrdiff_t c_row) {
+                        const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, int add, float *c,
+                        ptrdiff_t c_row) {
     (void)which, (void)a_is_transposed, (void)b_is_transposed, (void)m, (void)n, (void)k, (void)a, (void)a_row, (void)b;
     (void)b_row, (void)add, (void)c, (void)c_row;
 }

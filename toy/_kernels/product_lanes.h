@@ -7,11 +7,11 @@
  * TOY_PRODUCT_UNROLL    steps of the innermost loop that are written out
  * TOY_PRODUCT_AHEAD     steps before they are needed the numbers of b are asked for; 0: the processor looks ahead well enough
  *
- * The way is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008), with the
- * tile written by the compiler instead of by hand as in BLIS (Van Zee and van de Geijn, ACM TOMS 41(3), 2015). Some columns of
- * b are packed into panels two vectors wide, which stay in the second cache; the rows of a that make a tile are copied
- * together into the first one, and the panels go past them. The last panel of some columns is one vector wide where that is
- * enough, and filled up; of its tiles only what belongs to c is written.
+ * The way is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008), with
+ * the tile written by the compiler instead of by hand as in BLIS (Van Zee and van de Geijn, ACM TOMS 41(3), 2015). Some
+ * columns of b are packed into panels two vectors wide, which stay in the second cache; the rows of a that make a tile are
+ * copied together into the first one, and the panels go past them. The last panel of some columns is one vector wide where
+ * that is enough, and filled up; of its tiles only what belongs to c is written.
  *
  * Every element of c is the sum of chains of fused multiply-adds over at most TOY_DEPTH terms, in order; where the chains
  * begin follows from k alone. So it has the same bits in whatever tile, slice or panel it is computed.
@@ -32,10 +32,11 @@ typedef float toy_vector_anywhere __attribute__((vector_size(4 * TOY_PRODUCT_LAN
 #define TOY_ROW (TOY_DEPTH + 16)
 #define TOY_STEP (TOY_PRODUCT_LANES)
 
-/* c (rows, vectors) = a (rows, n) b (n, vectors), or with `add` that much more. The constants make the compiler unroll this and
- * keep the sums in registers. */
+/* c (rows, vectors) = a (rows, n) b (n, vectors), or with `add` that much more. The constants make the compiler unroll this
+ * and keep the sums in registers. */
 TOY_PRODUCT_INLINE void TOY_PRODUCT(tile)(const int rows, const int vectors, const int is_transposed, ptrdiff_t n,
-                                          const float *a, const float *b, ptrdiff_t b_row, float *c, ptrdiff_t c_row, int add) {
+                                          const float *a, const float *b, ptrdiff_t b_row, float *c, ptrdiff_t c_row,
+                                          int add) {
     const ptrdiff_t a_row = is_transposed ? 1 : TOY_ROW, a_step = is_transposed ? TOY_STEP : 1;
     toy_vector sums[TOY_PRODUCT_ROWS][2];
     TOY_UNROLL_ALL
@@ -68,7 +69,8 @@ TOY_PRODUCT_INLINE void TOY_PRODUCT(tile)(const int rows, const int vectors, con
         }
 }
 
-typedef void TOY_PRODUCT(tile_of)(ptrdiff_t n, const float *a, const float *b, ptrdiff_t b_row, float *c, ptrdiff_t c_row, int add);
+typedef void TOY_PRODUCT(tile_of)(ptrdiff_t n, const float *a, const float *b, ptrdiff_t b_row, float *c, ptrdiff_t c_row,
+                                  int add);
 
 #define TOY_TILE_OF(ROWS, VECTORS, TRANSPOSED) \
     TOY_PRODUCT_TARGET static void TOY_PRODUCT(tile_##ROWS##_##VECTORS##_##TRANSPOSED)( \
@@ -141,8 +143,8 @@ TOY_PRODUCT_TARGET static void TOY_PRODUCT(pack_transposed)(ptrdiff_t columns, p
 }
 
 /* b (n, columns) -> panel (n, width) with columns <= width; zeros after the last column */
-TOY_PRODUCT_TARGET static void TOY_PRODUCT(pack)(ptrdiff_t columns, ptrdiff_t width, ptrdiff_t n, const float *b, ptrdiff_t b_row,
-                                                 float *panel) {
+TOY_PRODUCT_TARGET static void TOY_PRODUCT(pack)(ptrdiff_t columns, ptrdiff_t width, ptrdiff_t n, const float *b,
+                                                 ptrdiff_t b_row, float *panel) {
     for (ptrdiff_t k = 0; k < n; k++, b += b_row, panel += width) {
         if (columns == TOY_PANEL) {
             __builtin_prefetch(b + 8 * b_row, 0, 3);
@@ -180,10 +182,12 @@ TOY_PRODUCT_TARGET static void TOY_PRODUCT(copy_rows)(int is_transposed, ptrdiff
 
 /* ---- the product ------------------------------------------------------------------------------------------------------ */
 
-/* Adds k terms to the columns of c whose panels are there, or writes them. */
+/* The rows of a, n numbers each, times the panels into those columns of c, or with `add` that much more. Where b is given
+ * whole panels are read in it. */
 TOY_PRODUCT_TARGET static void TOY_PRODUCT(rows_by_panels)(int is_transposed, ptrdiff_t m, ptrdiff_t columns, ptrdiff_t n,
                                                            const float *a, ptrdiff_t a_row, const float *panels,
-                                                           const float *b, ptrdiff_t b_row, int add, float *c, ptrdiff_t c_row) {
+                                                           const float *b, ptrdiff_t b_row, int add, float *c,
+                                                           ptrdiff_t c_row) {
     _Alignas(64) float copy[TOY_PRODUCT_ROWS * TOY_ROW > TOY_DEPTH * TOY_STEP ? TOY_PRODUCT_ROWS * TOY_ROW
                                                                                       : TOY_DEPTH * TOY_STEP];
     _Alignas(64) float part[TOY_PRODUCT_ROWS * TOY_PANEL];
@@ -213,9 +217,10 @@ TOY_PRODUCT_TARGET static void TOY_PRODUCT(rows_by_panels)(int is_transposed, pt
 
 /* c (m, n) = a (m, k) b (k, n), or with `add` that much more; a or b may lie in memory transposed. Steps from row to row in
  * numbers. There is room in `panels`, on a cache line, for TOY_DEPTH rows of `room` columns, whole panels. */
-TOY_PRODUCT_TARGET static void TOY_PRODUCT(multiply)(int a_is_transposed, int b_is_transposed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k,
-                                                     const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, int add,
-                                                     float *c, ptrdiff_t c_row, float *panels, ptrdiff_t room) {
+TOY_PRODUCT_TARGET static void TOY_PRODUCT(multiply)(int a_is_transposed, int b_is_transposed, ptrdiff_t m, ptrdiff_t n,
+                                                     ptrdiff_t k, const float *a, ptrdiff_t a_row, const float *b,
+                                                     ptrdiff_t b_row, int add, float *c, ptrdiff_t c_row, float *panels,
+                                                     ptrdiff_t room) {
     /* parts of about the same size, not some full ones and a nearly empty one */
     const ptrdiff_t bands = (n + room - 1) / room, band = ((n + bands - 1) / bands + TOY_PANEL - 1) / TOY_PANEL * TOY_PANEL;
     const ptrdiff_t pieces = (k + TOY_DEPTH - 1) / TOY_DEPTH;
@@ -234,8 +239,9 @@ TOY_PRODUCT_TARGET static void TOY_PRODUCT(multiply)(int a_is_transposed, int b_
                 if (b_is_transposed) TOY_PRODUCT(pack_transposed)(here, width, depth, b_here + j * b_row, b_row, panel);
                 else if (!stays || here != width) TOY_PRODUCT(pack)(here, width, depth, b_here + j, b_row, panel);
             }
-            TOY_PRODUCT(rows_by_panels)(a_is_transposed, m, columns, depth, a_is_transposed ? a + first * a_row : a + first, a_row,
-                                        panels, stays ? b_here : NULL, b_row, add || first > 0, c + column, c_row);
+            const float *a_here = a_is_transposed ? a + first * a_row : a + first;
+            TOY_PRODUCT(rows_by_panels)(a_is_transposed, m, columns, depth, a_here, a_row, panels, stays ? b_here : NULL, b_row,
+                                        add || first > 0, c + column, c_row);
         }
     }
 }
