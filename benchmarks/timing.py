@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-
 PAUSE = 0.25  # seconds before a burst: OpenBLAS's idle threads spin on for 0.13 s, on the processors of whoever is next
 
 

@@ -250,6 +250,8 @@ def _cython_facts() -> tuple[int | None, str]:
     blas = " ".join(str(facts["blas"].get("name", "BLAS")).split()[:2])
     if not facts["blas"]["held_to_one_thread"]:
         blas += " (it cannot be held to one thread: each product runs on its own threads)"
+    elif facts["blas"]["product"] != "sgemm":
+        blas = f"products of its own ({facts['blas']['product'].upper()}) and of {blas}"
     return facts["threads"], f"{blas}, {facts['simd_bits']}-bit SIMD"
 
 

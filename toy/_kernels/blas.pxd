@@ -1,7 +1,8 @@
-# Matrix products of row-major float matrices, by the sgemm of the BLAS that scipy was built with.
+# Matrix products of row-major float matrices, the project's own or by the sgemm of the BLAS that scipy was built with
+# (blas.pyx says which).
 #
-# `ld*` is the row stride of a matrix in elements; beta is 0 (overwrite c) or 1 (add to c). Nothing is transposed in
-# memory. Call these between enter() and leave(): then that BLAS starts no threads of its own inside our slices.
+# `ld*` is the row stride of a matrix in elements; beta is 0 (overwrite c) or 1 (add to c). Call these between enter()
+# and leave(): then that BLAS starts no threads of its own inside our slices.
 
 # c (m, n) = a (m, k) b (n, k)^T
 cdef void multiply_nt(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const float* a, Py_ssize_t lda,
@@ -18,5 +19,5 @@ cdef double FLOPS_PER_NANOSECOND    # of one core, for the question whether thre
 cdef void enter()    # with the GIL held; calls nest
 cdef void leave()
 # How many slices for that much work: 1 if this BLAS cannot be held to one thread. Not `fine` for one large product:
-# each slice repacks the operand that is not cut (four slices a thread instead of one: 10 to 15 % more time).
+# each slice repacks the operand that is not cut (four slices a thread instead of one: 10 to 15 % more time by sgemm).
 cdef int product_slices(double flops, bint fine)

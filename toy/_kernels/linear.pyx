@@ -1,9 +1,12 @@
 # cython: language_level=3, cdivision=True, auto_pickle=False
 """y = x W^T + b and its backward: three matrix products, cut into slices.
 
-A slice is a band of rows or of columns of the result. Each sgemm call repacks the operand that is not cut, so the cut
+A slice is a band of rows or of columns of the result. Each call repacks the operand that is not cut, so the cut
 one should not be much the smaller; and rows are preferred, because then a thread works on the same tokens in every
 op.
+
+A slice has BAND rows (or columns) at least, or there is one slice that is not empty: so all of a product is done in one
+way, whose bits do not depend on the slices where that way is the project's own (blas.pyx).
 """
 
 cimport cython
@@ -14,19 +17,24 @@ from toy._kernels.arrays cimport (
     ANY, Matrix, Span, check_apart, check_cache, check_filled, get_matrix, get_vector, get_vector_gradient, get_weight,
     get_weight_gradient, matrix_span, new_matrix, no_span, vector_span,
 )
-from toy._kernels.threads cimport run, slice_start
+from toy._kernels.threads cimport run
 
 cdef enum:
     BAND = 16    # bands start at multiples of this, the width of an AVX-512 register
+
+
+cdef inline Py_ssize_t band_start(Py_ssize_t n, int ith, int nth) noexcept nogil:
+    """Where slice ith of 0 .. n-1 starts; it ends where slice ith+1 starts. What is left of whole bands is the last one's."""
+    return n if ith == nth else max(n // BAND, 1) * ith // nth * BAND
 
 
 cdef void linear_forward(void* args, int ith, int nth) noexcept nogil:
     cdef Linear* a = <Linear*> args
     cdef Py_ssize_t row = 0, row_end = a.n, column = 0, column_end = a.n_out, i
     if 2 * a.n >= a.n_out:
-        row, row_end = slice_start(a.n, BAND, ith, nth), slice_start(a.n, BAND, ith + 1, nth)
+        row, row_end = band_start(a.n, ith, nth), band_start(a.n, ith + 1, nth)
     else:
-        column, column_end = slice_start(a.n_out, BAND, ith, nth), slice_start(a.n_out, BAND, ith + 1, nth)
+        column, column_end = band_start(a.n_out, ith, nth), band_start(a.n_out, ith + 1, nth)
     if row >= row_end or column >= column_end:
         return
     # sgemm would first fill y with zeros, then add the product; filling it with the bias instead costs nothing more
@@ -45,9 +53,9 @@ cdef void linear_backward_input(void* args, int ith, int nth) noexcept nogil:
     cdef LinearBackward* a = <LinearBackward*> args
     cdef Py_ssize_t row = 0, row_end = a.n, column = 0, column_end = a.n_in
     if 2 * a.n >= a.n_in:
-        row, row_end = slice_start(a.n, BAND, ith, nth), slice_start(a.n, BAND, ith + 1, nth)
+        row, row_end = band_start(a.n, ith, nth), band_start(a.n, ith + 1, nth)
     else:
-        column, column_end = slice_start(a.n_in, BAND, ith, nth), slice_start(a.n_in, BAND, ith + 1, nth)
+        column, column_end = band_start(a.n_in, ith, nth), band_start(a.n_in, ith + 1, nth)
     blas.multiply_nn(
         row_end - row, column_end - column, a.n_out,
         a.d_y + row * a.d_y_stride, a.d_y_stride,
@@ -60,9 +68,9 @@ cdef void linear_backward_weight(void* args, int ith, int nth) noexcept nogil:
     cdef LinearBackward* a = <LinearBackward*> args
     cdef Py_ssize_t row = 0, row_end = a.n_out, column = 0, column_end = a.n_in
     if a.n_out >= a.n_in:
-        row, row_end = slice_start(a.n_out, BAND, ith, nth), slice_start(a.n_out, BAND, ith + 1, nth)
+        row, row_end = band_start(a.n_out, ith, nth), band_start(a.n_out, ith + 1, nth)
     else:
-        column, column_end = slice_start(a.n_in, BAND, ith, nth), slice_start(a.n_in, BAND, ith + 1, nth)
+        column, column_end = band_start(a.n_in, ith, nth), band_start(a.n_in, ith + 1, nth)
     if a.d_weight != NULL:
         blas.multiply_tn(
             row_end - row, column_end - column, a.n,
