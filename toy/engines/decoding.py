@@ -238,10 +238,10 @@ def is_software_vulkan(device_name: str) -> bool:
     """Whether a device is Mesa's software Vulkan (lavapipe, which names itself llvmpipe). There a decoder frees nothing
     before it is closed, and records few graphs: they read `FIXED_STEP` tokens or one.
 
-    With Mesa 22.3, after the memory of one graph was freed, the next one crashed the process or never came back, in
-    Mesa's code (ggml writes as many bindings of a descriptor set as the shader reads and leaves in the rest what an earlier shader
-    had there, which Vulkan allows; that these are read is a guess). Other numbers of tokens need shaders that it compiles for
-    up to a minute each."""
+    With Mesa 22.3, after the memory of one graph was freed, the next one crashed the process or never came back, in Mesa's
+    code. (ggml writes as many bindings of a descriptor set as the shader reads and leaves in the rest what an earlier shader
+    had there, which Vulkan allows; that Mesa reads them is a guess.) Other numbers of tokens need shaders that it compiles
+    for up to a minute each."""
     import ggml_bridge
 
     found = [device for device in ggml_bridge.devices() if device.name == device_name]
