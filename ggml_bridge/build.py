@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,9 @@ def build(
         if backend == "cuda" and (cublas := _cublas(tools["nvcc"])) is not None:
             settings |= _link_cublas(cublas, work)
             libraries.append(cublas.libraries)
+        if not portable and (flags := _without_amx()):
+            for name in ("CMAKE_C_FLAGS", "CMAKE_CXX_FLAGS"):
+                settings[name] = f"{settings.get(name, '')} {flags}".strip()
         settings["CMAKE_INSTALL_RPATH"] = ";".join(["$ORIGIN", *map(str, libraries)])
         _compile(tools, sources, work, settings, place.parent / f"{label}.log", jobs)
         if place.exists():
@@ -132,6 +136,15 @@ def cache_directory() -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 # what the machine has
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _without_amx() -> str:
+    """The compiler's options that leave out AMX, where it knows them. Compiled for a processor with AMX by GCC 12, ggml ends
+    the process with an illegal instruction as soon as two rows meet Q8_0 weights."""
+    options = ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
+    compilers = (os.environ.get("CC", "cc"), os.environ.get("CXX", "c++"))
+    known = [_output([*shlex.split(name), *options, "-x", "c", "-fsyntax-only", os.devnull]) for name in compilers]
+    return "" if None in known else " ".join(options)
 
 
 def _tools(backend: str) -> dict[str, str]:

@@ -116,6 +116,25 @@ def test_vulkan_portable_and_a_place_of_ones_own(machine, sdist, tmp_path):
     assert "LayerSettingEXT" in Path(header).read_text()
 
 
+def test_no_amx_where_the_compiler_knows_it(machine, sdist, tmp_path, monkeypatch):
+    def compiler(name, answer):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\ncase $1 in -mno-amx-tile) exit {answer};; esac\n")
+        path.chmod(0o755)
+        return str(path)
+
+    flags = " -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    monkeypatch.setenv("CC", compiler("new", 0))
+    for name, answer, wanted in (("also-new", 0, 2), ("old", 1, 0)):
+        monkeypatch.setenv("CXX", compiler(name, answer))
+        build.build("vulkan", sdist, into=tmp_path / "built" / name)
+        configured = asked(machine).splitlines()[-3]
+        assert configured.count(flags[1:]) == wanted
+        assert "-DCMAKE_CXX_FLAGS=-include " in configured
+    build.build("vulkan", sdist, into=tmp_path / "built" / "portable", portable=True)
+    assert "-mno-amx" not in asked(machine).splitlines()[-3]
+
+
 def test_the_package_of_cublas_where_the_toolkit_has_none(machine, sdist, tmp_path, monkeypatch):
     (machine / "toolkit" / "lib64" / "libcublas.so").unlink()
     site = tmp_path / "site" / "nvidia" / "cu13"
