@@ -121,7 +121,7 @@ static int toy_bf16_has(int way) {
 
 /* Whether AVX512-BF16 is faster than float32: on AMD's processors VDPBF16PS takes as long as a fused multiply-add of float32
  * and does twice as much; on Intel's it takes twice as long (measured: 80 and 85 GFLOP/s in registers), and the products are
- * 0.6 times as fast as float32's. */
+ * 0.6 times as fast as float32's. On AMD's it was not measured. */
 static int toy_bf16_avx512_pays(void) {
 #if TOY_BF16_INTRINSICS
     uint32_t registers[4];
