@@ -1,15 +1,17 @@
-"""Time one training step on every backend and in PyTorch eager float32: the same model, threads, batch and optimizer.
+"""Time one training step on every backend and in PyTorch eager: the same model, threads, batch, optimizer and precision.
 
     python benchmarks/train_step.py                      all shapes, all backends present, PyTorch if installed
     python benchmarks/train_step.py --shapes tiny char   some shapes
     python benchmarks/train_step.py --model gpt2         GPT-2 instead of the readable TransformerLM
+    python benchmarks/train_step.py --precision bf16     products in bfloat16, of PyTorch under autocast (numpy has none)
 
 All contenders live in one process and take turns in short bursts of steps (A B C A B C ...), so that a machine whose speed
 drifts treats them alike; the table gives medians and their ratio to PyTorch (below 1: faster than PyTorch). Peak memory is
 measured apart, one fresh process per contender: resident memory at its highest during the steps, above what the imports took.
 
 "of limit" is the share of a step that its matrix products would take at the speed of one product alone, the MLP's of this
-shape by numpy's BLAS, which takes its turns with the contenders: 1 would be a step of nothing but products at that speed.
+shape by numpy's BLAS, which takes its turns with the contenders: 1 would be a step of nothing but products at that speed, in
+float32: with --precision bf16 it may be more.
 
 PyTorch gets its best: scaled_dot_product_attention, its own RMSNorm / LayerNorm and tanh GELU, fused AdamW, and gradients
 set to None between the steps.
@@ -64,7 +66,7 @@ def product_alone(shape):
     return lambda: np.matmul(x, w.T, out=y), 2 * x.size * len(w)
 
 
-def toy_recipe(backend, model, shape, device="auto"):
+def toy_recipe(backend, model, shape, device="auto", precision="f32"):
     """-> (the recipe, a function that makes one training step and returns the loss)."""
     import toy
 
@@ -72,7 +74,7 @@ def toy_recipe(backend, model, shape, device="auto"):
     config_class = {"transformer": toy.TransformerConfig, "gpt2": toy.GPT2Config}[model]
     config = config_class(vocab, width, heads, 4 * width, layers, t_seq)
     recipe = toy.recipes.FromScratch(backend=backend, device=device)
-    recipe.realize(config, toy.RecipeOptions(t_seq=t_seq, t_batch=batch))
+    recipe.realize(config, toy.RecipeOptions(t_seq=t_seq, t_batch=batch, precision=precision))
     adamw = recipe.adamw(lr=1e-3)
     token_ids, labels = make_batch(shape)
     steps = iter(range(10**9))
@@ -84,8 +86,9 @@ def toy_recipe(backend, model, shape, device="auto"):
     return recipe, step
 
 
-def torch_step(model, shape, threads, device="cpu", compiled=False):
-    """-> a function that makes one PyTorch training step and returns the loss. compiled: by torch.compile."""
+def torch_step(model, shape, threads, device="cpu", compiled=False, precision="f32"):
+    """-> a function that makes one PyTorch training step and returns the loss. compiled: by torch.compile. precision: "bf16"
+    is autocast, of the forward and the loss."""
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -139,7 +142,8 @@ def torch_step(model, shape, threads, device="cpu", compiled=False):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(forward(token_ids).view(-1, vocab), labels.view(-1))
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            loss = F.cross_entropy(forward(token_ids).view(-1, vocab), labels.view(-1))
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -147,13 +151,13 @@ def torch_step(model, shape, threads, device="cpu", compiled=False):
     return step
 
 
-def step_of(contender, model, shape, threads):
+def step_of(contender, model, shape, threads, precision):
     if contender == "pytorch":
-        return torch_step(model, shape, threads)
-    return toy_recipe(contender, model, shape)[1]
+        return torch_step(model, shape, threads, precision=precision)
+    return toy_recipe(contender, model, shape, precision=precision)[1]
 
 
-def memory_child(contender, model, shape, threads):
+def memory_child(contender, model, shape, threads, precision):
     """Print the peak of resident memory during 4 steps above what the imports took, in bytes (Linux)."""
     import numpy  # noqa: F401
 
@@ -166,19 +170,19 @@ def memory_child(contender, model, shape, threads):
         import toy
 
         toy.switch.resolve(contender)
-    print_peak(lambda: step_of(contender, model, shape, threads))
+    print_peak(lambda: step_of(contender, model, shape, threads, precision))
 
 
-def peak_memory(contender, model, shape, threads):
-    return child_figure(
-        [__file__, "--child", contender, "--model", model, "--shapes", shape, "--threads", str(threads)], threads
-    )
+def peak_memory(contender, model, shape, threads, precision):
+    which = ["--model", model, "--shapes", shape, "--threads", str(threads), "--precision", precision]
+    return child_figure([__file__, "--child", contender, *which], threads)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--model", choices=("transformer", "gpt2"), default="transformer")
+    parser.add_argument("--precision", choices=("f32", "bf16"), default="f32")
     parser.add_argument("--backends", nargs="+", default=None, help="default: all that are available")
     parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--seconds", type=float, default=5.0, help="time per shape and contender")
@@ -186,21 +190,23 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    threads, model = arguments.threads, arguments.model
+    threads, model, precision = arguments.threads, arguments.model, arguments.precision
     if arguments.child:
-        return memory_child(arguments.child, model, arguments.shapes[0], threads)
+        return memory_child(arguments.child, model, arguments.shapes[0], threads, precision)
     restart_with(threads)
 
     import toy
 
     contenders = arguments.backends or [row.name for row in toy.backends() if row.available]
+    if precision == "bf16":
+        contenders = [name for name in contenders if name != "numpy"]
     if importlib.util.find_spec("torch"):
         contenders.append("pytorch")
         import torch
 
         print(f"PyTorch {torch.__version__}, ", end="")
     versions = ", ".join(f"{row.name} ({row.version})" for row in toy.backends() if row.name in contenders)
-    print(f"Python {platform.python_version()}, {versions}, {threads} threads, model {model}\n")
+    print(f"Python {platform.python_version()}, {versions}, {threads} threads, model {model}, {precision}\n")
     print(
         f"{'shape':<10} {'contender':<12} {'median ms':>10} {'fastest':>9} {'/ PyTorch':>10} {'of limit':>9} "
         f"{'peak MB':>9} {'/ PyTorch':>10}"
@@ -208,14 +214,14 @@ def main():
     figures = []
     for shape in arguments.shapes:
         product, flops = product_alone(shape)
-        steps = {name: step_of(name, model, shape, threads) for name in contenders}
+        steps = {name: step_of(name, model, shape, threads, precision) for name in contenders}
         times = alternate(steps | {PRODUCT: product}, arguments.seconds)
         speed = flops / statistics.median(times.pop(PRODUCT))  # a second
         limit = product_flops(shape) / speed
         medians = {name: statistics.median(values) for name, values in times.items()}
         memory = {}
         if not arguments.no_memory and sys.platform == "linux":
-            memory = {name: peak_memory(name, model, shape, threads) for name in contenders}
+            memory = {name: peak_memory(name, model, shape, threads, precision) for name in contenders}
         for name in contenders:
             ratio = medians[name] / medians["pytorch"] if "pytorch" in medians else float("nan")
             peak = memory.get(name, float("nan"))

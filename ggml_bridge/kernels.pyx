@@ -86,13 +86,13 @@ cdef void embedding_backward_node(ggml_tensor* dst, int ith, int nth, void* para
     embedding_backward_(&a, ith, nth)
 
 
-# -- linear ---------------------------------------------------------------------------------------------------------------
+# -- linear; params: the precision of the products (toy._kernels.products), see `precision` -------------------------------------
 
 cdef void linear_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
     cdef Linear a
     cdef const ggml_tensor* x = dst.src[0]
     cdef const ggml_tensor* weight = dst.src[1]
-    a.n, a.n_in, a.n_out = dst.ne[1], weight.ne[0], weight.ne[1]
+    a.n, a.n_in, a.n_out, a.precision = dst.ne[1], weight.ne[0], weight.ne[1], (<int64_t*> params)[0]
     a.x, a.x_stride = data(x), stride(x)
     a.weight, a.bias = data(weight), data_or_null(dst.src[2])
     a.y, a.y_stride = data(dst), stride(dst)
@@ -103,7 +103,7 @@ cdef void linear_backward_input_node(ggml_tensor* dst, int ith, int nth, void* p
     cdef LinearBackward a
     cdef const ggml_tensor* d_y = dst.src[0]
     cdef const ggml_tensor* weight = dst.src[1]
-    a.n, a.n_in, a.n_out = dst.ne[1], weight.ne[0], weight.ne[1]
+    a.n, a.n_in, a.n_out, a.precision = dst.ne[1], weight.ne[0], weight.ne[1], (<int64_t*> params)[0]
     a.d_y, a.d_y_stride = data(d_y), stride(d_y)
     a.x, a.x_stride = NULL, 0
     a.weight = data(weight)
@@ -114,10 +114,10 @@ cdef void linear_backward_input_node(ggml_tensor* dst, int ith, int nth, void* p
 
 cdef void linear_backward_weight_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
     cdef LinearBackward a
-    cdef int first = (<int64_t*> params)[0]  # 0: dst is new; 1: dst is a view of d_weight, src[0], to add to
+    cdef int first = (<int64_t*> params)[1]  # 0: dst is new; 1: dst is a view of d_weight, src[0], to add to
     cdef const ggml_tensor* d_y = dst.src[first]
     cdef const ggml_tensor* x = dst.src[first + 1]
-    a.beta = first
+    a.beta, a.precision = first, (<int64_t*> params)[0]
     a.n, a.n_in, a.n_out = d_y.ne[1], dst.ne[0], dst.ne[1]
     a.d_y, a.d_y_stride = data(d_y), stride(d_y)
     a.x, a.x_stride = data(x), stride(x)
@@ -126,7 +126,7 @@ cdef void linear_backward_weight_node(ggml_tensor* dst, int ith, int nth, void* 
     linear_backward_weight(&a, ith, nth)
 
 
-# -- the same with a frozen weight of a block type; params: the number of its type -------------------------------------------
+# -- the same with a frozen weight of a block type; params: the number of its type, of a product the precision too ------------
 
 cdef void quantized_embedding_node(ggml_tensor* dst, int ith, int nth, void* params) noexcept nogil:
     cdef QuantizedEmbedding a
@@ -144,6 +144,7 @@ cdef void quantized_linear_node(ggml_tensor* dst, int ith, int nth, void* params
     a.n, a.n_in, a.n_out = dst.ne[1], weight.ne[0], weight.ne[1]
     a.x, a.x_stride = data(x), stride(x)
     a.weight, a.type = <const unsigned char*> weight.data, block_type((<int64_t*> params)[0])
+    a.precision = (<int64_t*> params)[1]
     a.scratch, a.bias = data(dst.src[2]), data_or_null(dst.src[3])
     a.y, a.y_stride = data(dst), stride(dst)
     quantized_linear_forward(&a, ith, nth)
@@ -156,6 +157,7 @@ cdef void quantized_linear_backward_input_node(ggml_tensor* dst, int ith, int nt
     a.n, a.n_in, a.n_out = dst.ne[1], weight.ne[0], weight.ne[1]
     a.d_y, a.d_y_stride = data(d_y), stride(d_y)
     a.weight, a.type = <const unsigned char*> weight.data, block_type((<int64_t*> params)[0])
+    a.precision = (<int64_t*> params)[1]
     a.scratch = data(dst.src[2])
     a.d_x, a.d_x_stride = data(dst), stride(dst)
     quantized_linear_backward_input(&a, ith, nth)

@@ -257,6 +257,7 @@ LanguageModelConfig = TransformerConfig | LlamaConfig  # a GPT2Config is a Trans
 ModelConfig = LanguageModelConfig | ViTConfig  # of any model
 
 WEIGHT_DTYPES = ("f32", "f16", "bf16")
+PRECISIONS = ("f32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,10 @@ class RecipeOptions:
     recompute: of how many blocks, from the first on, the backward runs the forward again, so that their activations need not
     be kept: the same numbers in less memory, for the time of a second forward. True: all but the last, which are used at
     once; None: as many as it takes to fit into memory.
+    precision: of the products of the linear layers and of the unembedding, forward and backward, in training and evaluation:
+    "f32"; or "bf16", both operands of a product rounded to bfloat16 and its sums in float32, on processors that multiply so
+    faster. All else stays float32: weights, gradients, moments, attention, norms and the loss (PyTorch's autocast also rounds
+    the results of these products, and the products of attention).
     Raises ValueError for a value out of range.
     """
 
@@ -285,6 +290,7 @@ class RecipeOptions:
     grad_clip: float | None = None
     accumulate: int = 1
     recompute: int | None = None
+    precision: str = "f32"
 
     def __post_init__(self) -> None:
         for name in ("t_seq", "t_batch", "accumulate"):
@@ -293,6 +299,8 @@ class RecipeOptions:
             raise ValueError(f"recompute must be True, False, a number of blocks or None, got {self.recompute!r}")
         if self.weight_dtype not in WEIGHT_DTYPES:
             raise ValueError(f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {self.weight_dtype!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__") or self.seed.__index__() < 0:
             raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
         object.__setattr__(self, "seed", self.seed.__index__())

@@ -9,7 +9,7 @@ import contextvars
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Resolved(NamedTuple):
     reason: str
 
 
+F32 = 0  # among the numbers of `kernel_precision`
 _TABLES = ("numpy", "cython")  # the backends with an eager op table
 _FASTEST_FIRST = ("ggml", "cython", "numpy")
 MOST_THREADS = 1024  # what the kernels' pool can hold
@@ -188,8 +189,12 @@ def num_threads() -> int | None:
     return _n_threads
 
 
-def ops_for(backend: str) -> OpTable:
-    """The op table of an eager backend name ("numpy", "cython")."""
+def ops_for(backend: str, precision: int = F32) -> OpTable:
+    """The op table of an eager backend name ("numpy", "cython"). precision: from `kernel_precision`."""
+    if backend == "cython" and precision != F32:
+        from toy.ops.precision import with_precision
+
+        return with_precision(precision)
     if backend == "cython":
         from toy.ops import accelerated
 
@@ -197,6 +202,44 @@ def ops_for(backend: str) -> OpTable:
     from toy.ops import reference
 
     return reference
+
+
+def bf16_products() -> str | None:
+    """How this processor multiplies bfloat16 faster than float32, "AMX" or "AVX512-BF16"; None where it does not, or where
+    the kernels are not built."""
+    try:
+        ops_for("cython")
+    except ImportError:
+        return None
+    from toy._kernels import products
+
+    return products.bf16_name()
+
+
+def kernel_precision(precision: str, choice: Resolved) -> int:
+    """What the kernels call a precision of `RecipeOptions` -> `F32` or another number.
+
+    Raises ValueError where the backend or its device has no such precision, BackendUnavailableError where the processor has
+    none.
+    """
+    if precision == "f32":
+        return F32
+    if choice.backend == "numpy":
+        raise ValueError(
+            f"backend 'numpy' has no precision {precision!r}: choose backend cython or ggml, or precision f32 (float32)"
+        )
+    if choice.device != "cpu":
+        raise ValueError(
+            f"device {choice.device!r} has no precision {precision!r}: choose device cpu, or precision f32 (float32)"
+        )
+    if bf16_products() is None:
+        raise BackendUnavailableError(
+            f"precision {precision!r}: this processor has no bf16 products that are faster than float32's (AMX, or "
+            "AVX512-BF16 of AMD's): choose precision f32 (float32)"
+        )
+    from toy._kernels import products
+
+    return cast(int, products.bf16())
 
 
 def eager_ops(backend: str = "auto") -> OpTable:

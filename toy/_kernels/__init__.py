@@ -2,9 +2,9 @@
 
 One file a job: `linear`, `attention`, `norms`, `elementwise`, `embedding`, `layout`, `loss`, `optimizer` are ops;
 `quantized` (with dequantize.h) has the products with the block types of GGUF files; `threads` (with pool.h) spreads them
-over cores, `blas` (with product.h) multiplies matrices, `memory` recycles arrays, `arrays` checks what comes in,
-`simd_math.h` has the vectorised functions, attention_lanes.h the products and the softmax of a block of queries, and `cpu`
-is looked at first.
+over cores, `blas` (with product.h) multiplies matrices, `products` (with product_bf16.h) in bfloat16 too, `memory` recycles
+arrays, `arrays` checks what comes in, `simd_math.h` has the vectorised functions, attention_lanes.h the products and the
+softmax of a block of queries, and `cpu` is looked at first.
 Each .pxd documents the C functions in it, which other compiled code may call.
 
 Importing this package raises ImportError, with what to do, when the kernels are not built or not for this CPU.

@@ -3,6 +3,7 @@
 
 cdef struct Linear:            # y = x W^T + b
     Py_ssize_t n, n_in, n_out
+    int precision              # of the product, see products.pxd
     const float* x             # (n, n_in)
     Py_ssize_t x_stride
     const float* weight        # (n_out, n_in), contiguous
@@ -12,6 +13,7 @@ cdef struct Linear:            # y = x W^T + b
 
 cdef struct LinearBackward:
     Py_ssize_t n, n_in, n_out
+    int precision              # of the products, see products.pxd
     const float* d_y           # (n, n_out)
     Py_ssize_t d_y_stride
     const float* x             # (n, n_in)

@@ -12,7 +12,7 @@ way, whose bits do not depend on the slices where that way is the project's own 
 cimport cython
 from libc.string cimport memcpy, memset
 
-from toy._kernels cimport blas
+from toy._kernels cimport blas, products
 from toy._kernels.arrays cimport (
     ANY, Matrix, Span, check_apart, check_cache, check_filled, get_matrix, get_vector, get_vector_gradient, get_weight,
     get_weight_gradient, matrix_span, new_matrix, no_span, vector_span,
@@ -41,8 +41,8 @@ cdef void linear_forward(void* args, int ith, int nth) noexcept nogil:
     if a.bias != NULL:
         for i in range(row, row_end):
             memcpy(a.y + i * a.y_stride + column, a.bias + column, (column_end - column) * sizeof(float))
-    blas.multiply_nt(
-        row_end - row, column_end - column, a.n_in,
+    products.multiply_nt(
+        a.precision, row_end - row, column_end - column, a.n_in,
         a.x + row * a.x_stride, a.x_stride,
         a.weight + column * a.n_in, a.n_in,
         0.0 if a.bias == NULL else 1.0, a.y + row * a.y_stride + column, a.y_stride,
@@ -56,8 +56,8 @@ cdef void linear_backward_input(void* args, int ith, int nth) noexcept nogil:
         row, row_end = band_start(a.n, ith, nth), band_start(a.n, ith + 1, nth)
     else:
         column, column_end = band_start(a.n_in, ith, nth), band_start(a.n_in, ith + 1, nth)
-    blas.multiply_nn(
-        row_end - row, column_end - column, a.n_out,
+    products.multiply_nn(
+        a.precision, row_end - row, column_end - column, a.n_out,
         a.d_y + row * a.d_y_stride, a.d_y_stride,
         a.weight + column, a.n_in,
         0.0, a.d_x + row * a.d_x_stride + column, a.d_x_stride,
@@ -72,8 +72,8 @@ cdef void linear_backward_weight(void* args, int ith, int nth) noexcept nogil:
     else:
         column, column_end = band_start(a.n_in, ith, nth), band_start(a.n_in, ith + 1, nth)
     if a.d_weight != NULL:
-        blas.multiply_tn(
-            row_end - row, column_end - column, a.n,
+        products.multiply_tn(
+            a.precision, row_end - row, column_end - column, a.n,
             a.d_y + row, a.d_y_stride,
             a.x + column, a.x_stride,
             a.beta, a.d_weight + row * a.n_in + column, a.n_in,
@@ -112,15 +112,17 @@ cdef class LinearCache:
 
     cdef object x, weight
     cdef Matrix x_matrix, weight_matrix
+    cdef int precision
 
 
-def linear(x, weight, bias=None):
-    """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out)."""
+def linear(x, weight, bias=None, precision=0):
+    """x: (N, in), weight: (out, in), bias: (out,) or None -> (N, out). precision: of `products`, of the backward too."""
     cdef LinearCache cache = LinearCache.__new__(LinearCache)
     cdef Linear args
     get_matrix(&cache.x_matrix, x, "x", ANY, ANY, FORM)
     get_weight(&cache.weight_matrix, weight, "weight", ANY, cache.x_matrix.columns, FORM)
-    cache.x, cache.weight = x, weight
+    cache.x, cache.weight, cache.precision = x, weight, products.checked(precision)
+    args.precision = cache.precision
     args.n, args.n_in, args.n_out = cache.x_matrix.rows, cache.x_matrix.columns, cache.weight_matrix.rows
     args.bias = NULL if bias is None else get_vector(bias, "bias", args.n_out, FORM)
     args.x, args.x_stride = cache.x_matrix.data, cache.x_matrix.stride
@@ -128,7 +130,7 @@ def linear(x, weight, bias=None):
     cdef Matrix y_matrix
     y = new_matrix(&y_matrix, args.n, args.n_out)
     args.y, args.y_stride = y_matrix.data, y_matrix.stride
-    cdef int slices = blas.product_slices(2.0 * args.n * args.n_in * args.n_out, False)
+    cdef int slices = products.product_slices(args.precision, 2.0 * args.n * args.n_in * args.n_out)
     blas.enter()
     with nogil:
         run(linear_forward, &args, slices)
@@ -151,7 +153,7 @@ def linear_backward(d_y, cache, d_weight, d_bias=None):
     args.n, args.n_in, args.n_out = saved.x_matrix.rows, saved.x_matrix.columns, saved.weight_matrix.rows
     get_matrix(&d_y_matrix, d_y, "d_y", args.n, args.n_out, FORM_BACKWARD)
     args.d_weight = args.d_bias = NULL
-    args.beta = 1.0
+    args.beta, args.precision = 1.0, saved.precision
     if d_weight is not None:
         get_weight_gradient(&d_weight_matrix, d_weight, "d_weight", args.n_out, args.n_in, FORM_BACKWARD)
         args.d_weight = d_weight_matrix.data
@@ -173,7 +175,7 @@ def linear_backward(d_y, cache, d_weight, d_bias=None):
     args.x, args.x_stride = saved.x_matrix.data, saved.x_matrix.stride
     args.weight = saved.weight_matrix.data
     args.d_x, args.d_x_stride = d_x_matrix.data, d_x_matrix.stride
-    cdef int slices = blas.product_slices(2.0 * args.n * args.n_in * args.n_out, False)
+    cdef int slices = products.product_slices(args.precision, 2.0 * args.n * args.n_in * args.n_out)
     blas.enter()
     with nogil:
         if args.d_weight == NULL and args.d_bias == NULL:

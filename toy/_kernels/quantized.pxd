@@ -13,6 +13,7 @@ cdef extern from "dequantize.h" nogil:
 
 cdef struct QuantizedLinear:       # y = x W^T + b
     Py_ssize_t n, n_in, n_out
+    int precision                  # of the product, see products.pxd
     const float* x                 # (n, n_in)
     Py_ssize_t x_stride
     const unsigned char* weight    # (n_out, n_in), rows back to back
@@ -24,6 +25,7 @@ cdef struct QuantizedLinear:       # y = x W^T + b
 
 cdef struct QuantizedLinearBackward:
     Py_ssize_t n, n_in, n_out
+    int precision                  # of the product, see products.pxd
     const float* d_y               # (n, n_out)
     Py_ssize_t d_y_stride
     const unsigned char* weight    # (n_out, n_in), rows back to back

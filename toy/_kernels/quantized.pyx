@@ -14,7 +14,7 @@ import numpy as np
 
 cimport numpy as cnp
 
-from toy._kernels cimport blas
+from toy._kernels cimport blas, products
 from toy._kernels.arrays cimport (
     ANY, Matrix, Span, check_apart, get_integers, get_matrix, get_vector, get_vector_gradient, integers_data, matrix_span,
     new_matrix, vector_span,
@@ -80,7 +80,9 @@ cdef void quantized_linear_forward(void* args, int ith, int nth) noexcept nogil:
     cdef float* scratch = a.scratch + ith * quantized_scratch_floats(a.n_in, a.n_out)
     if start >= end:
         return
-    if a.n <= FEW_ROWS and a.type.dot != NULL and a.n_in // 32 <= quantized_scratch_floats(a.n_in, a.n_out):
+    if a.precision != 0:
+        forward_by_bands(a, start, end, scratch)    # bf16 has no dot products
+    elif a.n <= FEW_ROWS and a.type.dot != NULL and a.n_in // 32 <= quantized_scratch_floats(a.n_in, a.n_out):
         forward_in_place(a, start, end, scratch)
     elif a.n <= FEW_ROWS:
         forward_by_dots(a, start, end, scratch)
@@ -103,8 +105,8 @@ cdef void forward_by_bands(QuantizedLinear* a, Py_ssize_t start, Py_ssize_t end,
         while column < a.n_in:
             width = min(columns, a.n_in - column)
             read_piece(a.type, a.weight, a.n_in, row, rows, column, width, band)
-            blas.multiply_nt(
-                a.n, rows, width, a.x + column, a.x_stride, band, width, beta, a.y + row, a.y_stride
+            products.multiply_nt(
+                a.precision, a.n, rows, width, a.x + column, a.x_stride, band, width, beta, a.y + row, a.y_stride
             )
             column, beta = column + width, 1.0
         row += rows
@@ -166,13 +168,13 @@ cdef void quantized_linear_backward_input(void* args, int ith, int nth) noexcept
     column = start
     while column < end:
         columns = min(<Py_ssize_t> BAND_COLUMNS, end - column)
-        step = band_rows(last - first, columns, 1)
+        step = band_rows(last - first, columns, 1 if a.precision == 0 else 2)    # bf16 adds pairs
         row, beta = 0, 0.0
         while row < a.n_out:
             rows = min(step, a.n_out - row)
             read_piece(a.type, a.weight, a.n_in, row, rows, column, columns, band)
-            blas.multiply_nn(
-                last - first, columns, rows, a.d_y + first * a.d_y_stride + row, a.d_y_stride, band, columns,
+            products.multiply_nn(
+                a.precision, last - first, columns, rows, a.d_y + first * a.d_y_stride + row, a.d_y_stride, band, columns,
                 beta, a.d_x + first * a.d_x_stride + column, a.d_x_stride,
             )
             row, beta = row + rows, 1.0
@@ -274,19 +276,19 @@ def embedding(token_ids, raw, type):
     return rows
 
 
-def linear(x, raw, type, bias):
-    """x: (N, in), raw and type: the weight (out, in), bias: (out,) or None -> (N, out)."""
+def linear(x, raw, type, bias, precision=0):
+    """x: (N, in), raw and type: the weight (out, in), bias: (out,) or None -> (N, out). precision: of `products`."""
     cdef Weight weight
     cdef Matrix x_, y_
     cdef QuantizedLinear args
     get_quantized(&weight, raw, type)
     get_matrix(&x_, x, "x", ANY, weight.n_in, f"linear: {FORM}")
     args.n, args.n_in, args.n_out, args.weight, args.type = x_.rows, weight.n_in, weight.n_out, weight.data, weight.type
-    args.x, args.x_stride = x_.data, x_.stride
+    args.x, args.x_stride, args.precision = x_.data, x_.stride, products.checked(precision)
     args.bias = NULL if bias is None else get_vector(bias, "bias", args.n_out, f"linear: {FORM}")
     y = new_matrix(&y_, args.n, args.n_out)
     args.y, args.y_stride = y_.data, y_.stride
-    cdef int nth = slices(args.n, &weight, args.n <= FEW_ROWS)
+    cdef int nth = slices(args.n, &weight, args.precision == 0 and args.n <= FEW_ROWS)
     scratch = empty_vector(nth * quantized_scratch_floats(args.n_in, args.n_out))
     args.scratch = <float*> cnp.PyArray_DATA(scratch)
     blas.enter()
@@ -296,8 +298,8 @@ def linear(x, raw, type, bias):
     return y
 
 
-def linear_backward(d_y, raw, type, d_bias):
-    """d_y: (N, out) -> d_x (N, in). Adds into d_bias (out,) unless it is None."""
+def linear_backward(d_y, raw, type, d_bias, precision=0):
+    """d_y: (N, out) -> d_x (N, in). Adds into d_bias (out,) unless it is None. precision: of `products`."""
     cdef Weight weight
     cdef Matrix d_y_, d_x_
     cdef QuantizedLinearBackward args
@@ -307,7 +309,7 @@ def linear_backward(d_y, raw, type, d_bias):
     get_quantized(&weight, raw, type)
     get_matrix(&d_y_, d_y, "d_y", ANY, weight.n_out, FORM_BACKWARD)
     args.n, args.n_in, args.n_out, args.weight, args.type = d_y_.rows, weight.n_in, weight.n_out, weight.data, weight.type
-    args.d_y, args.d_y_stride = d_y_.data, d_y_.stride
+    args.d_y, args.d_y_stride, args.precision = d_y_.data, d_y_.stride, products.checked(precision)
     if d_bias is not None:
         sums = get_vector_gradient(d_bias, "d_bias", args.n_out, FORM_BACKWARD)
         to_bias = vector_span(sums, args.n_out * sizeof(float))

@@ -137,7 +137,10 @@ def backends(json_wanted, debug):
             names = ("name", "kind", "description", "memory_total", "memory_free")
             devices = [{name: getattr(device, name) for name in names} for device in ggml_devices()]
             auto = {"backend": choice.backend, "reason": choice.reason}
-            return as_json({"backends": rows, "devices": devices, "notices": ggml_notices(), "auto": auto})
+            bf16 = switch.bf16_products()
+            return as_json(
+                {"backends": rows, "devices": devices, "notices": ggml_notices(), "bf16_products": bf16, "auto": auto}
+            )
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -152,6 +155,8 @@ def backends(json_wanted, debug):
         console = Console(highlight=False)
         console.print(table)
         console.print("GFLOP/s: one matrix product of 512 x 512 by 512 x 512 in float32, the best of some.")
+        bf16 = switch.bf16_products() or "none here that are faster than float32's"
+        console.print(f"bf16 products (--precision bf16 of toy train, on cython and ggml's cpu): {bf16}", markup=False)
         for device in ggml_devices():
             console.print(f"ggml device {device.name} ({device.kind}): {described(device)}", markup=False)
         for notice in ggml_notices():

@@ -17,7 +17,7 @@ from toy.models.base import Model
 from toy.models.inputs import n_counted
 from toy.models.parameters import ParameterTree, check_arrays
 from toy.quantized import dequantized
-from toy.switch import Resolved, eager_ops
+from toy.switch import Resolved, eager_ops, kernel_precision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,6 +86,7 @@ class Engine:
         config = with_model_options(config, options)
         self.config, self.options = config, options
         self.backend, self.device, self.backend_reason = choice
+        self.precision = kernel_precision(options.precision, choice)
         self.weights = weights = weights or random_weights(config, options)
         self.model_class = model_for(config)
         self.batch = self.model_class.batch_type(

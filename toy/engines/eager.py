@@ -13,7 +13,7 @@ from toy.engines.base import AddUp, Arrays, Engine, Moments, Piece
 from toy.engines.weights import Weights
 from toy.models.parameters import GradientTree, ParameterTree, check_arrays, round_weights
 from toy.op_table import OpTable
-from toy.switch import Resolved, ops_for
+from toy.switch import Resolved, kernel_precision, ops_for
 
 
 class OpCall(NamedTuple):
@@ -80,7 +80,7 @@ class EagerEngine(Engine):
         keep_gradients: bool = True,
         add_up: AddUp | None = None,
     ) -> None:
-        self.ops = ops_for(choice.backend)
+        self.ops = ops_for(choice.backend, kernel_precision(options.precision, choice))
         self.n_squares = 1 if self.ops.name == "reference" else 0  # the probabilities
         super().__init__(config, options, choice, weights)
         self.add_up = add_up

@@ -50,6 +50,7 @@ class GraphEngine(Engine):
         self.ops_class = NativeGraphOps if native else CpuGraphOps
         self.keeps_all, self.n_squares = native, 2 if native else 0  # scores and probabilities
         super().__init__(config, options, choice, weights)
+        self.new_ops = NativeGraphOps if native else partial(CpuGraphOps, precision=self.precision)
         self.keep_gradients, self.add_up = keep_gradients, add_up
         operations = 6 * self.n_parameters * options.t_batch * options.t_seq
         # None: TOY_NUM_THREADS, or the processors there are
@@ -210,7 +211,7 @@ class _Graph:
     def __init__(self, engine, slots=None, finished=None):
         self.engine, self.computed = engine, False
         self.graph = engine.bridge.graph()
-        self.ops = engine.ops_class(self.graph, slots, finished)
+        self.ops = engine.new_ops(self.graph, slots, finished)
 
     def allocate(self):
         self.graph.allocate()

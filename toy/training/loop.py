@@ -349,6 +349,11 @@ class Training:
             Decision("threads", str(self._threads() or "unknown"), before.get("threads", threads)),
             *s.decisions(),
             Decision("parameters", f"{r.n_parameters:,}", trained),
+            *(
+                []
+                if o.precision == "f32"
+                else [Decision("precision", o.precision, f"products of linear layers, by {switch.bf16_products()}")]
+            ),
             *([Decision("recompute", again, before.get("recompute", r.recompute_reason))] if r.recompute else []),
             Decision(
                 "steps",

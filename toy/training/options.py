@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
-from toy.config import WEIGHT_DTYPES, check_positive_int
+from toy.config import PRECISIONS, WEIGHT_DTYPES, check_positive_int
 from toy.data.encoding import TRAIN_ON
 from toy.data.training_data import SPLITS
 from toy.switch import BACKEND_NAMES, MOST_THREADS
@@ -116,6 +116,10 @@ class RunOptions:
     weight_dtype: str = option(
         "f32", "Type of the weights a step computes with; float32 masters stay.", MACHINE, choices=WEIGHT_DTYPES
     )
+    precision: str = option(
+        "f32", "Of the products of linear layers: bf16 rounds what is multiplied; sums stay float32.", MACHINE,
+        choices=PRECISIONS,
+    )  # fmt: skip
     recompute: str = option(
         "auto", "Compute blocks again in the backward, to save their memory; auto: where it would not do.", MACHINE,
         choices=tuple(RECOMPUTE), resumable=True, alone="on",

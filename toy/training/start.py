@@ -89,6 +89,7 @@ class Start:
             seed=o.seed,
             grad_clip=o.clip or None,
             weight_dtype=o.weight_dtype,
+            precision=o.precision,
             recompute=RECOMPUTE[o.recompute],
             **more,
         )

@@ -19,15 +19,18 @@ WORTH_COMPUTING_AGAIN = 2**16  # numbers: fewer are kept for the backward, they 
 
 
 class CpuGraphOps(GraphOps):
-    """The ops as nodes computed by the project's kernels (CPU only)."""
+    """The ops as nodes computed by the project's kernels (CPU only).
+
+    precision: of the products of linear layers and of `linear_cross_entropy`, from `toy.switch.kernel_precision`.
+    """
 
     name = "graph-cpu"
 
-    def __init__(self, graph, slots=None, finished=None):
+    def __init__(self, graph, slots=None, finished=None, precision=0):
         from ggml_bridge import kernels
 
         super().__init__(graph, slots, finished)
-        self.kernels = kernels
+        self.kernels, self.precision = kernels, precision
         self.n_threads = graph.backend.n_threads
         self.scratch = {}  # by size: nodes that need some use the same memory, one after the other
         self.rope_tables = {}  # by the arguments of `rope_tables`
@@ -99,8 +102,19 @@ class CpuGraphOps(GraphOps):
         _same("linear", "the columns of x and weight", x.shape[1], weight.shape[1])
         if is_quantized(weight):
             return self._quantized_linear(x, weight, bias), (None, weight)
+        return self._linear(x, weight, bias), (x, weight)
+
+    def _linear(self, x, weight, bias=None):
         inputs = [x, weight] if bias is None else [x, weight, bias]
-        return self._node(self.kernels.LINEAR, inputs, (x.shape[0], weight.shape[0])), (x, weight)
+        return self._node(self.kernels.LINEAR, inputs, (x.shape[0], weight.shape[0]), params=self._params())
+
+    def _linear_backward_input(self, d_y, weight):
+        shape = (d_y.shape[0], weight.shape[1])
+        return self._node(self.kernels.LINEAR_BACKWARD_INPUT, [d_y, weight], shape, params=self._params())
+
+    def _params(self, *more):
+        """Of a node with products: their precision, and what else it is told."""
+        return struct.pack(f"{1 + len(more)}q", self.precision, *more)
 
     def linear_backward(self, d_y, cache, d_weight, d_bias=None):
         x, weight = cache
@@ -110,8 +124,7 @@ class CpuGraphOps(GraphOps):
         if is_quantized(weight):
             d_x = self._quantized_linear_backward(d_y, weight)
         else:
-            shape = (d_y.shape[0], weight.shape[1])
-            d_x = self._node(self.kernels.LINEAR_BACKWARD_INPUT, [d_y, weight], shape)
+            d_x = self._linear_backward_input(d_y, weight)
         if d_weight is not None:
             self._weight_gradient(d_y, x, d_weight, d_bias)
         elif d_bias is not None:
@@ -127,7 +140,8 @@ class CpuGraphOps(GraphOps):
         scratch = self._quantized_scratch(weight)
         inputs = [x, weight, scratch] if bias is None else [x, weight, scratch, bias]
         shape = (x.shape[0], weight.shape[0])
-        return self._node(self.kernels.QUANTIZED_LINEAR, inputs, shape, params=kind, scratch=[scratch])
+        params = kind + self._params()
+        return self._node(self.kernels.QUANTIZED_LINEAR, inputs, shape, params=params, scratch=[scratch])
 
     def _quantized_linear_backward(self, d_y, weight):
         kind = self.kernels.quantized_type(weight.dtype)
@@ -135,7 +149,13 @@ class CpuGraphOps(GraphOps):
             return self._banded_linear_backward(d_y, weight)
         scratch = self._quantized_scratch(weight)
         kernel, shape = self.kernels.QUANTIZED_LINEAR_BACKWARD_INPUT, (d_y.shape[0], weight.shape[1])
-        return self._node(kernel, [d_y, weight, scratch], shape, params=kind, scratch=[scratch])
+        return self._node(kernel, [d_y, weight, scratch], shape, params=kind + self._params(), scratch=[scratch])
+
+    def _band_product(self, band, x):
+        return self._linear(x, band) if self.precision else super()._band_product(band, x)
+
+    def _band_product_backward(self, band, d_y):
+        return self._linear_backward_input(d_y, band) if self.precision else super()._band_product_backward(band, d_y)
 
     def _quantized_scratch(self, weight):
         n_out, n_in = weight.shape
@@ -169,9 +189,9 @@ class CpuGraphOps(GraphOps):
             d_bias.tensor = d_bias.tensor or self.graph.blank(d_bias.shape)
             inputs.append(d_bias.tensor)
         if first:  # nothing to add to: the product is written, which saves filling a matrix with zeros
-            d_weight.tensor = self._node(kernel, inputs, d_weight.shape, params=struct.pack("q", 0), writes=inputs[2:])
+            d_weight.tensor = self._node(kernel, inputs, d_weight.shape, params=self._params(0), writes=inputs[2:])
         else:
-            d_weight.tensor = self._node_into(kernel, d_weight.tensor, inputs, params=struct.pack("q", 1))
+            d_weight.tensor = self._node_into(kernel, d_weight.tensor, inputs, params=self._params(1))
         self.contributed(d_weight, d_bias)
 
     # -- norms --------------------------------------------------------------------------------------------------------

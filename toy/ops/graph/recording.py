@@ -165,7 +165,7 @@ class GraphOps:
 
     def _banded_linear(self, x, weight, bias):
         """x (N, in) -> (N, out): the bands give columns of y."""
-        parts = [self.graph.mul_mat(band, x) for _, _, band in self._bands(weight)]
+        parts = [self._band_product(band, x) for _, _, band in self._bands(weight)]
         y = self._joined(parts, 1)
         return y if bias is None else self.graph.add(y, bias)
 
@@ -174,9 +174,15 @@ class GraphOps:
         graph, d_x = self.graph, None
         for start, stop, band in self._bands(weight):
             columns = graph.cont(graph.slice(d_y, 1, start, stop))  # (N, rows of the band)
-            part = graph.mul_mat(graph.transposed(band), columns)
+            part = self._band_product_backward(band, columns)
             d_x = part if d_x is None else graph.add(d_x, part)
         return d_x
+
+    def _band_product(self, band, x):
+        return self.graph.mul_mat(band, x)
+
+    def _band_product_backward(self, band, d_y):
+        return self.graph.mul_mat(self.graph.transposed(band), d_y)
 
     # -- what is the same in both spellings ---------------------------------------------------------------------------
 
