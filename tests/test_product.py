@@ -167,17 +167,22 @@ def test_any_part_of_a_product_has_the_bits_that_it_has_in_the_whole(own_product
         np.testing.assert_array_equal(part, whole[row : row + rows, column : column + columns])
 
 
+F32 = 0  # the precision, of toy._kernels.products
+
+
 class Linear(ctypes.Structure):
+    """As in toy/_kernels/linear.pxd."""
+
     _fields_ = [(name, SIZE) for name in ("n", "n_in", "n_out")] + [
-        (name, POINTER if "stride" not in name else SIZE)
-        for name in ("x", "x_stride", "weight", "bias", "y", "y_stride")
-    ]
+        ("precision", ctypes.c_int), ("x", POINTER), ("x_stride", SIZE), ("weight", POINTER), ("bias", POINTER),
+        ("y", POINTER), ("y_stride", SIZE),
+    ]  # fmt: skip
 
 
 class LinearBackward(ctypes.Structure):
     _fields_ = [(name, SIZE) for name in ("n", "n_in", "n_out")] + [
-        ("d_y", POINTER), ("d_y_stride", SIZE), ("x", POINTER), ("x_stride", SIZE), ("weight", POINTER),
-        ("d_x", POINTER), ("d_x_stride", SIZE), ("d_weight", POINTER), ("d_bias", POINTER), ("beta", ctypes.c_float),
+        ("precision", ctypes.c_int), ("d_y", POINTER), ("d_y_stride", SIZE), ("x", POINTER), ("x_stride", SIZE),
+        ("weight", POINTER), ("d_x", POINTER), ("d_x_stride", SIZE), ("d_weight", POINTER), ("d_bias", POINTER), ("beta", ctypes.c_float),
     ]  # fmt: skip
 
 
@@ -196,9 +201,9 @@ def test_a_linear_layer_has_the_same_bits_for_any_number_of_slices(own_product, 
     def results(slices):
         y, d_x, d_weight, d_bias = (np.zeros(s, np.float32) for s in ((n, n_out), (n, n_in), (n_out, n_in), n_out))
         at = [array.ctypes.data for array in (x, weight, bias, y, d_y, d_x, d_weight, d_bias)]
-        forward = Linear(n, n_in, n_out, at[0], n_in, at[1], at[2], at[3], n_out)
+        forward = Linear(n, n_in, n_out, F32, at[0], n_in, at[1], at[2], at[3], n_out)
         backward = LinearBackward(
-            n, n_in, n_out, at[4], n_out, at[0], n_in, at[1], at[5], n_in, at[6], at[7], 1.0
+            n, n_in, n_out, F32, at[4], n_out, at[0], n_in, at[1], at[5], n_in, at[6], at[7], 1.0
         )  # fmt: skip
         for name, kernel in kernels.items():
             for ith in range(slices):
