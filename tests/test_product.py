@@ -182,7 +182,8 @@ class Linear(ctypes.Structure):
 class LinearBackward(ctypes.Structure):
     _fields_ = [(name, SIZE) for name in ("n", "n_in", "n_out")] + [
         ("precision", ctypes.c_int), ("d_y", POINTER), ("d_y_stride", SIZE), ("x", POINTER), ("x_stride", SIZE),
-        ("weight", POINTER), ("d_x", POINTER), ("d_x_stride", SIZE), ("d_weight", POINTER), ("d_bias", POINTER), ("beta", ctypes.c_float),
+        ("weight", POINTER), ("d_x", POINTER), ("d_x_stride", SIZE), ("d_weight", POINTER), ("d_bias", POINTER),
+        ("beta", ctypes.c_float),
     ]  # fmt: skip
 
 
