@@ -69,7 +69,7 @@ TESTS = {
     "toy/files/events.py": ["test_run_damage.py", "test_files.py", "test_runs_attack.py"],
     "toy/files/runs.py": ["test_run_damage.py", "test_keeping.py -k numpy", "test_files.py", "test_runs_attack.py"],
     "toy/files/gguf_types.py": ["test_export_types.py"],
-    "toy/files/gguf": ["test_gguf.py", "test_split_gguf.py", "test_gguf_tokenizer.py", "test_trained.py"],
+    "toy/files/gguf": ["test_gguf.py", "test_split_gguf.py", "test_places.py", "test_gguf_tokenizer.py", "test_trained.py"],
     "toy/files/gguf_models.py": ["test_gguf.py", "test_llama_relatives.py", "test_trained.py"],
     "toy/files/places.py": ["test_places.py"],
     "toy/files/fetch": ["test_fetch.py"],

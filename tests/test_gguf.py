@@ -1049,6 +1049,14 @@ def test_as_many_as_are_believed_and_one_more(tmp_path, most, file, message):
         GGUF.open(path)
 
 
+def test_more_than_the_largest_models_have_is_believed(tmp_path):
+    """Those have some 60 keys and, with a tensor for each expert, some thousands of tensors."""
+    keys, tensors = many(500, lambda i: key(f"k{i}", 0, b"1")), many(5000, lambda i: described(f"t{i}", [1], 0, 32 * i))
+    (tmp_path / "m.gguf").write_bytes(by_hand(keys=[ARCHITECTURE, *keys], tensors=tensors, data=bytes(32 * 5000)))
+    with GGUF.open(tmp_path / "m.gguf") as gguf:
+        assert len(gguf.metadata) == 501 and len(gguf.tensors) == 5000
+
+
 # -- numbers at the ends of a type -------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from single_thread import single_thread  # noqa: F401 (autouse)
 
 import toy
 from toy.files import BadFileError
-from toy.files.gguf import GGUF
+from toy.files.gguf import GGUF, part_number, parts_of
 from toy.files.gguf_write import write_gguf
 
 gguf_package = pytest.importorskip("gguf", reason="quantised files need the gguf package")
@@ -51,6 +51,13 @@ def split(source, folder, name="model", first_has_tensors=True, change=lambda i,
             writer.close()
             paths.append(path)
     return paths
+
+
+def test_the_files_of_a_model_by_the_name_of_the_first(tmp_path):
+    assert parts_of(tmp_path / "a-00001-of-00002.gguf") == [tmp_path / f"a-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for name in ("whole.gguf", "a-00001-of-00000.gguf", "a-00001-of-99999.gguf", "a-1-of-2.gguf"):
+        assert parts_of(tmp_path / name) == [tmp_path / name]
+    assert part_number("a-00002-of-00003.gguf") == 2 and part_number("whole.gguf") is None
 
 
 @pytest.fixture(scope="module")
