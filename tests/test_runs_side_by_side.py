@@ -204,6 +204,12 @@ def test_runs_are_found_where_they_are(toy_command):
     assert [record["run"] for record in listed(toy_command, "runs/sweep", one, "--sort=run")] == ["one", "two"]
 
 
+def test_a_whole_disk_is_not_searched():
+    deep, deeper = make("1/2/3/deep"), make("1/2/3/4/deeper")
+    assert find_runs(["runs"]) == [deep]
+    assert sorted(find_runs(["runs/1"])) == sorted([deep, deeper])
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
