@@ -63,7 +63,11 @@ TESTS = {
     "toy/training/estimate.py": ["test_keeping.py -k 'estimate or takes or dry or minutes'"],
     "toy/training/high_loss.py": ["test_run_damage.py -k 'loss or diverged'", "test_run_order.py"],
     "toy/training/lora.py": ["test_runs_from_models.py -k numpy", "test_adapters.py"],
+    "toy/training/options.py": [
+        "test_help.py", "test_run_order.py", "test_training.py -k 'not ggml'", "test_runs_from_models.py -k numpy",
+    ],
     "toy/training/ranks.py": ["test_ranks.py"],
+    "toy/training/warm_start.py": ["test_runs_from_models.py -k 'numpy or warm or donor'"],
     "toy/training/schedules.py": ["test_keeping.py -k 'wsd or schedule'", "test_run_order.py", "test_training.py -k numpy"],
     "toy/training/vit_tiny.py": ["test_vit.py -k numpy"],
     "toy/files": ["test_files.py", "test_run_order.py", "test_training.py -k numpy"],

@@ -263,6 +263,30 @@ def test_warm_start_refuses_on_the_command_line(toy_command, files, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_the_donors_tokenizer_is_used_where_it_has_one(files, tmp_path):
+    def vocabulary(**changes):
+        options = WarmStartOptions(
+            **{
+                **SMALL,
+                "model": str(files / "llama.gguf"),
+                "corpus": str(files / "text.txt"),
+                "backend": "numpy",
+                **changes,
+            }
+        )
+        return next(choice for choice in Training(options).choices() if choice.name == "vocabulary")
+
+    n_characters = len(set(TEXT))
+    assert vocabulary()[1:3] == (str(n_characters), "the donor's tokenizer")
+    with toy.GGUF.open(files / "llama.gguf") as gguf:
+        write_gguf(tmp_path / "bare.gguf", gguf.config(), gguf.parameters(), type="f32")
+    bare = {"model": str(tmp_path / "bare.gguf"), "take": ("blk.*",)}
+    with pytest.raises(ValueError, match=r"bare.gguf has no tokenizer: choose one with tokenizer char or bytes"):
+        vocabulary(**bare)
+    assert vocabulary(**bare, tokenizer="char")[1] == str(n_characters)
+    assert "donor" not in vocabulary(**bare, tokenizer="bytes")[2]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the model that a run is based on
 # ----------------------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_a_schedule_of_one_step_is_possible():
         (("constant", 0.0, 10), "lr must be a positive number"),
         (("constant", float("nan"), 10), "lr must be a positive number"),
         (("constant", float("inf"), 10), "lr must be a positive number"),
-        (("constant", 1.0, 0), "steps"),
+        (("constant", 1.0, 0), "steps must be at least 1"),
         (("constant", 1.0, 10, -1), "warmup"),
         (("cosine", 1.0, 10, 10), "leaves none of 10 steps"),
         (("cosine", 1.0, 10, 0, 1.5), "floor"),
