@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import mpi
 import numpy as np
@@ -330,6 +331,19 @@ def test_two_hosts(files, tmp_path):
 def test_ranks_share_the_processors(masks, usable, shares):
     everyone = [(frozenset(mask), usable) for mask in masks]
     assert [ranks_of_mpi._share(everyone, place) for place in range(len(masks))] == shares
+
+
+def test_each_rank_of_a_machine_takes_a_device(monkeypatch):
+    """Of a machine with two cards, and of those of its other kinds nothing."""
+    monkeypatch.setattr(ranks_of_mpi.switch, "devices_like", lambda device: (device.upper(), ["CUDA0", "CUDA1"]))
+
+    def device(name, place, size):
+        return ranks_of_mpi.one_device_each(name, SimpleNamespace(local_rank=place, local_size=size))
+
+    assert [device("cuda1", 0, 1), device("cuda0", 0, 2), device("cuda0", 1, 2)] == ["CUDA1", "CUDA0", "CUDA1"]
+    assert device("cpu", 5, 9) == "cpu" and ranks_of_mpi.one_device_each("cuda0", None) == "cuda0"
+    with pytest.raises(ValueError, match="CUDA0, CUDA1 for 3 ranks: start fewer there"):
+        device("cuda0", 2, 3)
 
 
 @pytest.mark.parametrize(
